@@ -1,0 +1,52 @@
+# Two commands do everything, each with its own set-up: `make demo` and `make test`.
+# PYTHON names the interpreter the environment is made from (3.10 or newer); VENV where it lives.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+READY := $(VENV)/.ready
+JOBS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-full lint format bench build clean
+
+help:  ## list the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: build  ## compress, fine-tune, save, reload and time a real network; writes out/demo/index.html
+	$(BIN)/python -m basisconv_kernels demo --out out/demo
+
+test: build lint  ## all tests of the ordinary run
+	$(BIN)/python -m pytest -n $(JOBS) -q
+
+test-full: build lint  ## the long run: fuzzing, sanitizers, wheels
+	$(BIN)/python -m pytest -n $(JOBS) -q --full
+
+lint: $(READY)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)  ## let ruff and clang-format lay the code out
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' | xargs clang-format -i
+
+bench: build  ## the fused CPU kernel against ONNX Runtime, OpenVINO and torch
+	$(PIP) install --quiet --constraint .ci/constraints.txt onnx onnxruntime openvino
+	$(BIN)/python -m bench run --suite C1
+
+build: $(READY)  ## compile the native library in place (ninja; only what changed)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+
+$(READY): pyproject.toml .ci/constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --constraint .ci/constraints.txt torch ninja setuptools wheel
+	BASISCONV_BUILD=none $(PIP) install --quiet --constraint .ci/constraints.txt --no-build-isolation --editable '.[dev]'
+	@# Third-party network definitions for the tests; without their dependencies, which would bring another torch.
+	$(PIP) install --quiet --constraint .ci/constraints.txt --no-deps torchvision timm
+	touch $@
+
+clean:  ## remove the environment and everything built
+	rm -rf $(VENV) build out basisconv_kernels/_C*.so *.egg-info

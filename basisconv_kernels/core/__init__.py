@@ -1,0 +1,1 @@
+"""The ground floor: errors, environment, checks, problem descriptions, backend choice. Knows no op."""

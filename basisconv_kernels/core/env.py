@@ -1,0 +1,58 @@
+"""The only reader of ``os.environ`` in the package; docs/env.md lists every variable with its meaning.
+
+Values are read when asked for, not at import, so that a test or a notebook may set them at any time before the first use.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One environment variable: its name, what it does and the values it takes."""
+
+    name: str
+    meaning: str
+    values: str
+
+
+VARIABLES = (
+    Variable("BASISCONV_BACKEND", "backend of every op call that names none", "a backend name of `basisconv ops`"),
+    Variable("BASISCONV_CPU_ISA", "caps the instruction set of the CPU kernels; read once a process", "base|avx2|avx512"),
+    Variable("BASISCONV_DATA", "folder with data sets (cifar10.npz, fashion-mnist/)", "a path"),
+    Variable("BASISCONV_LOG", "what to log on stderr", "dispatch"),
+    Variable("BASISCONV_BUILD", "read by setup.py only: which kernels to build", "auto|cpu|cuda|none"),
+    Variable("NO_COLOR", "no colours in the output of the command line", "any value"),
+)
+
+
+def _get(name: str) -> str | None:
+    value = os.environ.get(name, "").strip()
+    return value or None
+
+
+def backend() -> str | None:
+    """The backend named by ``BASISCONV_BACKEND``, or None."""
+    return _get("BASISCONV_BACKEND")
+
+
+def log_topics() -> frozenset[str]:
+    """The topics named by ``BASISCONV_LOG``, separated by commas."""
+    return frozenset(part.strip() for part in (_get("BASISCONV_LOG") or "").split(",") if part.strip())
+
+
+def data_folder() -> Path:
+    """The folder with data sets: ``BASISCONV_DATA``, or ``basisconv-data`` in the user's cache folder."""
+    named = _get("BASISCONV_DATA")
+    if named:
+        return Path(named).expanduser()
+    cache = _get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "basisconv-data"
+
+
+def as_set() -> dict[str, str]:
+    """The variables of this package that are set now, for bug reports."""
+    return {v.name: os.environ[v.name] for v in VARIABLES if v.name in os.environ}

@@ -1,0 +1,120 @@
+"""Choice of a backend: ordered candidates, the reasons against each, and the user's wish.
+
+An op lists its candidates in the order of preference. ``supports`` gives the reasons against one, empty when it can run.
+Automatic choice takes the first without reasons; a wish by name works or raises with every candidate's reasons.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from basisconv_kernels.core import env, extension, log
+from basisconv_kernels.core.errors import BackendUnavailable
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A backend of one op.
+
+    Attributes:
+        name: the backend's name, as users say it.
+        target: ``"module:function"``, imported when first chosen.
+        supports: problem → reasons against, empty when the backend can run it.
+    """
+
+    name: str
+    target: str
+    supports: Callable[[Any], Sequence[str]]
+
+
+_wish: ContextVar[str | None] = ContextVar("basisconv_backend", default=env.backend())
+
+
+def wish() -> str | None:
+    """The backend asked for by ``use_backend`` or ``BASISCONV_BACKEND``, or None."""
+    return _wish.get()
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Run every op call in the block that names no backend itself on this one; None returns to automatic choice.
+
+    A graph that ``torch.compile`` traced keeps the backend of its tracing.
+    """
+    token = _wish.set(name)
+    try:
+        yield
+    finally:
+        _wish.reset(token)
+
+
+def absent(backend: str) -> str | None:
+    """Why a backend does not exist on this machine at all; None when it does."""
+    if backend == "reference":
+        return None
+    if backend == "cpu":
+        return extension.load()
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed: pip install basisconv_kernels[triton]"
+        return None if torch.cuda.is_available() else "no CUDA device"
+    if backend == "cuda":
+        return extension.load() or (None if torch.cuda.is_available() else "no CUDA device")
+    return f"no backend has the name {backend!r}"
+
+
+def reasons(candidates: Sequence[Candidate], problem: Any) -> dict[str, tuple[str, ...]]:
+    """The reasons against each candidate, in order of preference; empty tuples can run."""
+    found = {}
+    for candidate in candidates:
+        missing = absent(candidate.name)
+        found[candidate.name] = (missing,) if missing else tuple(candidate.supports(problem))
+    return found
+
+
+def select(op: str, candidates: Sequence[Candidate], problem: Any, asked: str | None) -> Candidate:
+    """The candidate for this call.
+
+    Args:
+        op (str): name of the op, for messages.
+        candidates: in order of preference.
+        problem: what ``supports`` understands.
+        asked (str or None): the user's explicit choice; None chooses the first that can run.
+
+    Raises:
+        BackendUnavailable: the backend asked for cannot run the problem, or none can.
+    """
+    against = reasons(candidates, problem)
+    if asked is not None:
+        for candidate in candidates:
+            if candidate.name == asked and not against[asked]:
+                return candidate
+        raise BackendUnavailable(_refusal(op, problem, asked, against))
+    for candidate in candidates:
+        if not against[candidate.name]:
+            passed = [f"{name}: {'; '.join(why)}" for name, why in against.items() if why]
+            log.once(f"{op} [{problem}] → {candidate.name}" + (f" (not {' | '.join(passed)})" if passed else ""))
+            return candidate
+    raise BackendUnavailable(_refusal(op, problem, None, against))
+
+
+def _refusal(op: str, problem: Any, asked: str | None, against: dict[str, tuple[str, ...]]) -> str:
+    head = f"{op}: backend {asked!r} cannot run [{problem}]" if asked else f"{op}: no backend can run [{problem}]"
+    rows = [f"  {name}: {'; '.join(why) if why else 'can run'}" for name, why in against.items()]
+    if asked is not None and asked not in against:
+        rows.insert(0, f"  {asked}: {absent(asked) or 'not a backend of this op'}")
+    return "\n".join([head, *rows])
+
+
+def resolve(candidate: Candidate) -> Callable[..., Any]:
+    """Import the candidate's target."""
+    module, _, attribute = candidate.target.partition(":")
+    return getattr(importlib.import_module(module), attribute)

@@ -1,0 +1,156 @@
+"""``basis_conv2d`` in plain PyTorch: what the op means, and the fallback where no kernel runs.
+
+Arguments arrive checked and in normal form (see ``ops/basis_conv2d.py``): strides and dilations as pairs, the padding as
+(top, bottom, left, right), tensors of one dtype on one device.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from basisconv_kernels.core.checks import Pair, Quad
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+class Gradients(NamedTuple):
+    """One gradient an input of the op; None where none was asked for."""
+
+    input: Tensor | None
+    basis_weight: Tensor | None
+    coefficients: Tensor | None
+    bias: Tensor | None
+    residual: Tensor | None
+
+
+def memory_format(input: Tensor) -> torch.memory_format:
+    """The layout of the result: channels_last where the input's channels are the fastest dimension, else NCHW."""
+    if input.shape[1] > 1 and input.stride(1) == 1 and not input.is_contiguous():
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def symmetric(input: Tensor, padding: Quad) -> tuple[Tensor, Pair]:
+    """Split the padding into what conv2d takes (equal on both sides) and zeros written around the input."""
+    top, bottom, left, right = padding
+    if top == bottom and left == right:
+        return input, (top, left)
+    return F.pad(input, (left, right, top, bottom)), (0, 0)
+
+
+def coefficient_groups(coefficients: Tensor, basis_channels: int, groups: int) -> int:
+    """Groups of the 1×1 stage: G for compact coefficients [K, Q/G], 1 for [K, Q]."""
+    return groups if groups > 1 and coefficients.shape[1] != basis_channels else 1
+
+
+def basis_maps(
+    input: Tensor, basis_weight: Tensor, stride: Pair, padding: Quad, dilation: Pair, groups: int
+) -> Tensor:
+    """Z [N, Q, OH, OW] = conv2d(input, basis_weight); 16-bit dtypes accumulate in float32 and come back as float32."""
+    padded, pad = symmetric(input, padding)
+    if input.dtype in HALF:
+        padded, basis_weight = padded.float(), basis_weight.float()
+    return F.conv2d(padded, basis_weight, None, stride, pad, dilation, groups)
+
+
+def forward(
+    input: Tensor,
+    basis_weight: Tensor,
+    coefficients: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: Pair,
+    padding: Quad,
+    dilation: Pair,
+    groups: int,
+    activation: str | None,
+    precise: bool,
+) -> Tensor:
+    """``act(coefficients · conv2d(input, basis_weight) + bias + residual)``.
+
+    float32 and float64 compute in their own dtype. bfloat16 and float16 accumulate in float32, round Z once to the dtype
+    (not if ``precise``) and round the result once.
+    """
+    maps = basis_maps(input, basis_weight, stride, padding, dilation, groups)
+    if maps.dtype != input.dtype and not precise:
+        maps = maps.to(input.dtype).to(maps.dtype)
+    mixing = coefficients.to(maps.dtype)[:, :, None, None]
+    offset = None if bias is None else bias.to(maps.dtype)
+    out = F.conv2d(maps, mixing, offset, groups=coefficient_groups(coefficients, basis_weight.shape[0], groups))
+    if residual is not None:
+        out = out + residual.to(out.dtype)
+    if activation == "relu":
+        out = F.relu(out)
+    elif activation == "relu6":
+        out = F.relu6(out)
+    return out.to(input.dtype).contiguous(memory_format=memory_format(input))
+
+
+def backward(
+    grad_output: Tensor,
+    output: Tensor | None,
+    input: Tensor,
+    basis_weight: Tensor,
+    coefficients: Tensor,
+    stride: Pair,
+    padding: Quad,
+    dilation: Pair,
+    groups: int,
+    activation: str | None,
+    wanted: tuple[bool, bool, bool, bool, bool],
+) -> Gradients:
+    """The explicit gradients, Z recomputed.
+
+    With ``g = grad_output`` where the activation's slope is 1, else 0::
+
+        d bias = Σ g over n, y, x        d residual = g              d coefficients = g · Zᵀ
+        dZ = coefficientsᵀ · g           d input = convᵀ(dZ, basis_weight)      d basis_weight = wgrad(input, dZ)
+
+    dZ is rounded to the dtype like Z; sums over pixels accumulate in float32 at least, in a fixed order.
+
+    Args:
+        output (Tensor or None): the op's result; needed with an activation only.
+        wanted: which of input, basis_weight, coefficients, bias, residual need a gradient.
+    """
+    if activation == "relu":
+        grad_output = torch.ops.aten.threshold_backward(grad_output, output, 0)
+    elif activation == "relu6":
+        grad_output = torch.ops.aten.hardtanh_backward(grad_output, output, 0.0, 6.0)
+    mixing = coefficients[:, :, None, None]
+    mixing_groups = coefficient_groups(coefficients, basis_weight.shape[0], groups)
+    padded, pad = symmetric(input, padding)
+    conv_backward = torch.ops.aten.convolution_backward
+
+    d_maps = d_input = d_basis = d_coefficients = None
+    if wanted[2] or wanted[0] or wanted[1]:
+        # Z itself enters d coefficients alone; a frozen recombination needs only its shape.
+        maps = (
+            F.conv2d(padded, basis_weight, None, stride, pad, dilation, groups)
+            if wanted[2]
+            else grad_output.new_empty(grad_output.shape[0], basis_weight.shape[0], *grad_output.shape[2:])
+        )
+        d_maps, d_mixing, _ = conv_backward(
+            grad_output, maps, mixing, None, [1, 1], [0, 0], [1, 1], False, [0, 0], mixing_groups,
+            [wanted[0] or wanted[1], wanted[2], False],
+        )  # fmt: skip
+        d_coefficients = d_mixing[:, :, 0, 0] if wanted[2] else None
+    if wanted[0] or wanted[1]:
+        d_padded, d_basis, _ = conv_backward(
+            d_maps, padded, basis_weight, None, stride, pad, dilation, False, [0, 0], groups,
+            [wanted[0], wanted[1], False],
+        )  # fmt: skip
+        d_input = d_padded
+        if wanted[0] and padded is not input:
+            top, _, left, _ = padding
+            d_input = d_padded[:, :, top : top + input.shape[2], left : left + input.shape[3]]
+    return Gradients(
+        d_input if wanted[0] else None,
+        d_basis if wanted[1] else None,
+        d_coefficients,
+        grad_output.sum((0, 2, 3)) if wanted[3] else None,
+        grad_output if wanted[4] else None,
+    )

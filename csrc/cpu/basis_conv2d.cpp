@@ -1,0 +1,100 @@
+// basis_conv2d on the CPU: packing and the choice of variant. Compiled once per instruction set (BASISCONV_ISA).
+//
+// float32, bfloat16 and float16 tensors; arithmetic in float. Input of any strides, output and residual [N, OH, OW, K].
+// Wins over two convolutions because z stays in the cache, small Q fills whole registers, and 3x3 runs as Winograd.
+// Test: tests/ops/test_basis_conv2d.py. Bench: python -m bench run --suite C1.
+#include "basis_conv2d.h"
+
+#include "basis_conv2d_direct.h"
+#include "basis_conv2d_winograd.h"
+
+#define BASISCONV_JOIN2(a, b) a##b
+#define BASISCONV_JOIN(a, b) BASISCONV_JOIN2(a, b)
+
+namespace basisconv {
+namespace BASISCONV_ISA {
+
+static void pack_filters(const BasisConv2dWeights& w, const CpuPack& pack, const float* filters, float* packed) {
+  const int64_t group_channels = w.C / w.groups, group_filters = w.Q / w.groups, taps = w.R * w.S;
+  const bool winograd = pack.variant == CpuVariant::winograd;
+  const int64_t per_register = kWidth / pack.lanes;
+  const int64_t outer = winograd ? pack.positions : pack.channel_blocks;
+  const int64_t inner = winograd ? pack.channel_blocks : pack.positions;
+  for (int64_t group = 0; group < w.groups; group++) {
+    for (int64_t f = 0; f < pack.filter_blocks; f++) {
+      for (int64_t o = 0; o < outer; o++) {
+        for (int64_t i = 0; i < inner; i++) {
+          const int64_t position = winograd ? o : i, b = winograd ? i : o;
+          for (int64_t step = 0; step < pack.block / pack.lanes; step++) {
+            for (int64_t v = 0; v < pack.vectors; v++) {
+              for (int64_t lane = 0; lane < kWidth; lane++) {
+                const int64_t q = f * pack.filters + v * per_register + lane / pack.lanes;
+                const int64_t c = b * pack.block + step * pack.lanes + lane % pack.lanes;
+                float value = 0;
+                if (q < group_filters && c < group_channels) {
+                  const float* g = filters + ((group * group_filters + q) * group_channels + c) * taps;
+                  value = winograd ? transformed_filter(g, position) : g[position];
+                }
+                *packed++ = value;
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+static void pack_coefficients(const BasisConv2dWeights& w, const CpuPack& pack, const float* coefficients,
+                              float* packed) {
+  const int64_t group_filters = w.Q / w.groups, mixed = w.Q / w.mixing_groups, outputs = w.K / w.mixing_groups;
+  const int64_t panel = pack.output_vectors * static_cast<int64_t>(kWidth);
+  for (int64_t group = 0; group < w.mixing_groups; group++) {
+    for (int64_t p = 0; p < pack.panels; p++) {
+      for (int64_t slot = 0; slot < pack.slots; slot++) {
+        // A slot is a map of one convolution group, or padding behind that group's maps.
+        const int64_t within = slot % pack.maps, q = slot / pack.maps * group_filters + within;
+        for (int64_t lane = 0; lane < panel; lane++) {
+          const int64_t k = p * panel + lane;
+          const bool real = within < group_filters && k < outputs;
+          *packed++ = real ? coefficients[(group * outputs + k) * mixed + q] : 0.0f;
+        }
+      }
+    }
+  }
+}
+
+static void pack(const BasisConv2dWeights& w, const CpuPack& pack, const float* filters, const float* coefficients,
+                 float* packed) {
+  pack_filters(w, pack, filters, packed);
+  pack_coefficients(w, pack, coefficients, packed + pack.filters_size);
+}
+
+template <typename T>
+static void run_as(const BasisConv2dParams& params, const CpuPlan& plan, float* scratch, int64_t begin, int64_t end) {
+  const bool winograd = plan.pack.variant == CpuVariant::winograd;
+  if (plan.pack.output_vectors == 2) {
+    (winograd ? run_winograd<T, 2> : run_direct<T, 2>)(params, plan, scratch, begin, end);
+  } else {
+    (winograd ? run_winograd<T, 1> : run_direct<T, 1>)(params, plan, scratch, begin, end);
+  }
+}
+
+static void run(const BasisConv2dParams& params, const CpuPlan& plan, float* scratch, int64_t begin, int64_t end) {
+  switch (params.weights.dtype) {
+    case DType::f32:
+      return run_as<float>(params, plan, scratch, begin, end);
+    case DType::bf16:
+      return run_as<bf16>(params, plan, scratch, begin, end);
+    case DType::f16:
+      return run_as<f16>(params, plan, scratch, begin, end);
+  }
+}
+
+}  // namespace BASISCONV_ISA
+
+CpuBasisConv2d BASISCONV_JOIN(cpu_basis_conv2d_, BASISCONV_ISA)() {
+  return {BASISCONV_ISA::pack, BASISCONV_ISA::run};
+}
+
+}  // namespace basisconv

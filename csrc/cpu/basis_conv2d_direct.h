@@ -1,0 +1,108 @@
+// Direct stage 1: every tap of every channel block runs through the register tile; any kernel, stride and dilation.
+#pragma once
+#include "basis_conv2d_rows.h"
+#include "basis_conv2d_tiles.h"
+
+namespace basisconv {
+namespace BASISCONV_ISA {
+
+// Taps of output row `oy` that lie inside the image; rows of the kernel outside it are left out.
+static int64_t inside_taps(const BasisConv2dParams& params, const CpuPlan& plan, const Ring& ring, int64_t oy,
+                           int64_t* offset, int64_t* weight) {
+  const BasisConv2dWeights& w = params.weights;
+  const int64_t tap_weights = plan.pack.block / plan.pack.lanes * plan.pack.vectors * kWidth;
+  int64_t count = 0;
+  for (int64_t r = 0; r < w.R; r++) {
+    const int64_t y = oy * w.stride_h + r * w.dilation_h - params.pad_top;
+    if (y < 0 || y >= params.H) continue;
+    for (int64_t s = 0; s < w.S; s++) {
+      offset[count] = (y % plan.ring_rows) * ring.row_size + ring.column(s * w.dilation_w);
+      weight[count] = (r * w.S + s) * tap_weights;
+      count++;
+    }
+  }
+  return count;
+}
+
+template <typename T, int NK>
+static void run_direct(const BasisConv2dParams& params, const CpuPlan& plan, float* scratch, int64_t begin,
+                       int64_t end) {
+  const BasisConv2dWeights& w = params.weights;
+  const CpuPack& pack = plan.pack;
+  const float* filters = static_cast<const float*>(params.packed);
+  const float* coefficients = filters + pack.filters_size;
+  const Ring ring = make_ring(params, plan, w.stride_w, scratch);
+  float* z = scratch + plan.ring_size;
+  float* partial = z + plan.maps_size;
+  const int64_t all_maps = w.groups * pack.maps;
+  const int64_t z_row = plan.maps_size / plan.rows;
+  const int64_t partial_columns = z_row / all_maps;
+  const int64_t registers = pack.vectors * kWidth;
+  const Stage1Function* stage1 = stage1_functions(pack.lanes, pack.vectors, pack.block);
+  const int64_t tile = even_tile(params.OW, stage1_pixels(pack.vectors));
+  const int64_t block_weights = pack.positions * (pack.block / pack.lanes) * registers;
+  const int64_t taps = w.R * w.S;
+  int64_t* offset = new int64_t[2 * taps * plan.rows];
+  int64_t* weight = offset + taps * plan.rows;
+  int64_t* count = new int64_t[plan.rows];
+
+  int64_t image = -1, filled = 0;  // rows of `image` before `filled` have been copied
+  for (int64_t unit = begin; unit < end;) {
+    const int64_t n = unit / params.OH, oy = unit % params.OH;
+    int64_t rows = plan.rows;
+    if (rows > params.OH - oy) rows = params.OH - oy;
+    if (rows > end - unit) rows = end - unit;
+
+    int64_t first = oy * w.stride_h - params.pad_top;
+    int64_t last = (oy + rows - 1) * w.stride_h - params.pad_top + (w.R - 1) * w.dilation_h;
+    if (first < 0) first = 0;
+    if (last > params.H - 1) last = params.H - 1;
+    if (n != image) filled = 0;
+    if (filled < first) filled = first;
+    image = n;
+    for (; filled <= last; filled++) fill_row<T>(params, pack, ring, filled % plan.ring_rows, n, filled);
+
+    for (int64_t row = 0; row < rows; row++) {
+      count[row] = inside_taps(params, plan, ring, oy + row, offset + row * taps, weight + row * taps);
+    }
+    for (int64_t group = 0; group < w.groups; group++) {
+      const float* group_filters = filters + group * pack.group_size;
+      for (int64_t b = 0; b < pack.channel_blocks; b += plan.chunk) {
+        const int64_t b_end = b + plan.chunk < pack.channel_blocks ? b + plan.chunk : pack.channel_blocks;
+        for (int64_t f = 0; f < pack.filter_blocks; f++) {
+          const float* block_filters = group_filters + f * pack.channel_blocks * block_weights;
+          for (int64_t row = 0; row < rows; row++) {
+            const Taps here{ring.rows + group * pack.channel_blocks * ring.plane, offset + row * taps,
+                            weight + row * taps, count[row], ring.plane, block_weights};
+            float* z_here = z + row * z_row + group * pack.maps + f * pack.filters;
+            float* waiting = partial + (row * pack.filter_blocks + f) * partial_columns * registers;
+            for (int64_t x = 0; x < params.OW; x += tile) {
+              const int64_t pixels = params.OW - x < tile ? params.OW - x : tile;
+              if (b == 0 && f == 0 && group == 0) {
+                const char* lines = static_cast<const char*>(params.output) +
+                                    ((unit + row) * params.OW + x) * w.K * static_cast<int64_t>(sizeof(T));
+                for (int64_t at = 0; at < pixels * w.K * static_cast<int64_t>(sizeof(T)); at += 64) {
+                  __builtin_prefetch(lines + at, 1, 2);
+                }
+              }
+              stage1[pixels](here, b, b_end, x, block_filters,
+                             Partial{waiting + x * registers, b == 0, b_end == pack.channel_blocks},
+                             z_here + x * all_maps, all_maps);
+            }
+          }
+        }
+      }
+    }
+    for (int64_t row = 0; row < rows; row++) {
+      float* z_here = z + row * z_row;
+      if (!w.precise) round_maps<T>(z_here, params.OW * all_maps);
+      recombine<T, NK>(pack, params, coefficients, z_here, all_maps, (unit + row) * params.OW, params.OW);
+    }
+    unit += rows;
+  }
+  delete[] offset;
+  delete[] count;
+}
+
+}  // namespace BASISCONV_ISA
+}  // namespace basisconv

@@ -1,0 +1,149 @@
+#include "basis_conv2d_plan.h"
+
+#include <algorithm>
+#include <cstring>
+#include <initializer_list>
+
+namespace basisconv {
+namespace {
+
+constexpr int64_t kCacheFloats = 128 * 1024;     // half of a 1 MiB second-level cache
+constexpr int64_t kScratchFloats = 240 * 1024;   // a thread's scratch stays under 1 MiB where one tile allows
+constexpr int64_t kTilesInFlight = 14;           // pixels of a full AVX-512 tile
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Register tiles that the kernels are compiled for: (lanes, vectors).
+struct Tile {
+  int32_t lanes, vectors;
+};
+constexpr Tile kTiles512[] = {{1, 2}, {1, 3}, {1, 4}, {2, 2}, {2, 3}, {4, 2}, {4, 3}, {8, 2}};
+constexpr Tile kTiles256[] = {{1, 2}, {1, 3}, {2, 2}, {2, 3}, {4, 2}};
+constexpr Tile kTilesBase[] = {{1, 2}, {2, 2}, {4, 2}};
+
+// The tile that does the least work for Q filters: padded filters cost like real ones, a sum over lanes costs a little.
+Tile best_tile(const Tile* tiles, int count, int64_t width, int64_t Q, int64_t block) {
+  Tile best = tiles[0];
+  double best_cost = 0;
+  for (int i = 0; i < count; i++) {
+    const Tile t = tiles[i];
+    if (t.lanes > block) continue;
+    const int64_t blocks = ceil_div(Q, t.vectors * width / t.lanes);
+    const double sums = t.lanes == 1 ? 1.0 : t.lanes == 2 ? 1.05 : t.lanes == 4 ? 1.08 : 1.12;
+    const double cost = static_cast<double>(blocks * t.vectors) / t.lanes * sums;
+    if (i == 0 || cost < best_cost) {
+      best = t;
+      best_cost = cost;
+    }
+  }
+  return best;
+}
+
+int32_t width_of(Isa isa) { return isa == Isa::avx512 ? 16 : isa == Isa::avx2 ? 8 : 4; }
+
+bool fits_winograd(const BasisConv2dWeights& w) {
+  return !w.precise && w.R == 3 && w.S == 3 && w.stride_h == 1 && w.stride_w == 1 && w.dilation_h == 1 &&
+         w.dilation_w == 1 && w.C / w.groups >= 8;
+}
+
+}  // namespace
+
+CpuPack cpu_pack(const BasisConv2dWeights& w, Isa isa) {
+  CpuPack p{};
+  const int64_t group_channels = w.C / w.groups, group_filters = w.Q / w.groups;
+  p.width = width_of(isa);
+  p.variant = fits_winograd(w) ? CpuVariant::winograd : CpuVariant::direct;
+  p.block = group_channels <= 4 ? 4 : 16;
+  const Tile tile = isa == Isa::avx512 ? best_tile(kTiles512, 8, p.width, group_filters, p.block)
+                    : isa == Isa::avx2 ? best_tile(kTiles256, 5, p.width, group_filters, p.block)
+                                       : best_tile(kTilesBase, 3, p.width, group_filters, p.block);
+  p.lanes = tile.lanes;
+  p.vectors = tile.vectors;
+  p.channel_blocks = ceil_div(group_channels, p.block);
+  p.positions = p.variant == CpuVariant::winograd ? 16 : w.R * w.S;
+  p.filters = static_cast<int64_t>(p.vectors) * p.width / p.lanes;
+  p.filter_blocks = ceil_div(group_filters, p.filters);
+  p.maps = p.filter_blocks * p.filters;
+  // One group: the padded slots lie at the end and are skipped. Several: they lie between, with zero coefficients.
+  p.slots = w.groups == 1 ? w.Q : w.groups / w.mixing_groups * p.maps;
+  const int64_t outputs = w.K / w.mixing_groups;
+  p.output_vectors = outputs > p.width ? 2 : 1;
+  p.panels = ceil_div(outputs, p.output_vectors * p.width);
+  p.group_size = p.filter_blocks * p.channel_blocks * p.positions * (p.block / p.lanes) * p.vectors * p.width;
+  p.filters_size = w.groups * p.group_size;
+  p.coefficients_size = w.mixing_groups * p.panels * p.slots * p.output_vectors * p.width;
+  return p;
+}
+
+CpuPlan cpu_plan(const BasisConv2dParams& params, const CpuPack& pack, int64_t threads) {
+  const BasisConv2dWeights& w = params.weights;
+  CpuPlan p{};
+  p.pack = pack;
+  const int64_t all_maps = w.groups * pack.maps;
+  const int64_t row_blocks = w.groups * pack.channel_blocks * pack.block;  // floats of one ring pixel
+  if (pack.variant == CpuVariant::winograd) {
+    p.tile_columns = ceil_div(params.OW, 2);
+    p.units = params.N * ceil_div(params.OH, 2);
+    const int64_t mine = ceil_div(p.units, std::max<int64_t>(threads, 1)) * p.tile_columns;
+    const int64_t a_tile = 16 * (row_blocks + pack.maps) + 4 * all_maps;
+    // Packed weights are read once a pass: weights beyond the cache want large passes, small ones want small scratch.
+    const int64_t wanted = pack.group_size > kCacheFloats ? 4 * kTilesInFlight : kTilesInFlight;
+    const int64_t most = std::max<int64_t>(1, std::min(wanted, kScratchFloats / a_tile));
+    const int64_t passes = ceil_div(std::max<int64_t>(mine, 1), most);
+    p.tiles = ceil_div(std::max<int64_t>(mine, 1), passes);
+    p.ring_rows = 4;
+    p.ring_columns = 2 * p.tile_columns + 2;
+    p.ring_size = p.ring_rows * p.ring_columns * row_blocks;
+    p.transformed_size = 16 * p.tiles * row_blocks;
+    p.products_size = 16 * p.tiles * pack.maps;
+    p.maps_size = 2 * 2 * p.tiles * all_maps;
+    return p;
+  }
+  p.units = params.N * params.OH;
+  // What is copied into a row, and what the last tap of the last output reads.
+  p.ring_columns =
+      std::max(ceil_div(params.W + params.pad_left, w.stride_w), params.OW + (w.S - 1) * w.dilation_w / w.stride_w);
+  const int64_t reach = (w.R - 1) * w.dilation_h + 1;
+  const int64_t a_ring_row = w.stride_w * p.ring_columns * row_blocks;
+  const int64_t a_map_row = params.OW * all_maps;
+  const int64_t panel = pack.group_size / pack.filter_blocks;
+  p.chunk = panel <= kCacheFloats ? pack.channel_blocks
+                                  : std::max<int64_t>(1, pack.channel_blocks * (kCacheFloats / 2) / panel);
+  // Weights beyond the cache are read once a pass: then several rows share a pass.
+  const int64_t wanted = pack.group_size > kCacheFloats ? ceil_div(4 * kTilesInFlight, params.OW) : 1;
+  p.rows = 1;
+  while (p.rows < wanted && p.rows < params.OH &&
+         (reach + p.rows * w.stride_h) * a_ring_row + (p.rows + 1) * 2 * a_map_row <= kScratchFloats) {
+    p.rows++;
+  }
+  p.ring_rows = (p.rows - 1) * w.stride_h + reach;
+  p.ring_size = p.ring_rows * a_ring_row;
+  p.maps_size = p.rows * a_map_row;
+  p.partial_size = p.chunk < pack.channel_blocks
+                       ? p.rows * pack.filter_blocks * params.OW * pack.vectors * pack.width
+                       : 0;
+  return p;
+}
+
+CpuPackHeader cpu_pack_header(const BasisConv2dWeights& w, Isa isa) {
+  CpuPackHeader h{};
+  std::memcpy(h.magic, "basisc2d", 8);
+  h.version = 1;
+  h.isa = static_cast<int64_t>(isa);
+  const int64_t sizes[] = {w.C,        w.Q,          w.K,          w.R,      w.S,
+                           w.stride_h, w.stride_w,   w.dilation_h, w.dilation_w, w.groups,
+                           w.mixing_groups, w.precise ? 1 : 0};
+  std::memcpy(h.sizes, sizes, sizeof(sizes));
+  return h;
+}
+
+int64_t cpu_packed_bytes(const BasisConv2dWeights& w) {
+  int64_t most = 0;
+  for (Isa isa : {Isa::base, Isa::avx2, Isa::avx512}) {
+    const CpuPack p = cpu_pack(w, isa);
+    most = std::max(most, p.filters_size + p.coefficients_size);
+  }
+  return kCpuPackHeaderBytes + 4 * most;
+}
+
+}  // namespace basisconv

@@ -1,0 +1,70 @@
+// How basis_conv2d runs on a CPU: tile shapes, packed layout, scratch. Pure functions of sizes and instruction set,
+// compiled once, tested without running a kernel.
+#pragma once
+#include <cstdint>
+
+#include "../ops/basis_conv2d.h"
+#include "isa.h"
+
+namespace basisconv {
+
+enum class CpuVariant : int32_t { direct = 0, winograd = 1 };
+
+// Layout of the packed weights; sizes in floats. Per channel group of the R*S convolution:
+//   filters [filter_blocks][channel_blocks][positions][block/lanes][vectors][width]      (direct)
+//   filters [filter_blocks][positions][channel_blocks][block/lanes][vectors][width]      (winograd)
+// where positions are the R*S taps, or the 16 points of F(2x2,3x3). One register holds width/lanes filters times `lanes`
+// channels: with few filters it is filled up by channels, and the lanes of a filter are summed once at the end.
+// Then per mixing group the coefficients [panels][slots][output_vectors * width].
+struct CpuPack {
+  CpuVariant variant;
+  int32_t width;           // floats in a register
+  int32_t lanes;           // channels side by side in a register: 1, 2, 4 or 8
+  int32_t vectors;         // registers of filters in one tile
+  int32_t output_vectors;  // registers of outputs in one tile of the second stage
+  int64_t block;           // channels in a channel block: 16, or 4 for very few channels
+  int64_t channel_blocks;  // of one group
+  int64_t positions;
+  int64_t filters;        // in a filter block: vectors * width / lanes
+  int64_t filter_blocks;  // of one group
+  int64_t maps;           // z slots of one group: filter_blocks * filters
+  int64_t slots;          // z slots that one mixing group reads
+  int64_t panels;         // of one mixing group
+  int64_t group_size;     // packed filters of one group
+  int64_t filters_size, coefficients_size;
+};
+
+// Tile sizes for one batch and map. Scratch is each thread's own.
+struct CpuPlan {
+  CpuPack pack;
+  int64_t units;         // rows of work that threads share, over the batch: output rows, or rows of 2x2 tiles
+  int64_t rows;          // direct: output rows in a pass
+  int64_t chunk;         // direct: channel blocks between two visits of a tile
+  int64_t tiles;         // winograd: tiles in a pass
+  int64_t tile_columns;  // winograd: tiles in a row
+  int64_t ring_rows;     // padded input rows kept
+  int64_t ring_columns;  // pixels of one ring row and stride phase
+  int64_t ring_size, maps_size, partial_size, transformed_size, products_size;  // floats of scratch
+  int64_t scratch() const { return ring_size + maps_size + partial_size + transformed_size + products_size; }
+};
+
+CpuPack cpu_pack(const BasisConv2dWeights& weights, Isa isa);
+CpuPlan cpu_plan(const BasisConv2dParams& params, const CpuPack& pack, int64_t threads);
+
+// The packed tensor starts with this header; the floats follow at kCpuPackHeaderBytes.
+struct CpuPackHeader {
+  char magic[8];
+  int64_t version;
+  int64_t isa;
+  int64_t sizes[12];  // C Q K R S stride_h stride_w dilation_h dilation_w groups mixing_groups precise
+};
+constexpr int64_t kCpuPackHeaderBytes = 128;
+static_assert(sizeof(CpuPackHeader) <= kCpuPackHeaderBytes, "the header must fit in front of the floats");
+
+CpuPackHeader cpu_pack_header(const BasisConv2dWeights& weights, Isa isa);
+
+// Bytes of the packed tensor: the most that any instruction set needs, so that a traced graph keeps its sizes on another
+// processor, where the header then makes the op refuse the foreign bytes.
+int64_t cpu_packed_bytes(const BasisConv2dWeights& weights);
+
+}  // namespace basisconv

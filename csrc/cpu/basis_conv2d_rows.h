@@ -1,0 +1,69 @@
+// Input rows as the tiles want them: float, channel blocks apart, padding as zeros, stride phases apart.
+//
+// Ring row: [channel_blocks of all groups][stride_w][ring_columns][BLOCK]. The pixels that one tap of consecutive outputs
+// reads are then neighbours BLOCK floats apart, whatever the stride, and borders, dtypes and strides of the tensor end
+// here.
+#pragma once
+#include "simd.h"
+
+namespace basisconv {
+namespace BASISCONV_ISA {
+
+struct Ring {
+  float* rows;
+  int64_t row_size;  // floats of one row
+  int64_t plane;     // floats between channel blocks
+  int64_t columns;   // pixels of one stride phase
+  int64_t phases;    // stride_w
+  int64_t block;
+
+  float* row(int64_t slot) const { return rows + slot * row_size; }
+  // Floats from the start of a channel block to padded column x.
+  int64_t column(int64_t x) const { return ((x % phases) * columns + x / phases) * block; }
+};
+
+static inline Ring make_ring(const BasisConv2dParams& params, const CpuPlan& plan, int64_t phases, float* memory) {
+  const CpuPack& pack = plan.pack;
+  Ring ring{};
+  ring.rows = memory;
+  ring.phases = phases;
+  ring.columns = plan.ring_columns;
+  ring.block = pack.block;
+  ring.plane = phases * plan.ring_columns * pack.block;
+  ring.row_size = params.weights.groups * pack.channel_blocks * ring.plane;
+  memset(memory, 0, plan.ring_rows * ring.row_size * sizeof(float));
+  return ring;
+}
+
+// Copy image row `y` of image `n` into a ring slot. The padding columns are zero since make_ring and stay so.
+template <typename T>
+static void fill_row(const BasisConv2dParams& params, const CpuPack& pack, const Ring& ring, int64_t slot, int64_t n,
+                     int64_t y) {
+  const int64_t group_channels = params.weights.C / params.weights.groups;
+  const T* source = static_cast<const T*>(params.input) + n * params.input_stride_n + y * params.input_stride_h;
+  float* row = ring.row(slot);
+  for (int64_t group = 0; group < params.weights.groups; group++) {
+    for (int64_t b = 0; b < pack.channel_blocks; b++) {
+      const int64_t first = b * ring.block;
+      const int64_t rest = group_channels - first;
+      const int64_t channels = rest < ring.block ? rest : ring.block;
+      const T* from = source + (group * group_channels + first) * params.input_stride_c;
+      float* to = row + (group * pack.channel_blocks + b) * ring.plane;
+      if (params.input_stride_c == 1 && channels % kWidth == 0) {
+        for (int64_t x = 0; x < params.W; x++) {
+          float* pixel = to + ring.column(x + params.pad_left);
+          for (int64_t c = 0; c < channels; c += kWidth) Vec::store(pixel + c, Vec::load(from + x * params.input_stride_w + c));
+        }
+      } else {
+        for (int64_t x = 0; x < params.W; x++) {
+          float* pixel = to + ring.column(x + params.pad_left);
+          const T* value = from + x * params.input_stride_w;
+          for (int64_t c = 0; c < channels; c++) pixel[c] = to_float(value[c * params.input_stride_c]);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace BASISCONV_ISA
+}  // namespace basisconv

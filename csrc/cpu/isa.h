@@ -1,0 +1,17 @@
+// Which instruction set the CPU kernels run on.
+#pragma once
+#include <cstdint>
+
+namespace basisconv {
+
+enum class Isa : int32_t { base = 0, avx2 = 1, avx512 = 2 };
+
+const char* isa_name(Isa isa);
+
+// The widest set of this processor.
+Isa isa_of_processor();
+
+// The set in use: the processor's, capped by BASISCONV_CPU_ISA; decided once a process.
+Isa isa_in_use();
+
+}  // namespace basisconv
