@@ -61,8 +61,8 @@ def refuse_gradients(native: str, op: str) -> None:
     def below_autograd(*args: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
             raise RuntimeError(
-                f"torch.ops.basisconv.{native} has no gradient of its own; call basisconv_kernels.{op}, "
-                "or run it under torch.no_grad()"
+                f"torch.ops.basisconv.{native} has no gradient of its own: for training call basisconv_kernels.{op}, "
+                "for inference (an exported program, say) run it under torch.no_grad()"
             )
         with torch._C._AutoDispatchBelowAutograd():
             return raw(*args)

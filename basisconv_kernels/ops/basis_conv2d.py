@@ -19,6 +19,7 @@ from basisconv_kernels.reference import basis_conv2d as reference
 
 OP = "basis_conv2d"
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HAS_NATIVE = extension.load() is None  # a constant: graphs are traced through the functions that ask
 
 
 class Settings(NamedTuple):
@@ -65,10 +66,11 @@ def _native_forward(
     settings: Settings,
 ) -> Tensor:
     """The torch op that C++ registers for the CPU and for CUDA."""
-    stride, padding, dilation, groups, activation, precise, _ = settings
-    return torch.ops.basisconv.basis_conv2d.default(
-        input, basis_weight, coefficients, bias, residual, packed, stride, padding, dilation, groups, activation, precise
-    )
+    arguments = (input, basis_weight, coefficients, bias, residual, packed, *settings[:-1])
+    if torch.compiler.is_compiling():
+        return torch.ops.basisconv.basis_conv2d.default(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():  # gradients are our Function's; asking autograd costs 5 us a call
+        return torch.ops.basisconv.basis_conv2d.default(*arguments)
 
 
 def _reference_forward(
@@ -140,7 +142,7 @@ def basis_conv2d_pack(
         Tensor[bytes] (uint8), good for this instruction set and geometry only and checked on use; None where the native
         kernel does not take these tensors, and then ``packed=None`` is right.
     """
-    if extension.load() is not None or basis_weight.device.type != "cpu" or basis_weight.dtype not in NATIVE_DTYPES:
+    if not HAS_NATIVE or basis_weight.device.type != "cpu" or basis_weight.dtype not in NATIVE_DTYPES:
         return None
     return torch.ops.basisconv.basis_conv2d_pack.default(
         basis_weight,
@@ -210,9 +212,7 @@ def _flops(
 
 
 def _register() -> None:
-    """Teach torch what the native op does to shapes, gradients and FLOP counts; nothing where it is not built."""
-    if extension.load() is not None:
-        return
+    """Teach torch what the native op does to shapes, gradients and FLOP counts."""
     torch.library.register_fake("basisconv::basis_conv2d", _fake_forward)
     torch.library.register_fake("basisconv::basis_conv2d_pack", _fake_pack)
     refuse_gradients("basis_conv2d", OP)
@@ -220,7 +220,8 @@ def _register() -> None:
     register_flop_formula(torch.ops.basisconv.basis_conv2d)(_flops)
 
 
-_register()
+if HAS_NATIVE:
+    _register()
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------------

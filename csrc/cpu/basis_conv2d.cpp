@@ -1,6 +1,6 @@
 // basis_conv2d on the CPU: packing and the choice of variant. Compiled once per instruction set (BASISCONV_ISA).
 //
-// float32, bfloat16 and float16 tensors; arithmetic in float. Input of any strides, output and residual [N, OH, OW, K].
+// float32, bfloat16 and float16 tensors; arithmetic in float. Input of any strides; result in channels_last or NCHW.
 // Wins over two convolutions because z stays in the cache, small Q fills whole registers, and 3x3 runs as Winograd.
 // Test: tests/ops/test_basis_conv2d.py. Bench: python -m bench run --suite C1.
 #include "basis_conv2d.h"
@@ -45,17 +45,17 @@ static void pack_filters(const BasisConv2dWeights& w, const CpuPack& pack, const
   }
 }
 
+// [panels][slots][rows]: `rows` outputs side by side, padded with zeros.
 static void pack_coefficients(const BasisConv2dWeights& w, const CpuPack& pack, const float* coefficients,
-                              float* packed) {
+                              int64_t panels, int64_t rows, float* packed) {
   const int64_t group_filters = w.Q / w.groups, mixed = w.Q / w.mixing_groups, outputs = w.K / w.mixing_groups;
-  const int64_t panel = pack.output_vectors * static_cast<int64_t>(kWidth);
   for (int64_t group = 0; group < w.mixing_groups; group++) {
-    for (int64_t p = 0; p < pack.panels; p++) {
+    for (int64_t p = 0; p < panels; p++) {
       for (int64_t slot = 0; slot < pack.slots; slot++) {
         // A slot is a map of one convolution group, or padding behind that group's maps.
         const int64_t within = slot % pack.maps, q = slot / pack.maps * group_filters + within;
-        for (int64_t lane = 0; lane < panel; lane++) {
-          const int64_t k = p * panel + lane;
+        for (int64_t row = 0; row < rows; row++) {
+          const int64_t k = p * rows + row;
           const bool real = within < group_filters && k < outputs;
           *packed++ = real ? coefficients[(group * outputs + k) * mixed + q] : 0.0f;
         }
@@ -67,16 +67,18 @@ static void pack_coefficients(const BasisConv2dWeights& w, const CpuPack& pack, 
 static void pack(const BasisConv2dWeights& w, const CpuPack& pack, const float* filters, const float* coefficients,
                  float* packed) {
   pack_filters(w, pack, filters, packed);
-  pack_coefficients(w, pack, coefficients, packed + pack.filters_size);
+  packed += pack.filters_size;
+  pack_coefficients(w, pack, coefficients, pack.panels, pack.output_vectors * static_cast<int64_t>(kWidth), packed);
+  packed += pack.coefficients_size;
+  pack_coefficients(w, pack, coefficients, pack.planar_panels, pack.planar_rows, packed);
 }
 
 template <typename T>
 static void run_as(const BasisConv2dParams& params, const CpuPlan& plan, float* scratch, int64_t begin, int64_t end) {
-  const bool winograd = plan.pack.variant == CpuVariant::winograd;
-  if (plan.pack.output_vectors == 2) {
-    (winograd ? run_winograd<T, 2> : run_direct<T, 2>)(params, plan, scratch, begin, end);
+  if (plan.pack.variant == CpuVariant::winograd) {
+    run_winograd<T>(params, plan, scratch, begin, end);
   } else {
-    (winograd ? run_winograd<T, 1> : run_direct<T, 1>)(params, plan, scratch, begin, end);
+    run_direct<T>(params, plan, scratch, begin, end);
   }
 }
 

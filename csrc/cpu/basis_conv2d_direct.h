@@ -1,7 +1,7 @@
 // Direct stage 1: every tap of every channel block runs through the register tile; any kernel, stride and dilation.
 #pragma once
+#include "basis_conv2d_recombine.h"
 #include "basis_conv2d_rows.h"
-#include "basis_conv2d_tiles.h"
 
 namespace basisconv {
 namespace BASISCONV_ISA {
@@ -24,19 +24,20 @@ static int64_t inside_taps(const BasisConv2dParams& params, const CpuPlan& plan,
   return count;
 }
 
-template <typename T, int NK>
+template <typename T>
 static void run_direct(const BasisConv2dParams& params, const CpuPlan& plan, float* scratch, int64_t begin,
                        int64_t end) {
   const BasisConv2dWeights& w = params.weights;
   const CpuPack& pack = plan.pack;
   const float* filters = static_cast<const float*>(params.packed);
-  const float* coefficients = filters + pack.filters_size;
   const Ring ring = make_ring(params, plan, w.stride_w, scratch);
   float* z = scratch + plan.ring_size;
-  float* partial = z + plan.maps_size;
+  float* turned = z + plan.maps_size;
+  float* partial = turned + plan.turned_size;
+  const Recombination<T> recombination{params, pack, filters + pack.filters_size,
+                                       filters + pack.filters_size + pack.coefficients_size, turned};
   const int64_t all_maps = w.groups * pack.maps;
-  const int64_t z_row = plan.maps_size / plan.rows;
-  const int64_t partial_columns = z_row / all_maps;
+  const int64_t z_row = params.OW * all_maps;
   const int64_t registers = pack.vectors * kWidth;
   const Stage1Function* stage1 = stage1_functions(pack.lanes, pack.vectors, pack.block);
   const int64_t tile = even_tile(params.OW, stage1_pixels(pack.vectors));
@@ -75,15 +76,13 @@ static void run_direct(const BasisConv2dParams& params, const CpuPlan& plan, flo
             const Taps here{ring.rows + group * pack.channel_blocks * ring.plane, offset + row * taps,
                             weight + row * taps, count[row], ring.plane, block_weights};
             float* z_here = z + row * z_row + group * pack.maps + f * pack.filters;
-            float* waiting = partial + (row * pack.filter_blocks + f) * partial_columns * registers;
+            float* waiting = partial + (row * pack.filter_blocks + f) * params.OW * registers;
             for (int64_t x = 0; x < params.OW; x += tile) {
               const int64_t pixels = params.OW - x < tile ? params.OW - x : tile;
-              if (b == 0 && f == 0 && group == 0) {
-                const char* lines = static_cast<const char*>(params.output) +
-                                    ((unit + row) * params.OW + x) * w.K * static_cast<int64_t>(sizeof(T));
-                for (int64_t at = 0; at < pixels * w.K * static_cast<int64_t>(sizeof(T)); at += 64) {
-                  __builtin_prefetch(lines + at, 1, 2);
-                }
+              if (b == 0 && f == 0 && group == 0 && params.channels_last) {
+                const int64_t pixel_bytes = w.K * static_cast<int64_t>(sizeof(T));
+                const char* lines = static_cast<const char*>(params.output) + ((unit + row) * params.OW + x) * pixel_bytes;
+                for (int64_t at = 0; at < pixels * pixel_bytes; at += 64) __builtin_prefetch(lines + at, 1, 2);
               }
               stage1[pixels](here, b, b_end, x, block_filters,
                              Partial{waiting + x * registers, b == 0, b_end == pack.channel_blocks},
@@ -93,11 +92,8 @@ static void run_direct(const BasisConv2dParams& params, const CpuPlan& plan, flo
         }
       }
     }
-    for (int64_t row = 0; row < rows; row++) {
-      float* z_here = z + row * z_row;
-      if (!w.precise) round_maps<T>(z_here, params.OW * all_maps);
-      recombine<T, NK>(pack, params, coefficients, z_here, all_maps, (unit + row) * params.OW, params.OW);
-    }
+    if (!w.precise) round_maps<T>(z, rows * z_row);
+    recombination.run(z, all_maps, n, oy * params.OW, rows * params.OW);
     unit += rows;
   }
   delete[] offset;

@@ -8,10 +8,11 @@ namespace basisconv {
 namespace {
 
 constexpr int64_t kCacheFloats = 128 * 1024;     // half of a 1 MiB second-level cache
-constexpr int64_t kScratchFloats = 240 * 1024;   // a thread's scratch stays under 1 MiB where one tile allows
+constexpr int64_t kScratchFloats = 240 * 1024;  // a thread's scratch stays under 1 MiB where one tile allows
 constexpr int64_t kTilesInFlight = 14;           // pixels of a full AVX-512 tile
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t aligned(int64_t floats) { return ceil_div(floats, 16) * 16; }
 
 // Register tiles that the kernels are compiled for: (lanes, vectors).
 struct Tile {
@@ -39,6 +40,8 @@ Tile best_tile(const Tile* tiles, int count, int64_t width, int64_t Q, int64_t b
   return best;
 }
 
+// Half of the accumulator registers: two registers of pixels for each of so many outputs.
+int32_t planar_rows_of(Isa isa) { return isa == Isa::avx512 ? 14 : isa == Isa::avx2 ? 6 : 5; }
 int32_t width_of(Isa isa) { return isa == Isa::avx512 ? 16 : isa == Isa::avx2 ? 8 : 4; }
 
 bool fits_winograd(const BasisConv2dWeights& w) {
@@ -69,9 +72,12 @@ CpuPack cpu_pack(const BasisConv2dWeights& w, Isa isa) {
   const int64_t outputs = w.K / w.mixing_groups;
   p.output_vectors = outputs > p.width ? 2 : 1;
   p.panels = ceil_div(outputs, p.output_vectors * p.width);
+  p.planar_panels = ceil_div(outputs, planar_rows_of(isa));
+  p.planar_rows = ceil_div(outputs, p.planar_panels);
   p.group_size = p.filter_blocks * p.channel_blocks * p.positions * (p.block / p.lanes) * p.vectors * p.width;
   p.filters_size = w.groups * p.group_size;
   p.coefficients_size = w.mixing_groups * p.panels * p.slots * p.output_vectors * p.width;
+  p.planar_size = w.mixing_groups * p.planar_panels * p.slots * p.planar_rows;
   return p;
 }
 
@@ -80,23 +86,28 @@ CpuPlan cpu_plan(const BasisConv2dParams& params, const CpuPack& pack, int64_t t
   CpuPlan p{};
   p.pack = pack;
   const int64_t all_maps = w.groups * pack.maps;
-  const int64_t row_blocks = w.groups * pack.channel_blocks * pack.block;  // floats of one ring pixel
+  const int64_t pixel = w.groups * pack.channel_blocks * pack.block;  // floats of one ring pixel
+  // z of the last pixel block is read in whole registers.
+  const int64_t maps_margin = pack.width * all_maps + pack.width;
+  p.turned_size = params.channels_last ? 0 : aligned(2 * pack.width * (pack.slots + pack.width));
   if (pack.variant == CpuVariant::winograd) {
     p.tile_columns = ceil_div(params.OW, 2);
     p.units = params.N * ceil_div(params.OH, 2);
-    const int64_t mine = ceil_div(p.units, std::max<int64_t>(threads, 1)) * p.tile_columns;
-    const int64_t a_tile = 16 * (row_blocks + pack.maps) + 4 * all_maps;
+    const int64_t mine = std::max<int64_t>(ceil_div(p.units, threads), 1) * p.tile_columns;
+    const int64_t a_tile = 16 * (pixel + pack.maps) + 4 * all_maps;
     // Packed weights are read once a pass: weights beyond the cache want large passes, small ones want small scratch.
     const int64_t wanted = pack.group_size > kCacheFloats ? 4 * kTilesInFlight : kTilesInFlight;
     const int64_t most = std::max<int64_t>(1, std::min(wanted, kScratchFloats / a_tile));
-    const int64_t passes = ceil_div(std::max<int64_t>(mine, 1), most);
-    p.tiles = ceil_div(std::max<int64_t>(mine, 1), passes);
-    p.ring_rows = 4;
+    p.tiles = ceil_div(mine, ceil_div(mine, most));
+    // Whole rows of tiles, where they fit, leave z of several rows in one piece.
+    if (p.tile_columns <= most) p.tiles = most / p.tile_columns * p.tile_columns;
+    p.in_place = w.dtype == DType::f32 && params.input_stride_c == 1 && w.C / w.groups % pack.block == 0;
+    p.ring_rows = p.in_place ? 0 : 4;
     p.ring_columns = 2 * p.tile_columns + 2;
-    p.ring_size = p.ring_rows * p.ring_columns * row_blocks;
-    p.transformed_size = 16 * p.tiles * row_blocks;
-    p.products_size = 16 * p.tiles * pack.maps;
-    p.maps_size = 2 * 2 * p.tiles * all_maps;
+    p.ring_size = aligned(p.ring_rows * p.ring_columns * pixel);
+    p.transformed_size = aligned(16 * p.tiles * pixel);
+    p.products_size = aligned(16 * p.tiles * pack.maps);
+    p.maps_size = aligned(4 * p.tiles * all_maps + maps_margin);
     return p;
   }
   p.units = params.N * params.OH;
@@ -104,7 +115,7 @@ CpuPlan cpu_plan(const BasisConv2dParams& params, const CpuPack& pack, int64_t t
   p.ring_columns =
       std::max(ceil_div(params.W + params.pad_left, w.stride_w), params.OW + (w.S - 1) * w.dilation_w / w.stride_w);
   const int64_t reach = (w.R - 1) * w.dilation_h + 1;
-  const int64_t a_ring_row = w.stride_w * p.ring_columns * row_blocks;
+  const int64_t a_ring_row = w.stride_w * p.ring_columns * pixel;
   const int64_t a_map_row = params.OW * all_maps;
   const int64_t panel = pack.group_size / pack.filter_blocks;
   p.chunk = panel <= kCacheFloats ? pack.channel_blocks
@@ -117,11 +128,11 @@ CpuPlan cpu_plan(const BasisConv2dParams& params, const CpuPack& pack, int64_t t
     p.rows++;
   }
   p.ring_rows = (p.rows - 1) * w.stride_h + reach;
-  p.ring_size = p.ring_rows * a_ring_row;
-  p.maps_size = p.rows * a_map_row;
-  p.partial_size = p.chunk < pack.channel_blocks
-                       ? p.rows * pack.filter_blocks * params.OW * pack.vectors * pack.width
-                       : 0;
+  p.ring_size = aligned(p.ring_rows * a_ring_row);
+  p.maps_size = aligned(p.rows * a_map_row + maps_margin);
+  p.partial_size =
+      p.chunk < pack.channel_blocks ? p.rows * pack.filter_blocks * params.OW * pack.vectors * pack.width : 0;
+  p.partial_size = aligned(p.partial_size);
   return p;
 }
 
@@ -141,7 +152,7 @@ int64_t cpu_packed_bytes(const BasisConv2dWeights& w) {
   int64_t most = 0;
   for (Isa isa : {Isa::base, Isa::avx2, Isa::avx512}) {
     const CpuPack p = cpu_pack(w, isa);
-    most = std::max(most, p.filters_size + p.coefficients_size);
+    most = std::max(most, p.filters_size + p.coefficients_size + p.planar_size);
   }
   return kCpuPackHeaderBytes + 4 * most;
 }

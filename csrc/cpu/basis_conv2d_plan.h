@@ -15,7 +15,9 @@ enum class CpuVariant : int32_t { direct = 0, winograd = 1 };
 //   filters [filter_blocks][positions][channel_blocks][block/lanes][vectors][width]      (winograd)
 // where positions are the R*S taps, or the 16 points of F(2x2,3x3). One register holds width/lanes filters times `lanes`
 // channels: with few filters it is filled up by channels, and the lanes of a filter are summed once at the end.
-// Then per mixing group the coefficients [panels][slots][output_vectors * width].
+// Then per mixing group the coefficients twice, small beside the filters: [panels][slots][output_vectors * width] for a
+// channels_last result, where registers hold outputs of one pixel, and [planar_panels][slots][planar_rows] for an NCHW
+// result, where registers hold pixels of one output.
 struct CpuPack {
   CpuVariant variant;
   int32_t width;           // floats in a register
@@ -30,8 +32,10 @@ struct CpuPack {
   int64_t maps;           // z slots of one group: filter_blocks * filters
   int64_t slots;          // z slots that one mixing group reads
   int64_t panels;         // of one mixing group
+  int64_t planar_rows;    // outputs in one tile of the second stage for NCHW
+  int64_t planar_panels;  // of one mixing group
   int64_t group_size;     // packed filters of one group
-  int64_t filters_size, coefficients_size;
+  int64_t filters_size, coefficients_size, planar_size;
 };
 
 // Tile sizes for one batch and map. Scratch is each thread's own.
@@ -42,10 +46,15 @@ struct CpuPlan {
   int64_t chunk;         // direct: channel blocks between two visits of a tile
   int64_t tiles;         // winograd: tiles in a pass
   int64_t tile_columns;  // winograd: tiles in a row
+  bool in_place;         // winograd: read where the input lies, without a ring: float, channels_last, whole blocks
   int64_t ring_rows;     // padded input rows kept
   int64_t ring_columns;  // pixels of one ring row and stride phase
-  int64_t ring_size, maps_size, partial_size, transformed_size, products_size;  // floats of scratch
-  int64_t scratch() const { return ring_size + maps_size + partial_size + transformed_size + products_size; }
+  // Floats of scratch, each a multiple of 16: rows, z, z of one pixel block turned for NCHW, accumulators between
+  // chunks, transformed input tiles, products.
+  int64_t ring_size, maps_size, turned_size, partial_size, transformed_size, products_size;
+  int64_t scratch() const {
+    return ring_size + maps_size + turned_size + partial_size + transformed_size + products_size;
+  }
 };
 
 CpuPack cpu_pack(const BasisConv2dWeights& weights, Isa isa);

@@ -179,41 +179,5 @@ static inline int64_t even_tile(int64_t count, int64_t most) {
   return (count + tiles - 1) / tiles;
 }
 
-// The second stage for `pixels` consecutive pixels and all outputs.
-template <typename T, int NK>
-static void recombine(const CpuPack& pack, const BasisConv2dParams& params, const float* coefficients, const float* z,
-                      int64_t z_stride, int64_t first_pixel, int64_t pixels) {
-  static constexpr Stage2Table<T, NK, true> full;
-  static constexpr Stage2Table<T, NK, false> partial;
-  const BasisConv2dWeights& w = params.weights;
-  const int64_t outputs = w.K / w.mixing_groups, panel = NK * kWidth;
-  const int64_t tile = even_tile(pixels, full.kMost);
-  Stage2<T> s{};
-  s.z_stride = z_stride;
-  s.slots = pack.slots;
-  s.out_stride = w.K;
-  s.activation = params.activation;
-  for (int64_t x = 0; x < pixels; x += tile) {
-    const int64_t count = pixels - x < tile ? pixels - x : tile;
-    const int64_t at = (first_pixel + x) * w.K;
-    for (int64_t group = 0; group < w.mixing_groups; group++) {
-      s.z = z + x * z_stride + group * (w.groups / w.mixing_groups) * pack.maps;
-      for (int64_t k = 0; k < outputs; k += panel) {
-        const int64_t out = group * outputs + k;
-        s.coefficients = coefficients + (group * pack.panels + k / panel) * pack.slots * panel;
-        s.bias = params.bias + out;
-        s.residual = params.residual ? static_cast<const T*>(params.residual) + at + out : nullptr;
-        s.out = static_cast<T*>(params.output) + at + out;
-        s.count = outputs - k;
-        if (s.count >= panel) {
-          full.function[count](s);
-        } else {
-          partial.function[count](s);
-        }
-      }
-    }
-  }
-}
-
 }  // namespace BASISCONV_ISA
 }  // namespace basisconv

@@ -13,13 +13,14 @@
 // larger than the filters, are read once for many tiles even on small maps.
 // NaN spreads as in direct convolution; Inf may become NaN (Inf - Inf): `precise` runs direct.
 #pragma once
+#include "basis_conv2d_recombine.h"
 #include "basis_conv2d_rows.h"
-#include "basis_conv2d_tiles.h"
 
 namespace basisconv {
 namespace BASISCONV_ISA {
 
-constexpr int64_t kBlock = 16;  // channels in a channel block
+constexpr int64_t kBlock = 16;    // channels in a channel block
+constexpr int64_t kRingRows = 4;  // the rows of one tile, a power of two
 
 // The 16 pixels of one 4x4 input tile: channel block b of pixel i is at pixel[i] + b * step[i].
 struct InputTile {
@@ -51,9 +52,9 @@ static BASISCONV_INLINE void transform_input(const InputTile& in, int64_t blocks
   }
 }
 
-// AT m A for `n` <= width maps of one tile: two pixels in each of two rows of z.
+// AT m A for `n` <= width maps of one tile: up to 2x2 pixels of z.
 static BASISCONV_INLINE void transform_output(const float* m, int64_t position_stride, float* z, int64_t z_pixel,
-                                              int64_t z_row, int64_t n) {
+                                              int64_t z_row, int64_t rows, int64_t columns, int64_t n) {
   Vec::Reg e[2][4];
   const bool full = n == kWidth;
   BASISCONV_UNROLL for (int j = 0; j < 4; j++) {
@@ -66,15 +67,16 @@ static BASISCONV_INLINE void transform_output(const float* m, int64_t position_s
     e[1][j] = Vec::sub(Vec::sub(column[1], column[2]), column[3]);
   }
   BASISCONV_UNROLL for (int i = 0; i < 2; i++) {
+    if (i >= rows) break;
     const Vec::Reg left = Vec::add(Vec::add(e[i][0], e[i][1]), e[i][2]);
     const Vec::Reg right = Vec::sub(Vec::sub(e[i][1], e[i][2]), e[i][3]);
     float* to = z + i * z_row;
     if (full) {
       Vec::store(to, left);
-      Vec::store(to + z_pixel, right);
+      if (columns > 1) Vec::store(to + z_pixel, right);
     } else {
       Vec::store_n(to, left, n);
-      Vec::store_n(to + z_pixel, right, n);
+      if (columns > 1) Vec::store_n(to + z_pixel, right, n);
     }
   }
 }
@@ -83,40 +85,35 @@ struct TileAt {
   int64_t n, row, column;  // image; tile row and tile column
 };
 
-template <typename T, int NK>
+template <typename T>
 struct Winograd {
   const BasisConv2dParams& params;
   const CpuPlan& plan;
   const float* filters;
-  const float* coefficients;
   Ring ring;
+  Recombination<T> recombination;
   float *transformed, *products, *z;
-
-  // float and channels_last with whole channel blocks are read where they lie, everything else through the ring.
-  bool reads_in_place() const {
-    return sizeof(T) == 4 && params.input_stride_c == 1 && params.weights.C / params.weights.groups % kBlock == 0;
-  }
 
   InputTile input_tile(const TileAt& at) const {
     alignas(64) static const float zeros[kBlock] = {};
     InputTile in;
     const int64_t y = 2 * at.row - params.pad_top, x = 2 * at.column - params.pad_left;
-    for (int64_t i = 0; i < 16; i++) {
-      const int64_t yy = y + i / 4, xx = x + i % 4;
-      const bool inside = yy >= 0 && yy < params.H && xx >= 0 && xx < params.W;
-      in.step[i] = inside ? ring.plane : 0;
-      in.pixel[i] = inside ? ring.row(yy % plan.ring_rows) + ring.column(xx + params.pad_left) : zeros;
-      if (reads_in_place()) {
-        in.step[i] = inside ? kBlock : 0;
-        in.pixel[i] = inside ? static_cast<const float*>(params.input) + at.n * params.input_stride_n +
-                                   yy * params.input_stride_h + xx * params.input_stride_w
-                             : zeros;
+    const float* image = static_cast<const float*>(params.input) + at.n * params.input_stride_n;
+    for (int64_t i = 0; i < 4; i++) {
+      const bool row_inside = y + i >= 0 && y + i < params.H;
+      const float* row = plan.in_place ? image + (y + i) * params.input_stride_h
+                                       : ring.row((y + i) & (kRingRows - 1)) + params.pad_left * kBlock;
+      for (int64_t j = 0; j < 4; j++) {
+        const bool inside = row_inside && x + j >= 0 && x + j < params.W;
+        in.pixel[4 * i + j] = inside ? row + (x + j) * (plan.in_place ? params.input_stride_w : kBlock) : zeros;
+        in.step[4 * i + j] = inside ? (plan.in_place ? kBlock : ring.plane) : 0;
       }
     }
     return in;
   }
 
   void prefetch_output(const TileAt& at) const {
+    if (!params.channels_last) return;
     const int64_t bytes = params.weights.K * static_cast<int64_t>(sizeof(T));
     const int64_t columns = 2 * at.column + 2 <= params.OW ? 2 : 1;
     for (int64_t y = 2 * at.row; y < 2 * at.row + 2 && y < params.OH; y++) {
@@ -150,34 +147,62 @@ struct Winograd {
     }
   }
 
-  // All groups of the gathered tiles: products, output transform, recombination, row piece by row piece.
+  // A row piece: neighbouring tiles first ... last-1 of one row of tiles, whose pixels lie as [rows][columns] in z.
+  struct Piece {
+    int64_t first, last, rows, columns;
+  };
+  Piece piece_at(const TileAt* at, int64_t first, int64_t tiles) const {
+    int64_t last = first + 1;
+    while (last < tiles && at[last].n == at[first].n && at[last].row == at[first].row) last++;
+    const int64_t rest_rows = params.OH - 2 * at[first].row, rest_columns = params.OW - 2 * at[first].column;
+    const int64_t columns = 2 * (last - first);
+    return Piece{first, last, rest_rows < 2 ? rest_rows : 2, rest_columns < columns ? rest_columns : columns};
+  }
+
+  // All groups of the gathered tiles: products, output transform, recombination.
   void finish(const TileAt* at, int64_t tiles) const {
     const CpuPack& pack = plan.pack;
     const int64_t all_maps = params.weights.groups * pack.maps;
-    const int64_t z_row = 2 * plan.tiles * all_maps;
+    int64_t filled = 0;  // pixels of z
     for (int64_t group = 0; group < params.weights.groups; group++) {
       multiply(group, tiles);
-      for (int64_t t = 0; t < tiles; t++) {
-        const float* from = products + t * pack.maps;
-        float* to = z + 2 * t * all_maps + group * pack.maps;
-        for (int64_t q = 0; q < pack.maps; q += kWidth) {
-          const int64_t n = pack.maps - q < kWidth ? pack.maps - q : kWidth;
-          transform_output(from + q, plan.tiles * pack.maps, to + q, all_maps, z_row, n);
+      filled = 0;
+      for (int64_t t = 0; t < tiles;) {
+        const Piece piece = piece_at(at, t, tiles);
+        for (; t < piece.last; t++) {
+          const int64_t x = 2 * (t - piece.first);
+          const float* from = products + t * pack.maps;
+          float* to = z + (filled + x) * all_maps + group * pack.maps;
+          for (int64_t q = 0; q < pack.maps; q += kWidth) {
+            const int64_t n = pack.maps - q < kWidth ? pack.maps - q : kWidth;
+            transform_output(from + q, plan.tiles * pack.maps, to + q, all_maps, piece.columns * all_maps, piece.rows,
+                             piece.columns - x, n);
+          }
         }
+        filled += piece.rows * piece.columns;
       }
     }
-    if (!params.weights.precise) round_maps<T>(z, z_row + 2 * tiles * all_maps);
+    if (!params.weights.precise) round_maps<T>(z, filled * all_maps);
+    // Recombine runs of pixels that are neighbours in the result: whole rows join, row pieces stand alone.
+    int64_t begin = 0, pixels = 0, run_n = 0, run_pixel = 0;
     for (int64_t t = 0; t < tiles;) {
-      int64_t next = t + 1;  // tiles t ... next-1 are neighbours in one row of tiles
-      while (next < tiles && at[next].n == at[t].n && at[next].row == at[t].row) next++;
-      const int64_t x = 2 * at[t].column;
-      const int64_t pixels = x + 2 * (next - t) <= params.OW ? 2 * (next - t) : params.OW - x;
-      for (int64_t i = 0; i < 2 && 2 * at[t].row + i < params.OH; i++) {
-        const int64_t first = (at[t].n * params.OH + 2 * at[t].row + i) * params.OW + x;
-        recombine<T, NK>(pack, params, coefficients, z + i * z_row + 2 * t * all_maps, all_maps, first, pixels);
+      const Piece piece = piece_at(at, t, tiles);
+      for (int64_t row = 0; row < piece.rows; row++) {
+        const int64_t pixel = (2 * at[t].row + row) * params.OW + 2 * at[t].column;
+        if (pixels > 0 && (run_n != at[t].n || run_pixel + pixels != pixel)) {
+          recombination.run(z + begin * all_maps, all_maps, run_n, run_pixel, pixels);
+          begin += pixels;
+          pixels = 0;
+        }
+        if (pixels == 0) {
+          run_n = at[t].n;
+          run_pixel = pixel;
+        }
+        pixels += piece.columns;
       }
-      t = next;
+      t = piece.last;
     }
+    recombination.run(z + begin * all_maps, all_maps, run_n, run_pixel, pixels);
   }
 
   void run(int64_t begin, int64_t end) const {
@@ -189,13 +214,13 @@ struct Winograd {
     int64_t waiting = 0, image = -1, filled = 0;
     for (int64_t unit = begin; unit < end; unit++) {
       const int64_t n = unit / tile_rows, row = unit % tile_rows;
-      if (!reads_in_place()) {
+      if (!plan.in_place) {
         if (n != image) filled = 0;
         image = n;
         const int64_t first = 2 * row - params.pad_top;
         if (filled < first) filled = first;
         for (; filled < first + 4 && filled < params.H; filled++) {
-          fill_row<T>(params, pack, ring, filled % plan.ring_rows, n, filled);
+          fill_row<T>(params, pack, ring, filled & (kRingRows - 1), n, filled);
         }
       }
       for (int64_t column = 0; column < plan.tile_columns; column++) {
@@ -213,21 +238,19 @@ struct Winograd {
   }
 };
 
-template <typename T, int NK>
+template <typename T>
 static void run_winograd(const BasisConv2dParams& params, const CpuPlan& plan, float* scratch, int64_t begin,
                          int64_t end) {
+  const CpuPack& pack = plan.pack;
   const float* filters = static_cast<const float*>(params.packed);
+  const float* coefficients = filters + pack.filters_size;
   float* transformed = scratch + plan.ring_size;
   float* products = transformed + plan.transformed_size;
-  const Winograd<T, NK> winograd{params,
-                                 plan,
-                                 filters,
-                                 filters + plan.pack.filters_size,
-                                 make_ring(params, plan, 1, scratch),
-                                 transformed,
-                                 products,
-                                 products + plan.products_size};
-  winograd.run(begin, end);
+  float* z = products + plan.products_size;
+  const Recombination<T> recombination{params, pack, coefficients, coefficients + pack.coefficients_size,
+                                       z + plan.maps_size};
+  const Ring ring = make_ring(params, plan, 1, scratch);
+  Winograd<T>{params, plan, filters, ring, recombination, transformed, products, z}.run(begin, end);
 }
 
 // G g GT of one filter and channel, at position 4*i + j.

@@ -248,6 +248,47 @@ struct Vec {
 
 constexpr int kWidth = Vec::kWidth;
 
+// block[i][j] becomes block[j][i] for a square of registers.
+BASISCONV_INLINE void transpose(Vec::Reg* block) {
+#if defined(BASISCONV_AVX512)
+  __m512 t[16];
+  BASISCONV_UNROLL for (int i = 0; i < 16; i += 4) {  // 4x4 within 128-bit lanes
+    const __m512 a = _mm512_unpacklo_ps(block[i], block[i + 1]), b = _mm512_unpackhi_ps(block[i], block[i + 1]);
+    const __m512 c = _mm512_unpacklo_ps(block[i + 2], block[i + 3]), d = _mm512_unpackhi_ps(block[i + 2], block[i + 3]);
+    t[i] = _mm512_shuffle_ps(a, c, 0x44);
+    t[i + 1] = _mm512_shuffle_ps(a, c, 0xEE);
+    t[i + 2] = _mm512_shuffle_ps(b, d, 0x44);
+    t[i + 3] = _mm512_shuffle_ps(b, d, 0xEE);
+  }
+  BASISCONV_UNROLL for (int j = 0; j < 4; j++) {  // 4x4 of lanes
+    const __m512 a = _mm512_shuffle_f32x4(t[j], t[j + 4], 0x88), b = _mm512_shuffle_f32x4(t[j], t[j + 4], 0xDD);
+    const __m512 c = _mm512_shuffle_f32x4(t[j + 8], t[j + 12], 0x88), d = _mm512_shuffle_f32x4(t[j + 8], t[j + 12], 0xDD);
+    block[j] = _mm512_shuffle_f32x4(a, c, 0x88);
+    block[j + 8] = _mm512_shuffle_f32x4(a, c, 0xDD);
+    block[j + 4] = _mm512_shuffle_f32x4(b, d, 0x88);
+    block[j + 12] = _mm512_shuffle_f32x4(b, d, 0xDD);
+  }
+#elif defined(BASISCONV_AVX2)
+  __m256 t[8];
+  BASISCONV_UNROLL for (int i = 0; i < 8; i += 4) {
+    const __m256 a = _mm256_unpacklo_ps(block[i], block[i + 1]), b = _mm256_unpackhi_ps(block[i], block[i + 1]);
+    const __m256 c = _mm256_unpacklo_ps(block[i + 2], block[i + 3]), d = _mm256_unpackhi_ps(block[i + 2], block[i + 3]);
+    t[i] = _mm256_shuffle_ps(a, c, 0x44);
+    t[i + 1] = _mm256_shuffle_ps(a, c, 0xEE);
+    t[i + 2] = _mm256_shuffle_ps(b, d, 0x44);
+    t[i + 3] = _mm256_shuffle_ps(b, d, 0xEE);
+  }
+  BASISCONV_UNROLL for (int j = 0; j < 4; j++) {
+    block[j] = _mm256_permute2f128_ps(t[j], t[j + 4], 0x20);
+    block[j + 4] = _mm256_permute2f128_ps(t[j], t[j + 4], 0x31);
+  }
+#else
+  Vec::Reg t[4];
+  for (int i = 0; i < 4; i++) t[i] = Vec::Reg{block[0][i], block[1][i], block[2][i], block[3][i]};
+  for (int i = 0; i < 4; i++) block[i] = t[i];
+#endif
+}
+
 // Replace each float by what storing it as T and loading it again gives: the one rounding of the basis maps.
 template <typename T>
 BASISCONV_INLINE void round_maps(float* values, int64_t count) {

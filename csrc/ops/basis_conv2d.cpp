@@ -179,9 +179,10 @@ Tensor forward(Tensor input, Tensor basis_weight, Tensor coefficients, std::opti
   STD_TORCH_CHECK(!activation || p.activation != Activation::none,
                   "basis_conv2d: activation must be None, 'relu' or 'relu6'");
 
-  const bool channels_last = is_channels_last(input);
+  p.channels_last = is_channels_last(input);
+  const MemoryFormat format = p.channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
   Tensor output = torch::stable::empty({p.N, w.K, p.OH, p.OW}, input.scalar_type(), std::nullopt, std::nullopt,
-                                       std::nullopt, MemoryFormat::ChannelsLast);
+                                       std::nullopt, format);
   p.output = output.mutable_data_ptr();
   p.input = input.const_data_ptr();
   p.input_stride_n = input.stride(0);
@@ -204,12 +205,10 @@ Tensor forward(Tensor input, Tensor basis_weight, Tensor coefficients, std::opti
                         residual->size(2) == p.OH && residual->size(3) == p.OW && residual->is_cpu() &&
                         residual->scalar_type() == input.scalar_type(),
                     "basis_conv2d: residual must be [N, K, OH, OW] in the dtype of input");
-    added = torch::stable::contiguous(*residual, MemoryFormat::ChannelsLast);
+    added = torch::stable::contiguous(*residual, format);
     p.residual = added.const_data_ptr();
   }
-  if (p.N == 0) {
-    return channels_last ? output : torch::stable::contiguous(output, MemoryFormat::Contiguous);
-  }
+  if (p.N == 0) return output;
 
   const Isa isa = isa_in_use();
   std::vector<char> own;
@@ -239,7 +238,7 @@ Tensor forward(Tensor input, Tensor basis_weight, Tensor coefficients, std::opti
   torch::stable::parallel_for(0, plan.units, (plan.units + threads - 1) / threads, [&](int64_t begin, int64_t end) {
     kernels.run(p, plan, thread_scratch(plan.scratch()), begin, end);
   });
-  return channels_last ? output : torch::stable::contiguous(output, MemoryFormat::Contiguous);
+  return output;
 }
 
 std::string build_facts() {

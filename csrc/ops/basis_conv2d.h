@@ -29,8 +29,9 @@ struct BasisConv2dParams {
   int64_t input_stride_n, input_stride_c, input_stride_h, input_stride_w;  // elements
   const void* packed;    // see csrc/cpu/basis_conv2d_plan.h
   const float* bias;     // [K]; zeros where the op has none
-  const void* residual;  // [N, OH, OW, K] dense, or null
-  void* output;          // [N, OH, OW, K] dense
+  const void* residual;  // dense, in the layout of the output, or null
+  void* output;          // dense: [N, OH, OW, K] if channels_last, else [N, K, OH, OW]
+  bool channels_last;    // of output and residual; the input has strides of its own
   Activation activation;
 };
 
