@@ -105,6 +105,7 @@ CpuPlan cpu_plan(const BasisConv2dParams& params, const CpuPack& pack, int64_t t
     p.ring_rows = p.in_place ? 0 : 4;
     p.ring_columns = 2 * p.tile_columns + 2;
     p.ring_size = aligned(p.ring_rows * p.ring_columns * pixel);
+    p.border_size = p.in_place ? aligned(16 * w.C) : 0;
     p.transformed_size = aligned(16 * p.tiles * pixel);
     p.products_size = aligned(16 * p.tiles * pack.maps);
     p.maps_size = aligned(4 * p.tiles * all_maps + maps_margin);

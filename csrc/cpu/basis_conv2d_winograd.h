@@ -22,33 +22,42 @@ namespace BASISCONV_ISA {
 constexpr int64_t kBlock = 16;    // channels in a channel block
 constexpr int64_t kRingRows = 4;  // the rows of one tile, a power of two
 
-// The 16 pixels of one 4x4 input tile: channel block b of pixel i is at pixel[i] + b * step[i].
+// A 4x4 input tile: column j of row i, channel block b, is at row[i] + j * pixel + b * block.
 struct InputTile {
-  const float* pixel[16];
-  int64_t step[16];
+  const float* row[4];
+  int64_t pixel, block;
 };
 
 // BT d B for every channel: out[position][block][tile][channel].
 static BASISCONV_INLINE void transform_input(const InputTile& in, int64_t blocks, int64_t position_stride,
                                              int64_t block_stride, float* out) {
-  for (int64_t b = 0; b < blocks; b++, out += block_stride) {
-    for (int64_t c = 0; c < kBlock; c += kWidth) {
-      Vec::Reg d[4][4], e[4][4];
-      BASISCONV_UNROLL for (int i = 0; i < 16; i++) d[i / 4][i % 4] = Vec::load(in.pixel[i] + b * in.step[i] + c);
+  const float *row0 = in.row[0], *row1 = in.row[1], *row2 = in.row[2], *row3 = in.row[3];
+  for (int64_t b = 0; b < blocks; b++) {
+    BASISCONV_UNROLL for (int64_t c = 0; c < kBlock; c += kWidth) {
+      Vec::Reg e[4][4];
       BASISCONV_UNROLL for (int j = 0; j < 4; j++) {
-        e[0][j] = Vec::sub(d[0][j], d[2][j]);
-        e[1][j] = Vec::add(d[1][j], d[2][j]);
-        e[2][j] = Vec::sub(d[2][j], d[1][j]);
-        e[3][j] = Vec::sub(d[1][j], d[3][j]);
+        const int64_t at = j * in.pixel + c;
+        const Vec::Reg d0 = Vec::load(row0 + at), d1 = Vec::load(row1 + at);
+        const Vec::Reg d2 = Vec::load(row2 + at), d3 = Vec::load(row3 + at);
+        e[0][j] = Vec::sub(d0, d2);
+        e[1][j] = Vec::add(d1, d2);
+        e[2][j] = Vec::sub(d2, d1);
+        e[3][j] = Vec::sub(d1, d3);
       }
+      float* to = out + c;
       BASISCONV_UNROLL for (int i = 0; i < 4; i++) {
-        float* to = out + 4 * i * position_stride + c;
         Vec::store(to, Vec::sub(e[i][0], e[i][2]));
         Vec::store(to + position_stride, Vec::add(e[i][1], e[i][2]));
         Vec::store(to + 2 * position_stride, Vec::sub(e[i][2], e[i][1]));
         Vec::store(to + 3 * position_stride, Vec::sub(e[i][1], e[i][3]));
+        to += 4 * position_stride;
       }
     }
+    row0 += in.block;
+    row1 += in.block;
+    row2 += in.block;
+    row3 += in.block;
+    out += block_stride;
   }
 }
 
@@ -92,24 +101,41 @@ struct Winograd {
   const float* filters;
   Ring ring;
   Recombination<T> recombination;
-  float *transformed, *products, *z;
+  float *border, *transformed, *products, *z;
 
   InputTile input_tile(const TileAt& at) const {
-    alignas(64) static const float zeros[kBlock] = {};
     InputTile in;
+    if (!plan.in_place) {
+      for (int64_t i = 0; i < 4; i++) in.row[i] = ring.row((2 * at.row + i) & (kRingRows - 1)) + 2 * at.column * kBlock;
+      in.pixel = kBlock;
+      in.block = ring.plane;
+      return in;
+    }
     const int64_t y = 2 * at.row - params.pad_top, x = 2 * at.column - params.pad_left;
     const float* image = static_cast<const float*>(params.input) + at.n * params.input_stride_n;
-    for (int64_t i = 0; i < 4; i++) {
-      const bool row_inside = y + i >= 0 && y + i < params.H;
-      const float* row = plan.in_place ? image + (y + i) * params.input_stride_h
-                                       : ring.row((y + i) & (kRingRows - 1)) + params.pad_left * kBlock;
-      for (int64_t j = 0; j < 4; j++) {
-        const bool inside = row_inside && x + j >= 0 && x + j < params.W;
-        in.pixel[4 * i + j] = inside ? row + (x + j) * (plan.in_place ? params.input_stride_w : kBlock) : zeros;
-        in.step[4 * i + j] = inside ? (plan.in_place ? kBlock : ring.plane) : 0;
-      }
-    }
+    in.pixel = params.input_stride_w;
+    in.block = kBlock;
+    for (int64_t i = 0; i < 4; i++) in.row[i] = image + (y + i) * params.input_stride_h + x * params.input_stride_w;
+    if (y < 0 || y + 4 > params.H || x < 0 || x + 4 > params.W) stage_border(y, x, &in);
     return in;
+  }
+
+  // A tile that reaches over the border is copied, with zeros outside the image.
+  void stage_border(int64_t y, int64_t x, InputTile* in) const {
+    const int64_t channels = params.weights.C;
+    for (int64_t i = 0; i < 4; i++) {
+      float* to = border + 4 * i * channels;
+      for (int64_t j = 0; j < 4; j++) {
+        const bool inside = y + i >= 0 && y + i < params.H && x + j >= 0 && x + j < params.W;
+        if (inside) {
+          memcpy(to + j * channels, in->row[i] + j * in->pixel, channels * sizeof(float));
+        } else {
+          memset(to + j * channels, 0, channels * sizeof(float));
+        }
+      }
+      in->row[i] = to;
+    }
+    in->pixel = channels;
   }
 
   void prefetch_output(const TileAt& at) const {
@@ -217,10 +243,14 @@ struct Winograd {
       if (!plan.in_place) {
         if (n != image) filled = 0;
         image = n;
-        const int64_t first = 2 * row - params.pad_top;
-        if (filled < first) filled = first;
-        for (; filled < first + 4 && filled < params.H; filled++) {
-          fill_row<T>(params, pack, ring, filled & (kRingRows - 1), n, filled);
+        if (filled < 2 * row) filled = 2 * row;
+        for (; filled < 2 * row + 4; filled++) {  // rows of the padded image
+          const int64_t y = filled - params.pad_top, slot = filled & (kRingRows - 1);
+          if (y >= 0 && y < params.H) {
+            fill_row<T>(params, pack, ring, slot, n, y);
+          } else {
+            memset(ring.row(slot), 0, ring.row_size * sizeof(float));
+          }
         }
       }
       for (int64_t column = 0; column < plan.tile_columns; column++) {
@@ -244,13 +274,14 @@ static void run_winograd(const BasisConv2dParams& params, const CpuPlan& plan, f
   const CpuPack& pack = plan.pack;
   const float* filters = static_cast<const float*>(params.packed);
   const float* coefficients = filters + pack.filters_size;
-  float* transformed = scratch + plan.ring_size;
+  float* border = scratch + plan.ring_size;
+  float* transformed = border + plan.border_size;
   float* products = transformed + plan.transformed_size;
   float* z = products + plan.products_size;
   const Recombination<T> recombination{params, pack, coefficients, coefficients + pack.coefficients_size,
                                        z + plan.maps_size};
   const Ring ring = make_ring(params, plan, 1, scratch);
-  Winograd<T>{params, plan, filters, ring, recombination, transformed, products, z}.run(begin, end);
+  Winograd<T>{params, plan, filters, ring, recombination, border, transformed, products, z}.run(begin, end);
 }
 
 // G g GT of one filter and channel, at position 4*i + j.
