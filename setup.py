@@ -19,12 +19,17 @@ from setuptools import setup
 # LibTorch's stable ABI as of torch 2.10: one library for that version and later ones, and for every Python.
 TORCH_TARGET = "0x020a000000000000"
 CPU_KERNELS = ["csrc/cpu/basis_conv2d.cpp"]
+AMX_KERNELS = ["csrc/cpu/basis_conv2d_amx.cpp"]
 ONCE = ["csrc/ops/basis_conv2d.cpp", "csrc/cpu/basis_conv2d_plan.cpp", "csrc/cpu/isa.cpp"]
 AVX512 = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mprefer-vector-width=512"]
-INSTRUCTION_SETS = {"base": []}
+# name → (sources, compiler options)
+INSTRUCTION_SETS = {"base": (CPU_KERNELS, [])}
 if platform.machine().lower() in ("x86_64", "amd64"):
-    INSTRUCTION_SETS["avx2"] = ["-DBASISCONV_AVX2", "-mavx2", "-mfma", "-mf16c"]
-    INSTRUCTION_SETS["avx512"] = ["-DBASISCONV_AVX512", "-mavx2", "-mfma", "-mf16c", *AVX512]
+    avx2 = ["-mavx2", "-mfma", "-mf16c"]
+    INSTRUCTION_SETS["avx2"] = (CPU_KERNELS, ["-DBASISCONV_AVX2", *avx2])
+    INSTRUCTION_SETS["avx512"] = (CPU_KERNELS, ["-DBASISCONV_AVX512", *avx2, *AVX512])
+    amx = ["-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
+    INSTRUCTION_SETS["amx"] = (AMX_KERNELS, ["-DBASISCONV_AVX512", *avx2, *AVX512, *amx])
 
 
 def say(text: str) -> None:
@@ -85,9 +90,9 @@ def native() -> dict:
 
         def build_extension(self, ext):
             def compile_for(item):
-                name, options = item
+                name, (sources, options) = item
                 return self.compiler.compile(
-                    CPU_KERNELS,
+                    sources,
                     output_dir=os.path.join(self.build_temp, name),
                     include_dirs=list(ext.include_dirs),
                     debug=self.debug,

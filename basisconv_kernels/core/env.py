@@ -21,7 +21,7 @@ class Variable:
 
 VARIABLES = (
     Variable("BASISCONV_BACKEND", "backend of every op call that names none", "a backend name of `basisconv ops`"),
-    Variable("BASISCONV_CPU_ISA", "caps the instruction set of the CPU kernels; read once a process", "base|avx2|avx512"),
+    Variable("BASISCONV_CPU_ISA", "caps the instruction set of the CPU kernels; read once a process", "base|avx2|avx512|amx"),
     Variable("BASISCONV_DATA", "folder with data sets (cifar10.npz, fashion-mnist/)", "a path"),
     Variable("BASISCONV_LOG", "what to log on stderr", "dispatch"),
     Variable("BASISCONV_BUILD", "read by setup.py only: which kernels to build", "auto|cpu|cuda|none"),

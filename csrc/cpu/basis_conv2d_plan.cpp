@@ -49,9 +49,67 @@ bool fits_winograd(const BasisConv2dWeights& w) {
          w.dilation_w == 1 && w.C / w.groups >= 8;
 }
 
+constexpr int64_t kAmxSide = 16, kAmxDepth = 32;
+
+CpuPack amx_pack(const BasisConv2dWeights& w) {
+  CpuPack p{};
+  p.variant = CpuVariant::amx;
+  p.width = 16;
+  p.lanes = 1;
+  p.vectors = 1;
+  p.output_vectors = 1;
+  p.block = kAmxDepth;
+  p.channel_blocks = ceil_div(w.C / w.groups, kAmxDepth);
+  p.positions = w.R * w.S;
+  p.filters = kAmxSide;
+  p.filter_blocks = ceil_div(w.Q / w.groups, kAmxSide);
+  p.maps = ceil_div(w.Q / w.groups, kAmxDepth) * kAmxDepth;
+  p.slots = w.groups / w.mixing_groups * p.maps;
+  p.panels = p.planar_panels = ceil_div(w.K / w.mixing_groups, kAmxSide);
+  p.planar_rows = kAmxSide;
+  p.group_size = p.filter_blocks * p.channel_blocks * p.positions * kAmxSide * kAmxDepth / 2;
+  p.filters_size = w.groups * p.group_size;
+  p.coefficients_size = p.planar_size = w.mixing_groups * p.panels * p.slots * kAmxSide / 2;
+  return p;
+}
+
+CpuPlan amx_plan(const BasisConv2dParams& params, const CpuPack& pack) {
+  const BasisConv2dWeights& w = params.weights;
+  CpuPlan p{};
+  p.pack = pack;
+  p.units = params.N * params.OH;
+  p.chunk = pack.channel_blocks;
+  const int64_t columns = ceil_div(params.OW, kAmxSide) * kAmxSide;
+  p.ring_columns =
+      std::max(ceil_div(params.W + params.pad_left, w.stride_w), columns + (w.S - 1) * w.dilation_w / w.stride_w);
+  const int64_t reach = (w.R - 1) * w.dilation_h + 1;
+  const int64_t a_ring_row = w.stride_w * p.ring_columns * w.groups * pack.channel_blocks * kAmxDepth / 2;
+  const int64_t a_map_row = columns * w.groups * pack.maps;
+  const int64_t wanted = pack.group_size > kCacheFloats ? ceil_div(4 * kAmxSide, columns) : 1;
+  p.rows = 1;
+  while (p.rows < wanted && p.rows < params.OH &&
+         (reach + p.rows * w.stride_h) * a_ring_row + (p.rows + 1) * 2 * a_map_row <= kScratchFloats) {
+    p.rows++;
+  }
+  p.ring_rows = (p.rows - 1) * w.stride_h + reach;
+  p.ring_size = aligned(p.ring_rows * a_ring_row);
+  p.maps_size = aligned(p.rows * a_map_row);
+  p.transformed_size = aligned(p.maps_size / 2);
+  p.turned_size = aligned(pack.slots * kAmxSide / 2);
+  p.products_size = kAmxSide * kAmxDepth;
+  return p;
+}
+
 }  // namespace
 
-CpuPack cpu_pack(const BasisConv2dWeights& w, Isa isa) {
+Isa isa_for(const BasisConv2dWeights& w, Isa isa) {
+  const bool tiles = w.dtype == DType::bf16 && !w.precise && w.C / w.groups >= 8;
+  return isa == Isa::amx && !tiles ? Isa::avx512 : isa;
+}
+
+CpuPack cpu_pack(const BasisConv2dWeights& w, Isa wanted) {
+  const Isa isa = isa_for(w, wanted);
+  if (isa == Isa::amx) return amx_pack(w);
   CpuPack p{};
   const int64_t group_channels = w.C / w.groups, group_filters = w.Q / w.groups;
   p.width = width_of(isa);
@@ -83,6 +141,7 @@ CpuPack cpu_pack(const BasisConv2dWeights& w, Isa isa) {
 
 CpuPlan cpu_plan(const BasisConv2dParams& params, const CpuPack& pack, int64_t threads) {
   const BasisConv2dWeights& w = params.weights;
+  if (pack.variant == CpuVariant::amx) return amx_plan(params, pack);
   CpuPlan p{};
   p.pack = pack;
   const int64_t all_maps = w.groups * pack.maps;
@@ -141,7 +200,7 @@ CpuPackHeader cpu_pack_header(const BasisConv2dWeights& w, Isa isa) {
   CpuPackHeader h{};
   std::memcpy(h.magic, "basisc2d", 8);
   h.version = 1;
-  h.isa = static_cast<int64_t>(isa);
+  h.isa = static_cast<int64_t>(isa_for(w, isa));
   const int64_t sizes[] = {w.C,        w.Q,          w.K,          w.R,      w.S,
                            w.stride_h, w.stride_w,   w.dilation_h, w.dilation_w, w.groups,
                            w.mixing_groups, w.precise ? 1 : 0};
@@ -151,8 +210,8 @@ CpuPackHeader cpu_pack_header(const BasisConv2dWeights& w, Isa isa) {
 
 int64_t cpu_packed_bytes(const BasisConv2dWeights& w) {
   int64_t most = 0;
-  for (Isa isa : {Isa::base, Isa::avx2, Isa::avx512}) {
-    const CpuPack p = cpu_pack(w, isa);
+  for (Isa isa : {Isa::base, Isa::avx2, Isa::avx512, Isa::amx}) {
+    const CpuPack p = isa == Isa::amx ? amx_pack(w) : cpu_pack(w, isa);
     most = std::max(most, p.filters_size + p.coefficients_size + p.planar_size);
   }
   return kCpuPackHeaderBytes + 4 * most;

@@ -8,7 +8,7 @@
 
 namespace basisconv {
 
-enum class CpuVariant : int32_t { direct = 0, winograd = 1 };
+enum class CpuVariant : int32_t { direct = 0, winograd = 1, amx = 2 };
 
 // Layout of the packed weights; sizes in floats. Per channel group of the R*S convolution:
 //   filters [filter_blocks][channel_blocks][positions][block/lanes][vectors][width]      (direct)
@@ -38,6 +38,8 @@ struct CpuPack {
   int64_t filters_size, coefficients_size, planar_size;
 };
 
+// The amx variant packs bfloat16 tiles instead: see basis_conv2d_amx.cpp; its sizes still count floats, two elements each.
+
 // Tile sizes for one batch and map. Scratch is each thread's own.
 struct CpuPlan {
   CpuPack pack;
@@ -57,6 +59,8 @@ struct CpuPlan {
   }
 };
 
+// The instruction set that these weights run on when `isa` is in use: the matrix unit takes some of them only.
+Isa isa_for(const BasisConv2dWeights& weights, Isa isa);
 CpuPack cpu_pack(const BasisConv2dWeights& weights, Isa isa);
 CpuPlan cpu_plan(const BasisConv2dParams& params, const CpuPack& pack, int64_t threads);
 

@@ -4,10 +4,35 @@
 #include <cstring>
 #include <initializer_list>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace basisconv {
+namespace {
+
+// The matrix unit with bfloat16, and the kernel's leave to use its registers (asked for once a process).
+bool has_amx() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
+  if ((edx & kAmxBf16) == 0 || (edx & kAmxTile) == 0) return false;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+}  // namespace
 
 const char* isa_name(Isa isa) {
   switch (isa) {
+    case Isa::amx:
+      return "amx";
     case Isa::avx512:
       return "avx512";
     case Isa::avx2:
@@ -24,6 +49,7 @@ Isa isa_of_processor() {
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+  if (avx512 && __builtin_cpu_supports("avx512bf16") && has_amx()) return Isa::amx;
   return avx512 ? Isa::avx512 : avx2 ? Isa::avx2 : Isa::base;
 #else
   return Isa::base;
@@ -34,7 +60,7 @@ Isa isa_in_use() {
   static const Isa chosen = [] {
     Isa isa = isa_of_processor();
     if (const char* cap = std::getenv("BASISCONV_CPU_ISA")) {
-      for (Isa wanted : {Isa::base, Isa::avx2, Isa::avx512}) {
+      for (Isa wanted : {Isa::base, Isa::avx2, Isa::avx512, Isa::amx}) {
         if (std::strcmp(cap, isa_name(wanted)) == 0 && wanted < isa) isa = wanted;
       }
     }

@@ -4,7 +4,8 @@
 
 namespace basisconv {
 
-enum class Isa : int32_t { base = 0, avx2 = 1, avx512 = 2 };
+// amx: AVX-512 with bfloat16 and the matrix unit; what has no kernel of its own there runs as avx512.
+enum class Isa : int32_t { base = 0, avx2 = 1, avx512 = 2, amx = 3 };
 
 const char* isa_name(Isa isa);
 

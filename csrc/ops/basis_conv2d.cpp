@@ -43,8 +43,10 @@ DType dtype_of(const Tensor& t, const char* name) {
   }
 }
 
-CpuBasisConv2d kernels_for(Isa isa) {
+CpuBasisConv2d kernels_for(const BasisConv2dWeights& weights) {
+  const Isa isa = isa_for(weights, isa_in_use());
 #if defined(BASISCONV_X86)
+  if (isa == Isa::amx) return cpu_basis_conv2d_amx();
   if (isa == Isa::avx512) return cpu_basis_conv2d_avx512();
   if (isa == Isa::avx2) return cpu_basis_conv2d_avx2();
 #endif
@@ -94,7 +96,7 @@ void pack_into(const BasisConv2dWeights& w, const Tensor& basis_weight, const Te
   std::memset(bytes, 0, kCpuPackHeaderBytes);
   std::memcpy(bytes, &header, sizeof(header));
   const Tensor filters = as_float(basis_weight), mixing = as_float(coefficients);
-  kernels_for(isa).pack(w, cpu_pack(w, isa), static_cast<const float*>(filters.const_data_ptr()),
+  kernels_for(w).pack(w, cpu_pack(w, isa), static_cast<const float*>(filters.const_data_ptr()),
                         static_cast<const float*>(mixing.const_data_ptr()),
                         reinterpret_cast<float*>(bytes + kCpuPackHeaderBytes));
 }
@@ -234,7 +236,7 @@ Tensor forward(Tensor input, Tensor basis_weight, Tensor coefficients, std::opti
   const int64_t wanted = macs / kMacsWorthAThread;
   const int64_t threads = wanted < 1 ? 1 : wanted < most ? wanted : most;
   const CpuPlan plan = cpu_plan(p, cpu_pack(w, isa), threads);
-  const CpuBasisConv2d kernels = kernels_for(isa);
+  const CpuBasisConv2d kernels = kernels_for(w);
   torch::stable::parallel_for(0, plan.units, (plan.units + threads - 1) / threads, [&](int64_t begin, int64_t end) {
     kernels.run(p, plan, thread_scratch(plan.scratch()), begin, end);
   });
@@ -244,7 +246,7 @@ Tensor forward(Tensor input, Tensor basis_weight, Tensor coefficients, std::opti
 std::string build_facts() {
   std::string facts = "{\"compiler\": \"" __VERSION__ "\", \"cpu\": {\"built\": [\"base\"";
 #if defined(BASISCONV_X86)
-  facts += ", \"avx2\", \"avx512\"";
+  facts += ", \"avx2\", \"avx512\", \"amx\"";
 #endif
   facts += "], \"processor\": \"" + std::string(isa_name(isa_of_processor()));
   facts += "\", \"in_use\": \"" + std::string(isa_name(isa_in_use())) + "\"}}";
