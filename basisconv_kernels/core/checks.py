@@ -32,8 +32,8 @@ def pair(op: str, name: str, value: Any, *, at_least: int) -> Pair:
 def padding4(op: str, value: Any, kernel: Pair, stride: Pair, dilation: Pair) -> Quad:
     """Any accepted form of padding → (top, bottom, left, right).
 
-    Accepted: an int; (vertical, horizontal); (top, bottom, left, right); ``"valid"``; ``"same"`` (stride 1 only; the odd
-    excess goes to the bottom and the right, as in PyTorch).
+    Accepted: an int; (vertical, horizontal); (top, bottom, left, right); ``"valid"``; ``"same"`` (stride 1 only; the
+    odd excess goes to the bottom and the right, as in PyTorch).
     """
     if isinstance(value, str):
         if value == "valid":
@@ -79,7 +79,7 @@ def activation(op: str, value: Any) -> None:
 
 
 def tensor(op: str, name: str, value: Any, dim: int, layout: str) -> None:
-    """Refuse what is not a dense tensor of ``dim`` dimensions; ``layout`` is the readable shape, e.g. ``[N, C, H, W]``."""
+    """Refuse what is not a dense tensor of ``dim`` dimensions; ``layout`` is the readable shape, as in ``[K, Q]``."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a Tensor {layout}, got {type(value).__name__}")
     if value.layout is not torch.strided:

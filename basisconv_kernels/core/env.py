@@ -1,6 +1,6 @@
 """The only reader of ``os.environ`` in the package; docs/env.md lists every variable with its meaning.
 
-Values are read when asked for, not at import, so that a test or a notebook may set them at any time before the first use.
+Values are read when asked for, not at import: a test or a notebook may set them at any time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ class Variable:
 
 VARIABLES = (
     Variable("BASISCONV_BACKEND", "backend of every op call that names none", "a backend name of `basisconv ops`"),
-    Variable("BASISCONV_CPU_ISA", "caps the instruction set of the CPU kernels; read once a process", "base|avx2|avx512|amx"),
+    Variable(
+        "BASISCONV_CPU_ISA", "caps the instruction set of the CPU kernels; read once a process", "base|avx2|avx512|amx"
+    ),
     Variable("BASISCONV_DATA", "folder with data sets (cifar10.npz, fashion-mnist/)", "a path"),
     Variable("BASISCONV_LOG", "what to log on stderr", "dispatch"),
     Variable("BASISCONV_BUILD", "read by setup.py only: which kernels to build", "auto|cpu|cuda|none"),

@@ -1,4 +1,4 @@
-"""What one convolution call is, in shapes and flags: the language of backend choice, logs, test cases and benchmarks."""
+"""What one convolution call is, in shapes and flags: the language of choice, logs, test cases and benchmarks."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Choice of a backend: ordered candidates, the reasons against each, and the user's wish.
 
-An op lists its candidates in the order of preference. ``supports`` gives the reasons against one, empty when it can run.
+An op lists its candidates in the order of preference. ``supports`` gives the reasons against one, empty when it runs.
 Automatic choice takes the first without reasons; a wish by name works or raises with every candidate's reasons.
 """
 
@@ -35,12 +35,14 @@ class Candidate:
     supports: Callable[[Any], Sequence[str]]
 
 
-_wish: ContextVar[str | None] = ContextVar("basisconv_backend", default=env.backend())
+_NOBODY = ""  # no use_backend block around: the environment speaks
+_wish: ContextVar[str | None] = ContextVar("basisconv_backend", default=_NOBODY)
 
 
 def wish() -> str | None:
     """The backend asked for by ``use_backend`` or ``BASISCONV_BACKEND``, or None."""
-    return _wish.get()
+    asked = _wish.get()
+    return env.backend() if asked is _NOBODY else asked
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Image sets for the demo, the tests and the benchmarks: Fashion-MNIST from the package, CIFAR-10 from the user's disk."""
+"""Image sets for demo, tests and benchmarks: Fashion-MNIST from the package, CIFAR-10 from the user's disk."""
 
 from __future__ import annotations
 
@@ -96,7 +96,9 @@ def _read_idx(path: Path) -> Tensor:
     values = torch.frombuffer(bytearray(content[4 + 4 * rank :]), dtype=torch.uint8)
     expected = int(torch.tensor(sizes).prod())
     if values.numel() != expected:
-        raise ValueError(f"{path.name}: sizes {list(sizes)} need {expected} bytes of data, the file holds {values.numel()}")
+        raise ValueError(
+            f"{path.name}: sizes {list(sizes)} need {expected} bytes of data, the file holds {values.numel()}"
+        )
     return values.view(sizes)
 
 

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from basisconv_kernels.core import checks, extension, registry
-from basisconv_kernels.core.autograd import refuse_double_backward, refuse_gradients
+from basisconv_kernels.core import checks, registry
+from basisconv_kernels.core.autograd import refuse_double_backward
 from basisconv_kernels.core.checks import Pair, Quad
 from basisconv_kernels.core.problem import Conv2dProblem
 from basisconv_kernels.core.registry import Candidate
+from basisconv_kernels.ops import basis_conv2d_native as native
 from basisconv_kernels.reference import basis_conv2d as reference
 
 OP = "basis_conv2d"
-NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-HAS_NATIVE = extension.load() is None  # a constant: graphs are traced through the functions that ask
 
 
 class Settings(NamedTuple):
@@ -41,7 +39,7 @@ def _cpu_supports(problem: Conv2dProblem) -> list[str]:
     against = []
     if problem.device != "cpu":
         against.append(f"runs on the CPU, the tensors are on {problem.device}")
-    if problem.dtype not in NATIVE_DTYPES:
+    if problem.dtype not in native.DTYPES:
         against.append(f"has no {problem.dtype} kernel")
     return against
 
@@ -51,26 +49,9 @@ def _reference_supports(problem: Conv2dProblem) -> list[str]:
 
 
 CANDIDATES = (
-    Candidate("cpu", "basisconv_kernels.ops.basis_conv2d:_native_forward", _cpu_supports),
+    Candidate("cpu", "basisconv_kernels.ops.basis_conv2d_native:forward", _cpu_supports),
     Candidate("reference", "basisconv_kernels.ops.basis_conv2d:_reference_forward", _reference_supports),
 )
-
-
-def _native_forward(
-    input: Tensor,
-    basis_weight: Tensor,
-    coefficients: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    packed: Tensor | None,
-    settings: Settings,
-) -> Tensor:
-    """The torch op that C++ registers for the CPU and for CUDA."""
-    arguments = (input, basis_weight, coefficients, bias, residual, packed, *settings[:-1])
-    if torch.compiler.is_compiling():
-        return torch.ops.basisconv.basis_conv2d.default(*arguments)
-    with torch._C._AutoDispatchBelowAutograd():  # gradients are our Function's; asking autograd costs 5 us a call
-        return torch.ops.basisconv.basis_conv2d.default(*arguments)
 
 
 def _reference_forward(
@@ -81,14 +62,16 @@ def _reference_forward(
     residual: Tensor | None,
     packed: Tensor | None,
     settings: Settings,
-) -> Tensor:
-    return reference.forward(input, basis_weight, coefficients, bias, residual, *settings[:-1])
+    keep_maps: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    arguments = (input, basis_weight, coefficients, bias, residual, *settings[:-1])
+    return reference.forward_with_maps(*arguments) if keep_maps else (reference.forward(*arguments), None)
 
 
-_targets: dict[str, Callable[..., Tensor]] = {}
+_targets: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {}
 
 
-def _forward(backend: str) -> Callable[..., Tensor]:
+def _forward(backend: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     target = _targets.get(backend)
     if target is None:
         candidate = next(c for c in CANDIDATES if c.name == backend)
@@ -96,9 +79,8 @@ def _forward(backend: str) -> Callable[..., Tensor]:
     return target
 
 
-@torch.compiler.assume_constant_result
 def _choose(device: str, dtype: torch.dtype, sizes: tuple[int, ...], asked: str | None, *arguments: Any) -> str:
-    """Name of the backend. It looks only at what stays the same when batch and map size change, a constant in a graph."""
+    """Name of the backend. It looks only at what stays when batch and map size change: a constant in a graph."""
     settings = Settings(*arguments, backend="")
     taps_in, Q, K, R, S, mixed = sizes
     problem = Conv2dProblem(
@@ -122,113 +104,15 @@ def _choose(device: str, dtype: torch.dtype, sizes: tuple[int, ...], asked: str 
     return chosen.name
 
 
-def basis_conv2d_pack(
-    basis_weight: Tensor,
-    coefficients: Tensor,
-    *,
-    stride: int | Pair = 1,
-    dilation: int | Pair = 1,
-    groups: int = 1,
-    precise: bool = False,
-) -> Tensor | None:
-    """Rearrange weights once for the native kernel, for the ``packed`` argument of ``basis_conv2d``.
-
-    Args:
-        basis_weight (Tensor[Q, C/groups, R, S]): as for ``basis_conv2d``.
-        coefficients (Tensor[K, Q] or [K, Q/groups]): as for ``basis_conv2d``.
-        stride, dilation, groups, precise: as they will be given to ``basis_conv2d``.
-
-    Returns:
-        Tensor[bytes] (uint8), good for this instruction set and geometry only and checked on use; None where the native
-        kernel does not take these tensors, and then ``packed=None`` is right.
-    """
-    if not HAS_NATIVE or basis_weight.device.type != "cpu" or basis_weight.dtype not in NATIVE_DTYPES:
-        return None
-    return torch.ops.basisconv.basis_conv2d_pack.default(
-        basis_weight,
-        coefficients,
-        checks.pair(OP, "stride", stride, at_least=1),
-        checks.pair(OP, "dilation", dilation, at_least=1),
-        groups,
-        precise,
-    )
-
-
-# --- registration of the native op ------------------------------------------------------------------------------------
-
-
-def _fake_forward(
-    input: Tensor,
-    basis_weight: Tensor,
-    coefficients: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    packed: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    activation: str | None,
-    precise: bool,
-) -> Tensor:
-    """Shape, dtype and strides of the result, for tracing."""
-    kernel = (basis_weight.shape[2], basis_weight.shape[3])
-    OH, OW = checks.output_size(
-        OP, (input.shape[2], input.shape[3]), kernel, tuple(stride), tuple(padding), tuple(dilation)
-    )
-    return torch.empty(
-        (input.shape[0], coefficients.shape[0], OH, OW),
-        dtype=input.dtype,
-        device=input.device,
-        memory_format=reference.memory_format(input),
-    )
-
-
-def _fake_pack(
-    basis_weight: Tensor,
-    coefficients: Tensor,
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    precise: bool,
-) -> Tensor:
-    shapes = ([int(size) for size in basis_weight.shape], [int(size) for size in coefficients.shape])
-    size = torch.ops.basisconv.basis_conv2d_packed_bytes.default(*shapes, stride, dilation, groups, precise)
-    return basis_weight.new_empty(size, dtype=torch.uint8)
-
-
-def _flops(
-    input: Sequence[int],
-    basis_weight: Sequence[int],
-    coefficients: Sequence[int],
-    *_: Any,
-    out_shape: Sequence[int],
-    **__: Any,
-) -> int:
-    """Two FLOP a multiply-accumulate of both stages; activation, bias and residual count nothing, as in torch."""
-    Q, taps_in, R, S = basis_weight
-    N, K, OH, OW = out_shape
-    return 2 * N * OH * OW * (Q * taps_in * R * S + K * coefficients[1])
-
-
-def _register() -> None:
-    """Teach torch what the native op does to shapes, gradients and FLOP counts."""
-    torch.library.register_fake("basisconv::basis_conv2d", _fake_forward)
-    torch.library.register_fake("basisconv::basis_conv2d_pack", _fake_pack)
-    refuse_gradients("basis_conv2d", OP)
-    refuse_gradients("basis_conv2d_pack", OP)
-    register_flop_formula(torch.ops.basisconv.basis_conv2d)(_flops)
-
-
-if HAS_NATIVE:
-    _register()
+# What torch.compiler.assume_constant_result does, without its import of the whole compiler: a second at every start.
+_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------------
 
 
 class BasisConv2dFunction(torch.autograd.Function):
-    """``basis_conv2d`` with its explicit gradients; call the function ``basis_conv2d``, which checks and casts first."""
+    """``basis_conv2d`` with its explicit gradients; call ``basis_conv2d`` itself, which checks and casts first."""
 
     @staticmethod
     def forward(
@@ -239,21 +123,26 @@ class BasisConv2dFunction(torch.autograd.Function):
         residual: Tensor | None,
         packed: Tensor | None,
         settings: Settings,
-    ) -> Tensor:
-        """Run the backend that ``settings`` names."""
-        return _forward(settings.backend)(input, basis_weight, coefficients, bias, residual, packed, settings)
+        keep_maps: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run the backend that ``settings`` names; the second result is Z, kept for d coefficients if ``keep_maps``."""
+        run = _forward(settings.backend)
+        return run(input, basis_weight, coefficients, bias, residual, packed, settings, keep_maps)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Keep the inputs; the output only where the activation's slope is read off it. Z is not kept."""
-        input, basis_weight, coefficients, _, _, _, settings = inputs
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
+        """Keep the inputs and Z; the result only where the activation's slope is read off it."""
+        input, basis_weight, coefficients, _, _, _, settings, _ = inputs
+        result, maps = output
         ctx.settings = settings
-        ctx.save_for_backward(input, basis_weight, coefficients, output if settings.activation else None)
+        if maps is not None:
+            ctx.mark_non_differentiable(maps)
+        ctx.save_for_backward(input, basis_weight, coefficients, result if settings.activation else None, maps)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_output: Tensor, _: Any) -> tuple[Any, ...]:
         """The formulas of ``reference.basis_conv2d.backward``."""
-        input, basis_weight, coefficients, output = ctx.saved_tensors
+        input, basis_weight, coefficients, output, maps = ctx.saved_tensors
         stride, padding, dilation, groups, activation, _, _ = ctx.settings
         with torch.no_grad():
             gradients = reference.backward(
@@ -268,8 +157,10 @@ class BasisConv2dFunction(torch.autograd.Function):
                 groups,
                 activation,
                 tuple(ctx.needs_input_grad[:5]),
+                maps,
             )
-        return (*refuse_double_backward(OP, (grad_output, input, basis_weight, coefficients), gradients), None, None)
+        depends_on = (grad_output, input, basis_weight, coefficients)
+        return (*refuse_double_backward(OP, depends_on, gradients), None, None, None)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
@@ -315,7 +206,9 @@ def _normal_form(
     if groups < 1:
         raise ValueError(f"{OP}: groups must be at least 1, got {groups}")
     if min(Q, R, S, taps_in) < 1:
-        raise ValueError(f"{OP}: basis_weight must be [Q, C/groups, R, S] with no empty side, got {list(basis_weight.shape)}")
+        raise ValueError(
+            f"{OP}: basis_weight must be [Q, C/groups, R, S] with no empty side, got {list(basis_weight.shape)}"
+        )
     if K < 1:
         raise ValueError(f"{OP}: coefficients must be [K, Q] with K at least 1, got {list(coefficients.shape)}")
     if taps_in * groups != C:
@@ -358,11 +251,16 @@ _PLANS_KEPT = 4096
 _plans: dict[tuple[Any, ...], Settings] = {}
 
 
+def _kinds(value: Any) -> Any:
+    """Types of an argument and its elements: 1, 1.0 and True are equal, but not all of them are good strides."""
+    return tuple(map(type, value)) if isinstance(value, tuple) else type(value)
+
+
 def _plan(tensors: tuple[Any, ...], arguments: tuple[Any, ...]) -> Settings:
     """``_normal_form``, remembered by shapes, dtypes and arguments: what makes a repeated call cheap."""
     try:
-        signature = [(t.shape, t.dtype, t.device) if t is not None else None for t in tensors]
-        key = (*signature, *arguments, registry.wish())
+        signature = [(t.shape, t.dtype, t.device, t.layout) if t is not None else None for t in tensors]
+        key = (*signature, *arguments, *map(_kinds, arguments[:4]), registry.wish())
         found = _plans.get(key)
     except (AttributeError, TypeError):  # no tensor, or a list where a tuple could stand: the checks know
         return _normal_form(*tensors, *arguments)
@@ -372,6 +270,26 @@ def _plan(tensors: tuple[Any, ...], arguments: tuple[Any, ...]) -> Settings:
             _plans.clear()
         _plans[key] = found
     return found
+
+
+def _autocast(
+    input: Tensor, others: tuple[Any, ...], packed: Tensor | None
+) -> tuple[tuple[Any, ...], Tensor | None] | None:
+    """The tensors in the autocast dtype, as torch's convolutions do it (float64 stays); None outside autocast.
+
+    Packed weights go with the weights they were made of: a cast of those makes them useless.
+    """
+    device = input.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return None
+    dtype = torch.get_autocast_dtype(device)
+    tensors = (input, *others)
+    cast = tuple(
+        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in tensors
+    )
+    same_weights = cast[1] is others[0] and cast[2] is others[1]
+    return cast, packed if same_weights else None
 
 
 def basis_conv2d(
@@ -417,8 +335,8 @@ def basis_conv2d(
         ``OH = floor((H + top + bottom − dilation·(R−1) − 1)/stride) + 1``, OW alike.
 
     All five tensors have gradients; that of ``basis_weight`` is skipped when it needs none. Double backward and
-    ``torch.vmap`` are refused. Under autocast the tensors are cast to the autocast dtype. float32 and float64 compute in
-    their own dtype; bfloat16 and float16 accumulate in float32, round the basis maps once to the dtype and the result
+    ``torch.vmap`` are refused. Under autocast the tensors are cast to the autocast dtype. float32 and float64 compute
+    in their own dtype; bfloat16 and float16 accumulate in float32, round the basis maps once to the dtype and the result
     once. Results do not depend on the number of threads; two runs give the same bits.
 
     Raises:
@@ -436,30 +354,19 @@ def basis_conv2d(
         >>> basis_conv2d(torch.randn(1, 64, 56, 56), basis, mixing, padding=1, activation="relu").shape
         torch.Size([1, 128, 56, 56])
     """
-    if isinstance(input, Tensor) and torch.is_autocast_enabled(input.device.type):
-        dtype = torch.get_autocast_dtype(input.device.type)
-        cast = [t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t
-                for t in (input, basis_weight, coefficients, bias, residual)]  # fmt: skip
+    tensors: tuple[Any, ...] = (input, basis_weight, coefficients, bias, residual)
+    if isinstance(input, Tensor) and (cast := _autocast(input, tensors[1:], packed)) is not None:
+        tensors, packed = cast
         with torch.autocast(input.device.type, enabled=False):
-            return basis_conv2d(
-                *cast[:4], stride=stride, padding=padding, dilation=dilation, groups=groups, activation=activation,
-                residual=cast[4], precise=precise, backend=backend,
-                packed=packed if cast[1] is basis_weight and cast[2] is coefficients else None,
-            )  # fmt: skip
-    tensors = (input, basis_weight, coefficients, bias, residual)
-    arguments = (stride, padding, dilation, groups, activation, precise, backend)
-    if torch.compiler.is_compiling():
-        settings = _normal_form(*tensors, *arguments)
-    else:
-        settings = _plan(tensors, arguments)
-    if torch.is_grad_enabled() and (
-        input.requires_grad
-        or basis_weight.requires_grad
-        or coefficients.requires_grad
-        or (bias is not None and bias.requires_grad)
-        or (residual is not None and residual.requires_grad)
-    ):
-        return BasisConv2dFunction.apply(*tensors, packed, settings)
-    if torch._C._are_functorch_transforms_active():
-        return BasisConv2dFunction.apply(*tensors, packed, settings)
-    return _forward(settings.backend)(*tensors, packed, settings)
+            return _run(tensors, packed, (stride, padding, dilation, groups, activation, precise, backend))
+    return _run(tensors, packed, (stride, padding, dilation, groups, activation, precise, backend))
+
+
+def _run(tensors: tuple[Any, ...], packed: Tensor | None, arguments: tuple[Any, ...]) -> Tensor:
+    """Plan, then the autograd Function where something needs a gradient, else the backend itself."""
+    settings = _normal_form(*tensors, *arguments) if torch.compiler.is_compiling() else _plan(tensors, arguments)
+    needs_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if needs_gradient or torch._C._are_functorch_transforms_active():
+        keep_maps = needs_gradient and tensors[2].requires_grad
+        return BasisConv2dFunction.apply(*tensors, packed, settings, keep_maps)[0]
+    return _forward(settings.backend)(*tensors, packed, settings)[0]

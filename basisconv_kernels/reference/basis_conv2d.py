@@ -1,7 +1,7 @@
 """``basis_conv2d`` in plain PyTorch: what the op means, and the fallback where no kernel runs.
 
-Arguments arrive checked and in normal form (see ``ops/basis_conv2d.py``): strides and dilations as pairs, the padding as
-(top, bottom, left, right), tensors of one dtype on one device.
+Arguments arrive checked and in normal form (see ``ops/basis_conv2d.py``): strides and dilations as pairs, the padding
+as (top, bottom, left, right), tensors of one dtype on one device.
 """
 
 from __future__ import annotations
@@ -37,6 +37,9 @@ def memory_format(input: Tensor) -> torch.memory_format:
 def symmetric(input: Tensor, padding: Quad) -> tuple[Tensor, Pair]:
     """Split the padding into what conv2d takes (equal on both sides) and zeros written around the input."""
     top, bottom, left, right = padding
+    N, C, H, W = input.shape
+    if H == 0 or W == 0:  # conv2d refuses a map without pixels, though its padding may have some
+        return input.new_zeros(N, C, H + top + bottom, W + left + right), (0, 0)
     if top == bottom and left == right:
         return input, (top, left)
     return F.pad(input, (left, right, top, bottom)), (0, 0)
@@ -47,9 +50,7 @@ def coefficient_groups(coefficients: Tensor, basis_channels: int, groups: int) -
     return groups if groups > 1 and coefficients.shape[1] != basis_channels else 1
 
 
-def basis_maps(
-    input: Tensor, basis_weight: Tensor, stride: Pair, padding: Quad, dilation: Pair, groups: int
-) -> Tensor:
+def basis_maps(input: Tensor, basis_weight: Tensor, stride: Pair, padding: Quad, dilation: Pair, groups: int) -> Tensor:
     """Z [N, Q, OH, OW] = conv2d(input, basis_weight); 16-bit dtypes accumulate in float32 and come back as float32."""
     padded, pad = symmetric(input, padding)
     if input.dtype in HALF:
@@ -72,15 +73,49 @@ def forward(
 ) -> Tensor:
     """``act(coefficients · conv2d(input, basis_weight) + bias + residual)``.
 
-    float32 and float64 compute in their own dtype. bfloat16 and float16 accumulate in float32, round Z once to the dtype
-    (not if ``precise``) and round the result once.
+    float32 and float64 compute in their own dtype. bfloat16 and float16 accumulate in float32, round Z once to the
+    dtype (not if ``precise``) and round the result once.
     """
     maps = basis_maps(input, basis_weight, stride, padding, dilation, groups)
+    return recombine(maps, input, coefficients, bias, residual, groups, activation, precise)
+
+
+def forward_with_maps(
+    input: Tensor,
+    basis_weight: Tensor,
+    coefficients: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: Pair,
+    padding: Quad,
+    dilation: Pair,
+    groups: int,
+    activation: str | None,
+    precise: bool,
+) -> tuple[Tensor, Tensor]:
+    """``forward``, and Z [N, Q, OH, OW] in the dtype of ``input`` for the backward."""
+    maps = basis_maps(input, basis_weight, stride, padding, dilation, groups)
+    result = recombine(maps, input, coefficients, bias, residual, groups, activation, precise)
+    return result, maps.to(input.dtype)
+
+
+def recombine(
+    maps: Tensor,
+    input: Tensor,
+    coefficients: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    groups: int,
+    activation: str | None,
+    precise: bool,
+) -> Tensor:
+    """Stage 2 from Z as ``basis_maps`` gives it; dtype and memory format of the result are those of ``input``."""
+    basis_channels = maps.shape[1]
     if maps.dtype != input.dtype and not precise:
         maps = maps.to(input.dtype).to(maps.dtype)
     mixing = coefficients.to(maps.dtype)[:, :, None, None]
     offset = None if bias is None else bias.to(maps.dtype)
-    out = F.conv2d(maps, mixing, offset, groups=coefficient_groups(coefficients, basis_weight.shape[0], groups))
+    out = F.conv2d(maps, mixing, offset, groups=coefficient_groups(coefficients, basis_channels, groups))
     if residual is not None:
         out = out + residual.to(out.dtype)
     if activation == "relu":
@@ -102,8 +137,9 @@ def backward(
     groups: int,
     activation: str | None,
     wanted: tuple[bool, bool, bool, bool, bool],
+    maps: Tensor | None = None,
 ) -> Gradients:
-    """The explicit gradients, Z recomputed.
+    """The explicit gradients.
 
     With ``g = grad_output`` where the activation's slope is 1, else 0::
 
@@ -115,6 +151,7 @@ def backward(
     Args:
         output (Tensor or None): the op's result; needed with an activation only.
         wanted: which of input, basis_weight, coefficients, bias, residual need a gradient.
+        maps (Tensor[N, Q, OH, OW] or None): Z if the forward kept it; else it is computed again.
     """
     if activation == "relu":
         grad_output = torch.ops.aten.threshold_backward(grad_output, output, 0)
@@ -127,12 +164,13 @@ def backward(
 
     d_maps = d_input = d_basis = d_coefficients = None
     if wanted[2] or wanted[0] or wanted[1]:
-        # Z itself enters d coefficients alone; a frozen recombination needs only its shape.
-        maps = (
-            F.conv2d(padded, basis_weight, None, stride, pad, dilation, groups)
-            if wanted[2]
-            else grad_output.new_empty(grad_output.shape[0], basis_weight.shape[0], *grad_output.shape[2:])
-        )
+        if maps is None:
+            # Z itself enters d coefficients alone; a frozen recombination needs only its shape.
+            maps = (
+                F.conv2d(padded, basis_weight, None, stride, pad, dilation, groups)
+                if wanted[2]
+                else grad_output.new_empty(grad_output.shape[0], basis_weight.shape[0], *grad_output.shape[2:])
+            )
         d_maps, d_mixing, _ = conv_backward(
             grad_output, maps, mixing, None, [1, 1], [0, 0], [1, 1], False, [0, 0], mixing_groups,
             [wanted[0] or wanted[1], wanted[2], False],

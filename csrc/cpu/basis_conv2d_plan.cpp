@@ -199,7 +199,7 @@ CpuPlan cpu_plan(const BasisConv2dParams& params, const CpuPack& pack, int64_t t
 CpuPackHeader cpu_pack_header(const BasisConv2dWeights& w, Isa isa) {
   CpuPackHeader h{};
   std::memcpy(h.magic, "basisc2d", 8);
-  h.version = 1;
+  h.version = kCpuPackVersion;
   h.isa = static_cast<int64_t>(isa_for(w, isa));
   const int64_t sizes[] = {w.C,        w.Q,          w.K,          w.R,      w.S,
                            w.stride_h, w.stride_w,   w.dilation_h, w.dilation_w, w.groups,

@@ -72,6 +72,8 @@ struct CpuPackHeader {
   int64_t sizes[12];  // C Q K R S stride_h stride_w dilation_h dilation_w groups mixing_groups precise
 };
 constexpr int64_t kCpuPackHeaderBytes = 128;
+// Counts up with every change of the layout or its size; programs that were traced with another one are refused.
+constexpr int64_t kCpuPackVersion = 1;
 static_assert(sizeof(CpuPackHeader) <= kCpuPackHeaderBytes, "the header must fit in front of the floats");
 
 CpuPackHeader cpu_pack_header(const BasisConv2dWeights& weights, Isa isa);

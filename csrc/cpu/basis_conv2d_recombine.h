@@ -88,12 +88,31 @@ struct Recombination {
 
   // Outputs of `pixels` consecutive pixels of one image from z [pixels][z_stride].
   void run(const float* z, int64_t z_stride, int64_t n, int64_t first_pixel, int64_t pixels) const {
+    if (params.maps) keep_maps(z, z_stride, n, first_pixel, pixels);
     if (!params.channels_last) return planar_run(z, z_stride, n, first_pixel, pixels);
     if (pack.output_vectors == 2) return packed_run<2>(z, z_stride, n, first_pixel, pixels);
     return packed_run<1>(z, z_stride, n, first_pixel, pixels);
   }
 
  private:
+  void keep_maps(const float* z, int64_t z_stride, int64_t n, int64_t first_pixel, int64_t pixels) const {
+    const BasisConv2dWeights& w = params.weights;
+    const int64_t group_maps = w.Q / w.groups;
+    T* to = static_cast<T*>(params.maps) + (n * params.OH * params.OW + first_pixel) * w.Q;
+    for (int64_t x = 0; x < pixels; x++) {
+      for (int64_t group = 0; group < w.groups; group++, to += group_maps) {
+        const float* from = z + x * z_stride + group * pack.maps;
+        for (int64_t q = 0; q < group_maps; q += kWidth) {
+          if (group_maps - q >= kWidth) {
+            Vec::store(to + q, Vec::load(from + q));
+          } else {
+            Vec::store_n(to + q, Vec::load_n(from + q, group_maps - q), group_maps - q);
+          }
+        }
+      }
+    }
+  }
+
   template <int NK>
   void packed_run(const float* z, int64_t z_stride, int64_t n, int64_t first_pixel, int64_t pixels) const {
     static constexpr Stage2Table<T, NK, true> full;

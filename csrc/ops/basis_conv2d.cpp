@@ -17,6 +17,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "../cpu/basis_conv2d.h"
@@ -102,7 +103,9 @@ void pack_into(const BasisConv2dWeights& w, const Tensor& basis_weight, const Te
 }
 
 Tensor pack(Tensor basis_weight, Tensor coefficients, std::vector<int64_t> stride, std::vector<int64_t> dilation,
-            int64_t groups, bool precise) {
+            int64_t groups, bool precise, int64_t format) {
+  STD_TORCH_CHECK(format == kCpuPackVersion, "basis_conv2d_pack: this library packs format ", kCpuPackVersion,
+                  ", the caller expects format ", format, "; a program traced with another version must be traced again");
   const BasisConv2dWeights w = describe(basis_weight, coefficients, stride, dilation, groups, precise);
   Tensor packed = torch::stable::empty({cpu_packed_bytes(w)}, ScalarType::Byte);
   char* bytes = static_cast<char*>(packed.mutable_data_ptr());
@@ -151,10 +154,13 @@ float* thread_scratch(int64_t floats) {
 // The layout rule of the reference: channels_last where the channels are the fastest dimension of the input.
 bool is_channels_last(const Tensor& t) { return t.size(1) > 1 && t.stride(1) == 1 && !t.is_contiguous(); }
 
-Tensor forward(Tensor input, Tensor basis_weight, Tensor coefficients, std::optional<Tensor> bias,
-               std::optional<Tensor> residual, std::optional<Tensor> packed, std::vector<int64_t> stride,
-               std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
-               std::optional<std::string> activation, bool precise) {
+// The result and, if `keep_maps`, z in the dtype of input as channels_last.
+std::tuple<Tensor, Tensor> run(const Tensor& input, const Tensor& basis_weight, const Tensor& coefficients,
+                               const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+                               const std::optional<Tensor>& packed, const std::vector<int64_t>& stride,
+                               const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
+                               int64_t groups, const std::optional<std::string>& activation, bool precise,
+                               bool keep_maps) {
   BasisConv2dParams p{};
   p.weights = describe(basis_weight, coefficients, stride, dilation, groups, precise);
   const BasisConv2dWeights& w = p.weights;
@@ -186,6 +192,12 @@ Tensor forward(Tensor input, Tensor basis_weight, Tensor coefficients, std::opti
   Tensor output = torch::stable::empty({p.N, w.K, p.OH, p.OW}, input.scalar_type(), std::nullopt, std::nullopt,
                                        std::nullopt, format);
   p.output = output.mutable_data_ptr();
+  Tensor maps;
+  if (keep_maps) {
+    maps = torch::stable::empty({p.N, w.Q, p.OH, p.OW}, input.scalar_type(), std::nullopt, std::nullopt, std::nullopt,
+                                MemoryFormat::ChannelsLast);
+    p.maps = maps.mutable_data_ptr();
+  }
   p.input = input.const_data_ptr();
   p.input_stride_n = input.stride(0);
   p.input_stride_c = input.stride(1);
@@ -210,7 +222,7 @@ Tensor forward(Tensor input, Tensor basis_weight, Tensor coefficients, std::opti
     added = torch::stable::contiguous(*residual, format);
     p.residual = added.const_data_ptr();
   }
-  if (p.N == 0) return output;
+  if (p.N == 0) return {output, maps};
 
   const Isa isa = isa_in_use();
   std::vector<char> own;
@@ -240,11 +252,29 @@ Tensor forward(Tensor input, Tensor basis_weight, Tensor coefficients, std::opti
   torch::stable::parallel_for(0, plan.units, (plan.units + threads - 1) / threads, [&](int64_t begin, int64_t end) {
     kernels.run(p, plan, thread_scratch(plan.scratch()), begin, end);
   });
-  return output;
+  return {output, maps};
+}
+
+Tensor forward(Tensor input, Tensor basis_weight, Tensor coefficients, std::optional<Tensor> bias,
+               std::optional<Tensor> residual, std::optional<Tensor> packed, std::vector<int64_t> stride,
+               std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
+               std::optional<std::string> activation, bool precise) {
+  return std::get<0>(run(input, basis_weight, coefficients, bias, residual, packed, stride, padding, dilation, groups,
+                         activation, precise, false));
+}
+
+std::tuple<Tensor, Tensor> forward_maps(Tensor input, Tensor basis_weight, Tensor coefficients,
+                                        std::optional<Tensor> bias, std::optional<Tensor> residual,
+                                        std::optional<Tensor> packed, std::vector<int64_t> stride,
+                                        std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
+                                        std::optional<std::string> activation, bool precise) {
+  return run(input, basis_weight, coefficients, bias, residual, packed, stride, padding, dilation, groups, activation,
+             precise, true);
 }
 
 std::string build_facts() {
-  std::string facts = "{\"compiler\": \"" __VERSION__ "\", \"cpu\": {\"built\": [\"base\"";
+  std::string facts = "{\"compiler\": \"" __VERSION__ "\", \"pack_format\": " + std::to_string(kCpuPackVersion) +
+                      ", \"cpu\": {\"built\": [\"base\"";
 #if defined(BASISCONV_X86)
   facts += ", \"avx2\", \"avx512\", \"amx\"";
 #endif
@@ -262,8 +292,12 @@ STABLE_TORCH_LIBRARY(basisconv, m) {
       "Tensor? packed, int[] stride, int[] padding, int[] dilation, int groups, str? activation, bool precise) "
       "-> Tensor");
   m.def(
+      "basis_conv2d_maps(Tensor input, Tensor basis_weight, Tensor coefficients, Tensor? bias, Tensor? residual, "
+      "Tensor? packed, int[] stride, int[] padding, int[] dilation, int groups, str? activation, bool precise) "
+      "-> (Tensor, Tensor)");
+  m.def(
       "basis_conv2d_pack(Tensor basis_weight, Tensor coefficients, int[] stride, int[] dilation, int groups, "
-      "bool precise) -> Tensor");
+      "bool precise, int format) -> Tensor");
   m.def(
       "basis_conv2d_packed_bytes(int[] basis_weight_shape, int[] coefficients_shape, int[] stride, int[] dilation, "
       "int groups, bool precise) -> int");
@@ -272,6 +306,7 @@ STABLE_TORCH_LIBRARY(basisconv, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(basisconv, CPU, m) {
   m.impl("basis_conv2d", TORCH_BOX(&basisconv::forward));
+  m.impl("basis_conv2d_maps", TORCH_BOX(&basisconv::forward_maps));
   m.impl("basis_conv2d_pack", TORCH_BOX(&basisconv::pack));
 }
 

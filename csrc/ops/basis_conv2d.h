@@ -31,6 +31,7 @@ struct BasisConv2dParams {
   const float* bias;     // [K]; zeros where the op has none
   const void* residual;  // dense, in the layout of the output, or null
   void* output;          // dense: [N, OH, OW, K] if channels_last, else [N, K, OH, OW]
+  void* maps;            // [N, OH, OW, Q] dense: z is stored here too, for the backward; or null
   bool channels_last;    // of output and residual; the input has strides of its own
   Activation activation;
 };

@@ -48,7 +48,9 @@ class Outside:
 
     def copy_sources(self) -> None:
         """Copy what git would: no builds, no caches."""
-        ignored = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info", ".git", ".venv*", "build", "out", ".*_cache")
+        ignored = shutil.ignore_patterns(
+            "*.so", "__pycache__", "*.egg-info", ".git", ".venv*", "build", "out", ".*_cache"
+        )
         shutil.copytree(ROOT, self.sources, ignore=ignored)
 
     def pip(self, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:

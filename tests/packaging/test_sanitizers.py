@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 
-pytestmark = [pytest.mark.full, pytest.mark.skipif(sys.platform != "linux", reason="LD_PRELOAD of the sanitizer runtime")]
+pytestmark = [
+    pytest.mark.full,
+    pytest.mark.skipif(sys.platform != "linux", reason="LD_PRELOAD of the sanitizer runtime"),
+]
 
 # Python itself leaks at exit, and torch allocates with one operator and frees with another.
 ASAN = "detect_leaks=0:alloc_dealloc_mismatch=0:abort_on_error=0:exitcode=77"
@@ -26,7 +29,11 @@ def sanitized(outside: Any) -> Any:
         if not path.is_absolute():
             pytest.skip(f"the compiler has no {name}")
         runtimes.append(str(path.resolve()))
-    outside.environment = {"LD_PRELOAD": ":".join(runtimes), "ASAN_OPTIONS": ASAN, "UBSAN_OPTIONS": "print_stacktrace=1"}
+    outside.environment = {
+        "LD_PRELOAD": ":".join(runtimes),
+        "ASAN_OPTIONS": ASAN,
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
     return outside
 
 

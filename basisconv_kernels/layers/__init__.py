@@ -1,0 +1,1 @@
+"""One ``nn.Module`` an op: parameters, initial values and conversion; ``forward`` is one call of the op."""

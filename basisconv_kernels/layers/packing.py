@@ -1,0 +1,113 @@
+"""Memory of what a layer derives from its weights for the kernel: folded coefficients and packed weights.
+
+It is a plain attribute, no buffer: it never reaches a state_dict, a copy, a pickle, a file or an exported program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+ORDINARY = (Tensor, torch.nn.Parameter)
+
+
+class Prepared(NamedTuple):
+    """What the op takes instead of the layer's own tensors.
+
+    ``coefficients`` and ``bias`` hold a folded BatchNorm, None where there is none; ``packed`` is None where no native
+    kernel exists.
+    """
+
+    coefficients: Tensor | None
+    bias: Tensor | None
+    packed: Tensor | None
+
+
+class _Source(NamedTuple):
+    """A tensor that a value was made from, as it was then; ``version`` is None for inference tensors."""
+
+    tensor: Tensor
+    kept: Tensor
+    address: int
+    version: int | None
+    shape: torch.Size
+    strides: tuple[int, ...]
+
+
+class _Entry(NamedTuple):
+    settings: Hashable
+    sources: tuple[_Source, ...]
+    value: Prepared
+
+
+class PreparedWeights:
+    """One remembered ``Prepared`` and the proof that it still holds.
+
+    - An address says nothing once its memory is freed and given out again, so an alias of every source tensor is kept:
+      its memory stays, and an equal address is the same memory. The version counter then tells edits in place.
+    - Inference tensors count no versions: copies of them are kept instead and compared value by value, which reads the
+      weights once a call and is cheaper than packing them.
+    - Edits that PyTorch itself does not see (through ``.data`` or a NumPy view) need ``BasisConv2d.repack``.
+
+    Copies and pickles start empty. The entry is replaced as a whole, so threads that share a layer see a whole one.
+    """
+
+    def __init__(self) -> None:
+        self._entry: _Entry | None = None
+
+    def __reduce__(self) -> tuple[type[PreparedWeights], tuple[()]]:
+        return PreparedWeights, ()
+
+    def clear(self) -> None:
+        """Forget the entry and release what it kept."""
+        self._entry = None
+
+    def get(self, sources: tuple[Tensor, ...], settings: Hashable, build: Callable[[], Prepared]) -> Prepared:
+        """The remembered value if no source changed since, else ``build()``, run without gradients and remembered.
+
+        Nothing is remembered of tensor subclasses, fake and meta tensors, and under a ``torch.func`` transform.
+
+        Args:
+            sources: every tensor that ``build`` reads.
+            settings: everything else that it depends on.
+            build: computes the value.
+        """
+        entry = self._entry
+        if entry is not None and entry.settings == settings and _unchanged(sources, entry.sources):
+            return entry.value
+        # Out of inference mode, so that the result may serve a later call that needs the gradient of its input.
+        with torch.inference_mode(False), torch.no_grad():
+            value = build()
+            if _ordinary(sources, value):
+                self._entry = _Entry(settings, tuple(map(_as_it_is, sources)), value)
+        return value
+
+
+def _as_it_is(tensor: Tensor) -> _Source:
+    countless = tensor.is_inference()
+    kept = tensor.clone() if countless else tensor.detach()
+    version = None if countless else tensor._version
+    return _Source(tensor, kept, tensor.data_ptr(), version, tensor.shape, tensor.stride())
+
+
+def _unchanged(sources: tuple[Tensor, ...], known: tuple[_Source, ...]) -> bool:
+    if len(sources) != len(known):
+        return False
+    for tensor, (same, kept, address, version, shape, strides) in zip(sources, known, strict=True):
+        if tensor is not same or tensor.data_ptr() != address:
+            return False
+        if tensor.shape != shape or tensor.stride() != strides:
+            return False
+        if not torch.equal(tensor, kept) if version is None else tensor._version != version:
+            return False
+    return True
+
+
+def _ordinary(sources: tuple[Tensor, ...], value: Prepared) -> bool:
+    if torch._C._are_functorch_transforms_active():
+        return False
+    made = [tensor for tensor in value if tensor is not None]
+    return all(type(t) in ORDINARY and not t.is_meta for t in sources) and all(type(t) is Tensor for t in made)

@@ -1,0 +1,157 @@
+"""The native torch ops of ``basis_conv2d``: calling them, packing for them, and what torch must know about them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from basisconv_kernels.core import checks, extension
+from basisconv_kernels.core.autograd import refuse_gradients
+from basisconv_kernels.core.checks import Pair
+from basisconv_kernels.reference import basis_conv2d as reference
+
+OP = "basis_conv2d"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Constants, because graphs are traced through the functions that ask. The format of packed weights is part of such a
+# graph: one that was cached for another layout is then not used again.
+PRESENT = extension.load() is None
+FORMAT = extension.facts().get("pack_format", 0)
+
+
+def forward(
+    input: Tensor,
+    basis_weight: Tensor,
+    coefficients: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    packed: Tensor | None,
+    settings: tuple[Any, ...],
+    keep_maps: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """The torch ops that C++ registers for the CPU and for CUDA."""
+    arguments = (input, basis_weight, coefficients, bias, residual, packed, *settings[:-1])
+    if torch.compiler.is_compiling():
+        return _call(arguments, keep_maps)
+    with torch._C._AutoDispatchBelowAutograd():  # gradients are our Function's; asking autograd costs 5 us a call
+        return _call(arguments, keep_maps)
+
+
+def _call(arguments: tuple[Any, ...], keep_maps: bool) -> tuple[Tensor, Tensor | None]:
+    if keep_maps:
+        return torch.ops.basisconv.basis_conv2d_maps.default(*arguments)
+    return torch.ops.basisconv.basis_conv2d.default(*arguments), None
+
+
+def basis_conv2d_pack(
+    basis_weight: Tensor,
+    coefficients: Tensor,
+    *,
+    stride: int | Pair = 1,
+    dilation: int | Pair = 1,
+    groups: int = 1,
+    precise: bool = False,
+) -> Tensor | None:
+    """Rearrange weights once for the native kernel, for the ``packed`` argument of ``basis_conv2d``.
+
+    Args:
+        basis_weight (Tensor[Q, C/groups, R, S]): as for ``basis_conv2d``.
+        coefficients (Tensor[K, Q] or [K, Q/groups]): as for ``basis_conv2d``.
+        stride, dilation, groups, precise: as they will be given to ``basis_conv2d``.
+
+    Returns:
+        Tensor[bytes] (uint8), good for this instruction set and geometry only and checked on use; None where the native
+        kernel does not take these tensors, and then ``packed=None`` is right.
+    """
+    if not PRESENT or basis_weight.device.type != "cpu" or basis_weight.dtype not in DTYPES:
+        return None
+    return torch.ops.basisconv.basis_conv2d_pack.default(
+        basis_weight,
+        coefficients,
+        checks.pair(OP, "stride", stride, at_least=1),
+        checks.pair(OP, "dilation", dilation, at_least=1),
+        groups,
+        precise,
+        FORMAT,
+    )
+
+
+def _fake_forward(
+    input: Tensor,
+    basis_weight: Tensor,
+    coefficients: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    packed: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str | None,
+    precise: bool,
+) -> Tensor:
+    """Shape, dtype and strides of the result, for tracing."""
+    kernel = (basis_weight.shape[2], basis_weight.shape[3])
+    OH, OW = checks.output_size(
+        OP, (input.shape[2], input.shape[3]), kernel, tuple(stride), tuple(padding), tuple(dilation)
+    )
+    return torch.empty(
+        (input.shape[0], coefficients.shape[0], OH, OW),
+        dtype=input.dtype,
+        device=input.device,
+        memory_format=reference.memory_format(input),
+    )
+
+
+def _fake_forward_maps(input: Tensor, basis_weight: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    out = _fake_forward(input, basis_weight, *arguments)
+    size = (out.shape[0], basis_weight.shape[0], *out.shape[2:])
+    return out, torch.empty(size, dtype=out.dtype, device=out.device, memory_format=torch.channels_last)
+
+
+def _fake_pack(
+    basis_weight: Tensor,
+    coefficients: Tensor,
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    precise: bool,
+    format: int,
+) -> Tensor:
+    shapes = ([int(size) for size in basis_weight.shape], [int(size) for size in coefficients.shape])
+    size = torch.ops.basisconv.basis_conv2d_packed_bytes.default(*shapes, stride, dilation, groups, precise)
+    return basis_weight.new_empty(size, dtype=torch.uint8)
+
+
+def _flops(
+    input: Sequence[int],
+    basis_weight: Sequence[int],
+    coefficients: Sequence[int],
+    *_: Any,
+    out_shape: Sequence[int],
+    **__: Any,
+) -> int:
+    """Two FLOP a multiply-accumulate of both stages; activation, bias and residual count nothing, as in torch."""
+    Q, taps_in, R, S = basis_weight
+    N, K, OH, OW = out_shape if isinstance(out_shape[0], int) else out_shape[0]  # the maps variant has two outputs
+    return 2 * N * OH * OW * (Q * taps_in * R * S + K * coefficients[1])
+
+
+def _register() -> None:
+    """Teach torch what the native op does to shapes, gradients and FLOP counts."""
+    for native, fake in (
+        ("basis_conv2d", _fake_forward),
+        ("basis_conv2d_maps", _fake_forward_maps),
+        ("basis_conv2d_pack", _fake_pack),
+    ):
+        torch.library.register_fake(f"basisconv::{native}", fake)
+        refuse_gradients(native, OP)
+    register_flop_formula(torch.ops.basisconv.basis_conv2d)(_flops)
+    register_flop_formula(torch.ops.basisconv.basis_conv2d_maps)(_flops)
+
+
+if PRESENT:
+    _register()

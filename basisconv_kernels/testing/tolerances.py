@@ -1,0 +1,164 @@
+"""The one file with numbers: how far a result may be from the float64 oracle.
+
+Two rules, both must hold.
+
+1. *Every element*: ``|error| ≤ u·(Σ_q|A||Z| + |Y|) + γ(n)·Σ_q|A|Σ_d|F||X|``. The first term is what the contract
+   rounds: the basis maps Z (16-bit dtypes only, not if precise) and the result Y, u = 2⁻⁸ for bfloat16, 2⁻¹¹ for
+   float16. The second is what n additions in the accumulator's dtype may lose in any order, γ(n) = n·u/(1 − n·u).
+2. *All elements together*: neither the worst error nor the root mean square is more than ``PLAIN_FACTOR`` times that of
+   plain PyTorch, two convolutions at the same dtype, plus a floor. Rule 1 alone would let a long sum lose far more than
+   it does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import sqrt
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from basisconv_kernels.core.problem import Conv2dProblem
+from basisconv_kernels.reference import basis_conv2d as reference
+
+# Half a unit in the last place of 1: the relative error of one rounding to nearest.
+UNIT_ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+ACCUMULATOR = {torch.float64: torch.float64}  # float32 for the others
+
+# Rule 2, the factor: a kernel sums in another order than PyTorch, and the worst elements of two orders differ.
+PLAIN_FACTOR = 2.0
+# Rule 2, the floors, in roundings of the partial sums: for cases so small that plain PyTorch happens to be exact, and
+# for 16-bit dtypes, where a changed order of summation may flip one rounding of the result and one of Z.
+WORST_FLOOR_ROUNDINGS = 4.0
+MEAN_FLOOR_ROUNDINGS = 1.0
+# The mean over few elements scatters: n of them raise its floor by the factor 1 + this/√n.
+MEAN_SCATTER = 8.0
+
+# Winograd F(2×2, 3×3): absolute sums of its transforms over those of the nine products, (1·2 + 1.5·2 + 1.5·2)² / 3².
+WINOGRAD_GROWTH = 64.0 / 9.0
+# Bias, residual, the two roundings between the stages and Winograd's eight additions a direction.
+EXTRA_ADDITIONS = 20
+# The products of rounding errors that rule 1 leaves out.
+SECOND_ORDER = 1.0 + 2.0**-6
+# The oracle of float64 is itself float64: it may be wrong by as much as the candidate.
+ORACLE_SHARE = {torch.float64: 2.0}
+
+# float64 against explicit formulas and finite differences (gradcheck): the step sets these, not the dtype.
+GRADCHECK = {"eps": 1e-6, "atol": 1e-6, "rtol": 1e-6}
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The oracle's result and what each element may be away from it."""
+
+    expected: Tensor
+    allowed: Tensor
+    partial_sums: Tensor  # the size of what each element is added up from, for the floors of rule 2
+
+
+def winograd_allowed(problem: Conv2dProblem) -> bool:
+    """Whether the contract lets a kernel use Winograd arithmetic here."""
+    return (
+        problem.dtype == torch.float32
+        and not problem.precise
+        and (problem.R, problem.S) == (3, 3)
+        and problem.stride == problem.dilation == (1, 1)
+    )
+
+
+def lost_in_sums(dtype: torch.dtype, additions: int) -> float:
+    """γ(n): the relative error of n additions in the accumulator of a dtype, in any order."""
+    share = additions * UNIT_ROUNDOFF[ACCUMULATOR.get(dtype, torch.float32)]
+    return ORACLE_SHARE.get(dtype, 1.0) * share / (1.0 - share)
+
+
+def _geometry(p: Conv2dProblem) -> tuple[tuple[int, int], tuple[int, int, int, int], tuple[int, int], int]:
+    return p.stride, p.padding, p.dilation, p.groups
+
+
+def forward_bound(
+    problem: Conv2dProblem,
+    input: Tensor,
+    basis_weight: Tensor,
+    coefficients: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+) -> Bound:
+    """Rule 1 for the op's result, in float64 on the same rounded inputs."""
+    x, f, a = input.double(), basis_weight.double(), coefficients.double()
+    b, r = (None if t is None else t.double() for t in (bias, residual))
+    geometry = _geometry(problem)
+    expected = reference.forward(x, f, a, b, r, *geometry, problem.activation, True)
+
+    def mixed(maps: Tensor, *extra: Tensor | None) -> Tensor:
+        out = F.conv2d(maps, a.abs()[:, :, None, None], groups=problem.groups if problem.compact else 1)
+        for more in extra:
+            if more is not None:
+                out = out + (more.abs() if more.dim() == 4 else more.abs()[:, None, None])
+        return out
+
+    magnitude = x.abs()
+    growth = 1.0
+    if winograd_allowed(problem) and magnitude.numel():
+        magnitude = F.max_pool2d(magnitude, 3, 1, 1)  # a tile mixes in the pixels beside those of the output
+        growth = WINOGRAD_GROWTH
+    sums = mixed(reference.basis_maps(magnitude, f.abs(), *geometry), b, r)
+    allowed = lost_in_sums(problem.dtype, problem.taps + problem.mixed + EXTRA_ADDITIONS) * growth * sums
+    u = UNIT_ROUNDOFF[problem.dtype]
+    allowed += u * expected.abs()
+    smallest = torch.finfo(problem.dtype).smallest_normal * torch.finfo(problem.dtype).eps
+    maps = reference.basis_maps(x, f, *geometry).abs()
+    if problem.dtype in reference.HALF and not problem.precise:
+        allowed += mixed(u * maps + smallest)
+    return Bound(expected, allowed * SECOND_ORDER + smallest, mixed(maps, b, r))
+
+
+def backward_bound(
+    problem: Conv2dProblem,
+    grad_output: Tensor,
+    output: Tensor,
+    input: Tensor,
+    basis_weight: Tensor,
+    coefficients: Tensor,
+) -> dict[str, Bound]:
+    """The same rule for the five gradients; the slope of the activation is read off ``output``.
+
+    Z and dZ are each rounded once, so the sums of absolute values are allowed two roundings more than the float32 loss.
+    """
+    x, f, a, g = (t.double() for t in (input, basis_weight, coefficients, grad_output))
+    wanted = (True, True, True, True, True)
+    geometry = _geometry(problem)
+    exact = reference.backward(g, output.double(), x, f, a, *geometry, problem.activation, wanted)
+    live = exact[4]  # the gradient of the residual: grad_output where the slope is 1
+    sums = reference.backward(live.abs(), None, x.abs(), f.abs(), a.abs(), *geometry, None, wanted)  # type: ignore[union-attr]
+    oh, ow = problem.output_size
+    additions = problem.N * oh * ow + problem.taps + problem.mixed + problem.K + EXTRA_ADDITIONS
+    growth = WINOGRAD_GROWTH if winograd_allowed(problem) else 1.0
+    u = UNIT_ROUNDOFF[problem.dtype]
+    share = lost_in_sums(problem.dtype, additions) * growth
+    smallest = torch.finfo(problem.dtype).smallest_normal * torch.finfo(problem.dtype).eps
+    bounds = {}
+    for name, expected, total in zip(exact._fields, exact, sums, strict=True):
+        if expected is None or total is None:  # all were wanted
+            continue
+        allowed = (share + (2 * u if problem.dtype in reference.HALF else 0.0)) * total + u * expected.abs()
+        # Of n terms with random signs the sum is about √n terms large.
+        partial_sums = torch.maximum(expected.abs(), total / sqrt(additions))
+        bounds[name] = Bound(expected, allowed * SECOND_ORDER + smallest, partial_sums)
+    return bounds
+
+
+def allowed_beside_plain(plain_error: Tensor, bound: Bound, dtype: torch.dtype) -> tuple[float, float]:
+    """Rule 2: the worst error and the root mean square that a candidate may have, from the errors of plain PyTorch."""
+    if dtype in ORACLE_SHARE:  # the oracle has no more digits than plain PyTorch: rule 1 alone
+        return float("inf"), float("inf")
+    u = UNIT_ROUNDOFF[dtype]
+    worst = PLAIN_FACTOR * plain_error.max().item() + WORST_FLOOR_ROUNDINGS * u * bound.partial_sums.max().item()
+    floor = MEAN_FLOOR_ROUNDINGS * (1.0 + MEAN_SCATTER / sqrt(plain_error.numel()))
+    return worst, PLAIN_FACTOR * mean_square(plain_error) + floor * u * mean_square(bound.partial_sums)
+
+
+def mean_square(values: Tensor) -> float:
+    """The root of the mean square."""
+    return values.square().mean().sqrt().item()

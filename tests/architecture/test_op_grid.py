@@ -1,0 +1,60 @@
+"""One op, one file of the same name in every starred folder; what does not exist yet stands in one list."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+OPS = ("bitpack", "basis_conv2d", "tucker_conv2d", "binary_conv2d", "stacked_binary_conv2d", "ternary_conv2d")
+STARRED = (
+    "basisconv_kernels/reference/{op}.py",
+    "basisconv_kernels/ops/{op}.py",
+    "basisconv_kernels/layers/{op}.py",
+    "csrc/ops/{op}.h",
+    "csrc/ops/{op}.cpp",
+    "csrc/cpu/{op}.cpp",
+    "csrc/cuda/{op}.cu",
+    "triton_kernels/{op}.py",
+    "tests/ops/test_{op}.py",
+)
+NEVER = {"basisconv_kernels/layers/bitpack.py"}  # packing has no parameters
+
+ELSEWHERE = "the CPU came first"
+LATER = "one op from kernel to demo came first"
+
+# Path → why it does not exist yet. Remove the line with the commit that adds the file; add none.
+MISSING = {
+    "csrc/cuda/basis_conv2d.cu": ELSEWHERE,
+    "triton_kernels/basis_conv2d.py": ELSEWHERE,
+    **{
+        pattern.format(op=op): LATER
+        for op in OPS
+        if op != "basis_conv2d"
+        for pattern in STARRED
+        if pattern.format(op=op) not in NEVER
+    },
+}
+
+GRID = [path for op in OPS for path in (pattern.format(op=op) for pattern in STARRED) if path not in NEVER]
+
+
+@pytest.mark.parametrize("path", GRID)
+def test_file_exists_or_is_listed(path):
+    exists, listed = (ROOT / path).exists(), path in MISSING
+    assert exists or listed, f"{path} is missing; MISSING takes no new lines"
+    assert not (exists and listed), f"{path} exists: remove it from MISSING"
+
+
+def test_the_list_names_only_files_of_the_grid_with_a_reason():
+    assert set(MISSING) <= set(GRID)
+    assert all(MISSING.values())
+
+
+def test_no_starred_folder_holds_an_op_of_another_name():
+    """A file named after no op belongs to an op by its prefix, or is one of the shared files of its folder."""
+    for pattern in STARRED[:2]:
+        folder = (ROOT / pattern).parent
+        strangers = [p.name for p in folder.glob("*.py") if p.stem != "__init__" and not p.stem.startswith(OPS)]
+        assert strangers == [], f"{folder.name} holds one file an op"

@@ -1,0 +1,109 @@
+"""Options, markers and the fixture ``kernel`` that all op tests share."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import hypothesis
+import pytest
+import torch
+
+from basisconv_kernels import testing
+from basisconv_kernels.core import registry
+from basisconv_kernels.testing import Case
+
+hypothesis.settings.register_profile("default", max_examples=150, deadline=None)
+hypothesis.settings.register_profile("full", max_examples=100_000, deadline=None)
+
+ON_CUDA = ("cuda", "triton")
+
+
+@dataclass(frozen=True)
+class KernelUnderTest:
+    """A function with the signature of the op, bound to a backend, and where its tensors must be."""
+
+    name: str
+    device: str
+    run: Callable[..., Any]
+    supports: Callable[[Any], Any] = lambda problem: ()
+
+    def case(self, case: Case, dtype: torch.dtype) -> Case:
+        """The case on this kernel's device and dtype; skips the test where the backend says that it cannot run it."""
+        case = case.at(dtype=dtype, device=self.device)
+        against = self.supports(case.problem)
+        if against:
+            pytest.skip("; ".join(against))
+        return case
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("basisconv")
+    group.addoption("--full", action="store_true", help="also the long tests, and hypothesis with 1e5 examples")
+    group.addoption("--candidate", metavar="package.module:function", help="run the op cases on this kernel alone")
+    group.addoption("--candidate-device", default="cpu", help="device of the tensors for --candidate (default: cpu)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    hypothesis.settings.load_profile("full" if config.getoption("--full") else "default")
+    # On maps this small a second thread only waits, for whole time slices where other processes run (xdist, say). The
+    # tests that are about threads take the fixture of that name.
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    kept, dropped = [], []
+    for item in items:
+        long = item.get_closest_marker("full") is not None and not config.getoption("--full")
+        foreign = config.getoption("--candidate") and "kernel" not in getattr(item, "fixturenames", ())
+        (dropped if long or foreign else kept).append(item)
+        if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = kept
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Parametrize ``kernel`` by the backends of the op that the test module names in ``OP``, or by ``--candidate``."""
+    if "kernel" not in metafunc.fixturenames:
+        return
+    candidate = metafunc.config.getoption("--candidate")
+    if candidate:
+        kernel = KernelUnderTest(candidate, metafunc.config.getoption("--candidate-device"), testing.load(candidate))
+        metafunc.parametrize("kernel", [pytest.param(kernel, id=candidate)])
+        return
+    op = importlib.import_module(f"basisconv_kernels.ops.{metafunc.module.OP}")
+    public = getattr(op, metafunc.module.OP)
+    parameters = []
+    for chosen in op.CANDIDATES:
+        for device in (
+            ("cuda",) if chosen.name in ON_CUDA else ("cpu", "cuda") if chosen.name == "reference" else ("cpu",)
+        ):
+            marks = [pytest.mark.gpu] if device == "cuda" else []
+            absent = registry.absent(chosen.name)
+            if absent and not marks:
+                marks.append(pytest.mark.skip(reason=f"{chosen.name}: {absent}"))
+            run = functools.partial(public, backend=chosen.name)
+            name = chosen.name if device == "cpu" or chosen.name in ON_CUDA else f"{chosen.name}-{device}"
+            parameters.append(pytest.param(KernelUnderTest(name, device, run, chosen.supports), id=name, marks=marks))
+    metafunc.parametrize("kernel", parameters)
+
+
+@pytest.fixture
+def threads() -> Any:
+    """``torch.set_num_threads`` that is undone after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def fresh_compiler() -> Any:
+    """``torch.compile`` without what earlier tests compiled."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

@@ -1,0 +1,87 @@
+"""What only the native op has: one kernel an instruction set, and checks of its own for callers that bypass Python."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from basisconv_kernels import testing
+from basisconv_kernels.core import extension, registry
+
+pytestmark = pytest.mark.skipif(registry.absent("cpu") is not None, reason=f"cpu: {registry.absent('cpu')}")
+
+OTHER_SETS = [s for s in extension.facts().get("cpu", {}).get("built", []) if s != extension.facts()["cpu"]["in_use"]]
+
+PROGRAM = """
+import functools, sys, torch
+from basisconv_kernels import basis_conv2d, testing
+from basisconv_kernels.core import extension
+torch.set_num_threads(1)
+kernel = functools.partial(basis_conv2d, backend="cpu")
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for case in testing.CASES:
+        testing.check(case.at(dtype=dtype), kernel)
+print(extension.facts()["cpu"]["in_use"])
+"""
+
+
+@pytest.mark.parametrize("instruction_set", OTHER_SETS)
+def test_every_instruction_set_passes_every_case(instruction_set):
+    """The set is chosen once a process, so each has its own."""
+    environment = {
+        **os.environ,
+        "BASISCONV_CPU_ISA": instruction_set,
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+    }
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1:] == [instruction_set]
+
+
+def raw(**change):
+    inputs = testing.make_inputs(testing.case("bias").at(residual=True))
+    arguments = {
+        **dict(zip(("input", "basis_weight", "coefficients", "bias", "residual"), inputs.tensors, strict=True)),
+        "packed": None, "stride": [1, 1], "padding": [1, 1, 1, 1], "dilation": [1, 1],
+        "groups": 1, "activation": None, "precise": False,
+    }  # fmt: skip
+    for name, value in change.items():
+        arguments[name] = value(arguments[name]) if callable(value) else value
+    return torch.ops.basisconv.basis_conv2d.default(*arguments.values())
+
+
+BAD = {
+    "input rank": {"input": lambda t: t[0]},
+    "input channels": {"input": lambda t: t[:, 1:]},
+    "input dtype": {"input": lambda t: t.double()},
+    "basis rank": {"basis_weight": lambda t: t[0]},
+    "basis dtype": {"basis_weight": lambda t: t.half()},
+    "no basis filter": {"basis_weight": lambda t: t[:0], "coefficients": lambda t: t[:, :0]},
+    "coefficients rank": {"coefficients": lambda t: t[0]},
+    "coefficients width": {"coefficients": lambda t: t[:, 1:]},
+    "no output": {"coefficients": lambda t: t[:0]},
+    "bias size": {"bias": lambda t: t[1:]},
+    "bias dtype": {"bias": lambda t: t.half()},
+    "residual size": {"residual": lambda t: t[:, :, 1:]},
+    "residual dtype": {"residual": lambda t: t.half()},
+    "stride zero": {"stride": [0, 1]},
+    "one stride": {"stride": [1]},
+    "dilation zero": {"dilation": [1, 0]},
+    "dilation beyond the input": {"dilation": [2**40, 1]},
+    "padding negative": {"padding": [1, -1, 1, 1]},
+    "two paddings": {"padding": [1, 1]},
+    "groups zero": {"groups": 0},
+    "groups of another size": {"groups": 2},
+    "activation": {"activation": "gelu"},
+}
+
+
+@pytest.mark.parametrize("change", BAD.values(), ids=BAD)
+def test_the_raw_op_protects_memory(change):
+    assert raw().shape == (2, 10, 7, 6)
+    with pytest.raises(RuntimeError, match="basis_conv2d"):
+        raw(**change)
