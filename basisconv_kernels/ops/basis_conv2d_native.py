@@ -109,7 +109,7 @@ def _fake_forward(
 def _fake_forward_maps(input: Tensor, basis_weight: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     out = _fake_forward(input, basis_weight, *arguments)
     size = (out.shape[0], basis_weight.shape[0], *out.shape[2:])
-    return out, torch.empty(size, dtype=out.dtype, device=out.device, memory_format=torch.channels_last)
+    return out, torch.empty(size, dtype=out.dtype, device=out.device, memory_format=reference.memory_format(input))
 
 
 def _fake_pack(

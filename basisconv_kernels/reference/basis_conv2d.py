@@ -162,7 +162,7 @@ def backward(
     padded, pad = symmetric(input, padding)
     conv_backward = torch.ops.aten.convolution_backward
 
-    d_maps = d_input = d_basis = d_coefficients = None
+    d_maps = d_input = d_basis = d_coefficients = d_bias = None
     if wanted[2] or wanted[0] or wanted[1]:
         if maps is None:
             # Z itself enters d coefficients alone; a frozen recombination needs only its shape.
@@ -171,9 +171,10 @@ def backward(
                 if wanted[2]
                 else grad_output.new_empty(grad_output.shape[0], basis_weight.shape[0], *grad_output.shape[2:])
             )
-        d_maps, d_mixing, _ = conv_backward(
-            grad_output, maps, mixing, None, [1, 1], [0, 0], [1, 1], False, [0, 0], mixing_groups,
-            [wanted[0] or wanted[1], wanted[2], False],
+        with_bias = wanted[2] and wanted[3]  # one pass over grad_output for both
+        d_maps, d_mixing, d_bias = conv_backward(
+            grad_output, maps, mixing, [mixing.shape[0]] if with_bias else None,
+            [1, 1], [0, 0], [1, 1], False, [0, 0], mixing_groups, [wanted[0] or wanted[1], wanted[2], with_bias],
         )  # fmt: skip
         d_coefficients = d_mixing[:, :, 0, 0] if wanted[2] else None
     if wanted[0] or wanted[1]:
@@ -185,10 +186,12 @@ def backward(
         if wanted[0] and padded is not input:
             top, _, left, _ = padding
             d_input = d_padded[:, :, top : top + input.shape[2], left : left + input.shape[3]]
+    if wanted[3] and d_bias is None:
+        d_bias = grad_output.sum((0, 2, 3))
     return Gradients(
         d_input if wanted[0] else None,
         d_basis if wanted[1] else None,
         d_coefficients,
-        grad_output.sum((0, 2, 3)) if wanted[3] else None,
+        d_bias if wanted[3] else None,
         grad_output if wanted[4] else None,
     )

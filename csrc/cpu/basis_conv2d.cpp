@@ -14,35 +14,38 @@
 namespace basisconv {
 namespace BASISCONV_ISA {
 
+// One register of packed filters at a time: its lanes' taps side by side, transformed if need be, then stored by position.
 static void pack_filters(const BasisConv2dWeights& w, const CpuPack& pack, const float* filters, float* packed) {
   const int64_t group_channels = w.C / w.groups, group_filters = w.Q / w.groups, taps = w.R * w.S;
   const bool winograd = pack.variant == CpuVariant::winograd;
-  const int64_t per_register = kWidth / pack.lanes;
-  const int64_t outer = winograd ? pack.positions : pack.channel_blocks;
-  const int64_t inner = winograd ? pack.channel_blocks : pack.positions;
+  const int64_t per_register = kWidth / pack.lanes, steps = pack.block / pack.lanes;
+  const int64_t block_weights = steps * pack.vectors * kWidth;  // one position of one channel block
+  const int64_t block_stride = winograd ? block_weights : pack.positions * block_weights;
+  const int64_t position_stride = winograd ? pack.channel_blocks * block_weights : block_weights;
+  float* side_by_side = new float[taps * kWidth];
+  float transformed[16 * kWidth];
   for (int64_t group = 0; group < w.groups; group++) {
     for (int64_t f = 0; f < pack.filter_blocks; f++) {
-      for (int64_t o = 0; o < outer; o++) {
-        for (int64_t i = 0; i < inner; i++) {
-          const int64_t position = winograd ? o : i, b = winograd ? i : o;
-          for (int64_t step = 0; step < pack.block / pack.lanes; step++) {
-            for (int64_t v = 0; v < pack.vectors; v++) {
-              for (int64_t lane = 0; lane < kWidth; lane++) {
-                const int64_t q = f * pack.filters + v * per_register + lane / pack.lanes;
-                const int64_t c = b * pack.block + step * pack.lanes + lane % pack.lanes;
-                float value = 0;
-                if (q < group_filters && c < group_channels) {
-                  const float* g = filters + ((group * group_filters + q) * group_channels + c) * taps;
-                  value = winograd ? transformed_filter(g, position) : g[position];
-                }
-                *packed++ = value;
-              }
-            }
+      float* panel = packed + group * pack.group_size + f * pack.channel_blocks * pack.positions * block_weights;
+      for (int64_t b = 0; b < pack.channel_blocks; b++) {
+        for (int64_t i = 0; i < steps * pack.vectors; i++) {
+          const int64_t step = i / pack.vectors, v = i % pack.vectors;
+          for (int64_t lane = 0; lane < kWidth; lane++) {
+            const int64_t q = f * pack.filters + v * per_register + lane / pack.lanes;
+            const int64_t c = b * pack.block + step * pack.lanes + lane % pack.lanes;
+            const bool real = q < group_filters && c < group_channels;
+            const float* g = filters + ((group * group_filters + q) * group_channels + c) * taps;
+            for (int64_t t = 0; t < taps; t++) side_by_side[t * kWidth + lane] = real ? g[t] : 0.0f;
           }
+          if (winograd) transform_filter(side_by_side, transformed);
+          const float* from = winograd ? transformed : side_by_side;
+          float* to = panel + b * block_stride + i * kWidth;
+          for (int64_t p = 0; p < pack.positions; p++) Vec::store(to + p * position_stride, Vec::load(from + p * kWidth));
         }
       }
     }
   }
+  delete[] side_by_side;
 }
 
 // [panels][slots][rows]: `rows` outputs side by side, padded with zeros.

@@ -164,11 +164,16 @@ struct Amx {
 
   void keep_maps(const bf16* maps16, int64_t n, int64_t first, int64_t pixels) const {
     const BasisConv2dWeights& w = params.weights;
-    const int64_t group_maps = w.Q / w.groups;
-    bf16* to = static_cast<bf16*>(params.maps) + (n * params.OH * params.OW + first) * w.Q;
+    const int64_t group_maps = w.Q / w.groups, plane = params.OH * params.OW;
+    bf16* to = static_cast<bf16*>(params.maps);
     for (int64_t p = 0; p < pixels; p++) {
-      for (int64_t group = 0; group < w.groups; group++, to += group_maps) {
-        memcpy(to, maps16 + p * all_maps + group * plan.pack.maps, group_maps * sizeof(bf16));
+      for (int64_t group = 0; group < w.groups; group++) {
+        const bf16* from = maps16 + p * all_maps + group * plan.pack.maps;
+        if (params.channels_last) {
+          memcpy(to + (n * plane + first + p) * w.Q + group * group_maps, from, group_maps * sizeof(bf16));
+        } else {
+          for (int64_t q = 0; q < group_maps; q++) to[(n * w.Q + group * group_maps + q) * plane + first + p] = from[q];
+        }
       }
     }
   }

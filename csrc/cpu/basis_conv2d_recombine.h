@@ -88,7 +88,8 @@ struct Recombination {
 
   // Outputs of `pixels` consecutive pixels of one image from z [pixels][z_stride].
   void run(const float* z, int64_t z_stride, int64_t n, int64_t first_pixel, int64_t pixels) const {
-    if (params.maps) keep_maps(z, z_stride, n, first_pixel, pixels);
+    if (params.maps && params.channels_last) keep_maps(z, z_stride, n, first_pixel, pixels);
+    if (params.maps && !params.channels_last) keep_maps_planar(z, z_stride, n, first_pixel, pixels);
     if (!params.channels_last) return planar_run(z, z_stride, n, first_pixel, pixels);
     if (pack.output_vectors == 2) return packed_run<2>(z, z_stride, n, first_pixel, pixels);
     return packed_run<1>(z, z_stride, n, first_pixel, pixels);
@@ -109,6 +110,19 @@ struct Recombination {
             Vec::store_n(to + q, Vec::load_n(from + q, group_maps - q), group_maps - q);
           }
         }
+      }
+    }
+  }
+
+  void keep_maps_planar(const float* z, int64_t z_stride, int64_t n, int64_t first_pixel, int64_t pixels) const {
+    const BasisConv2dWeights& w = params.weights;
+    const int64_t group_maps = w.Q / w.groups, plane = params.OH * params.OW;
+    for (int64_t x = 0; x < pixels; x += kWidth) {
+      const int64_t count = pixels - x < kWidth ? pixels - x : kWidth;
+      for (int64_t group = 0; group < w.groups; group++) {
+        turn(z + x * z_stride + group * pack.maps, z_stride, group_maps, 1, turned);
+        T* to = static_cast<T*>(params.maps) + (n * w.Q + group * group_maps) * plane + first_pixel + x;
+        for (int64_t q = 0; q < group_maps; q++) Vec::store_n(to + q * plane, Vec::load(turned + q * 2 * kWidth), count);
       }
     }
   }

@@ -284,14 +284,23 @@ static void run_winograd(const BasisConv2dParams& params, const CpuPlan& plan, f
   Winograd<T>{params, plan, filters, ring, recombination, border, transformed, products, z}.run(begin, end);
 }
 
-// G g GT of one filter and channel, at position 4*i + j.
-static inline float transformed_filter(const float* g, int64_t position) {
-  static const double G[4][3] = {{1, 0, 0}, {0.5, 0.5, 0.5}, {0.5, -0.5, 0.5}, {0, 0, 1}};
-  double sum = 0;
-  for (int a = 0; a < 3; a++) {
-    for (int b = 0; b < 3; b++) sum += G[position / 4][a] * G[position % 4][b] * static_cast<double>(g[3 * a + b]);
-  }
-  return static_cast<float>(sum);
+// G g: rows of three values become rows of four.
+static BASISCONV_INLINE void transform_filter_row(const Vec::Reg* g, int64_t g_step, Vec::Reg* out, int64_t out_step) {
+  const Vec::Reg half = Vec::set1(0.5f);
+  const Vec::Reg ends = Vec::add(g[0], g[2 * g_step]);
+  out[0] = g[0];
+  out[out_step] = Vec::mul(half, Vec::add(ends, g[g_step]));
+  out[2 * out_step] = Vec::mul(half, Vec::sub(ends, g[g_step]));
+  out[3 * out_step] = g[2 * g_step];
+}
+
+// G g GT for a register of filters: taps [9][width] → positions [16][width].
+static inline void transform_filter(const float* taps, float* positions) {
+  Vec::Reg g[9], rows[12], out[16];
+  BASISCONV_UNROLL for (int i = 0; i < 9; i++) g[i] = Vec::load(taps + i * kWidth);
+  BASISCONV_UNROLL for (int j = 0; j < 3; j++) transform_filter_row(g + j, 3, rows + j, 3);
+  BASISCONV_UNROLL for (int i = 0; i < 4; i++) transform_filter_row(rows + 3 * i, 1, out + 4 * i, 1);
+  BASISCONV_UNROLL for (int i = 0; i < 16; i++) Vec::store(positions + i * kWidth, out[i]);
 }
 
 }  // namespace BASISCONV_ISA

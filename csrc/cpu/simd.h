@@ -30,6 +30,7 @@ struct Vec {
   static BASISCONV_INLINE __mmask16 first(int64_t n) { return static_cast<__mmask16>((1u << n) - 1u); }
   static BASISCONV_INLINE Reg zero() { return _mm512_setzero_ps(); }
   static BASISCONV_INLINE Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
+  static BASISCONV_INLINE Reg mul(Reg a, Reg b) { return _mm512_mul_ps(a, b); }
   static BASISCONV_INLINE Reg add(Reg a, Reg b) { return _mm512_add_ps(a, b); }
   static BASISCONV_INLINE Reg sub(Reg a, Reg b) { return _mm512_sub_ps(a, b); }
   // NaN-keeping clamps: the second operand is returned when one is NaN.
@@ -111,6 +112,7 @@ struct Vec {
   static constexpr int kAccumulators = 12;  // of 16 registers
   static BASISCONV_INLINE Reg zero() { return _mm256_setzero_ps(); }
   static BASISCONV_INLINE Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
+  static BASISCONV_INLINE Reg mul(Reg a, Reg b) { return _mm256_mul_ps(a, b); }
   static BASISCONV_INLINE Reg add(Reg a, Reg b) { return _mm256_add_ps(a, b); }
   static BASISCONV_INLINE Reg sub(Reg a, Reg b) { return _mm256_sub_ps(a, b); }
   static BASISCONV_INLINE Reg max(Reg bound, Reg a) { return _mm256_max_ps(bound, a); }
@@ -195,6 +197,7 @@ struct Vec {
 #endif
   static BASISCONV_INLINE Reg zero() { return Reg{0, 0, 0, 0}; }
   static BASISCONV_INLINE Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }
+  static BASISCONV_INLINE Reg mul(Reg a, Reg b) { return a * b; }
   static BASISCONV_INLINE Reg add(Reg a, Reg b) { return a + b; }
   static BASISCONV_INLINE Reg sub(Reg a, Reg b) { return a - b; }
   static BASISCONV_INLINE Reg max(Reg bound, Reg a) { return bound > a ? bound : a; }

@@ -154,7 +154,7 @@ float* thread_scratch(int64_t floats) {
 // The layout rule of the reference: channels_last where the channels are the fastest dimension of the input.
 bool is_channels_last(const Tensor& t) { return t.size(1) > 1 && t.stride(1) == 1 && !t.is_contiguous(); }
 
-// The result and, if `keep_maps`, z in the dtype of input as channels_last.
+// The result and, if `keep_maps`, z, both in the dtype and the layout of input.
 std::tuple<Tensor, Tensor> run(const Tensor& input, const Tensor& basis_weight, const Tensor& coefficients,
                                const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
                                const std::optional<Tensor>& packed, const std::vector<int64_t>& stride,
@@ -195,7 +195,7 @@ std::tuple<Tensor, Tensor> run(const Tensor& input, const Tensor& basis_weight, 
   Tensor maps;
   if (keep_maps) {
     maps = torch::stable::empty({p.N, w.Q, p.OH, p.OW}, input.scalar_type(), std::nullopt, std::nullopt, std::nullopt,
-                                MemoryFormat::ChannelsLast);
+                                format);
     p.maps = maps.mutable_data_ptr();
   }
   p.input = input.const_data_ptr();

@@ -31,8 +31,8 @@ struct BasisConv2dParams {
   const float* bias;     // [K]; zeros where the op has none
   const void* residual;  // dense, in the layout of the output, or null
   void* output;          // dense: [N, OH, OW, K] if channels_last, else [N, K, OH, OW]
-  void* maps;            // [N, OH, OW, Q] dense: z is stored here too, for the backward; or null
-  bool channels_last;    // of output and residual; the input has strides of its own
+  void* maps;            // z for the backward, [N, OH, OW, Q] or [N, Q, OH, OW] like the output; or null
+  bool channels_last;    // of output, residual and maps; the input has strides of its own
   Activation activation;
 };
 
