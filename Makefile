@@ -38,7 +38,9 @@ bench: build  ## the fused CPU kernel against ONNX Runtime, OpenVINO and torch
 	$(BIN)/python -m bench run --suite C1
 
 build: $(READY)  ## compile the native library in place (ninja; only what changed)
-	$(BIN)/python setup.py --quiet build_ext --inplace
+	@mkdir -p build
+	@$(BIN)/python setup.py --quiet build_ext --inplace >build/log.txt 2>&1 || { cat build/log.txt; exit 1; }
+	@grep '^basisconv_kernels build:' build/log.txt
 
 $(READY): pyproject.toml .ci/constraints.txt
 	$(PYTHON) -m venv $(VENV)

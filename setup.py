@@ -74,6 +74,7 @@ def native() -> dict:
         "-std=c++20",
         *(["-O1", "-g"] if debug else ["-O3", "-g0"]),
         "-fvisibility=hidden",
+        f"-ffile-prefix-map={Path(__file__).resolve().parent}/=",  # errors name files of the project, not of a machine
         "-Wno-maybe-uninitialized",  # false alarms inside GCC's own AVX-512 headers
         "-Wno-uninitialized",
         "-Wno-unknown-warning-option",

@@ -47,7 +47,8 @@ def main() -> None:
     torch.manual_seed(args.seed)
     data = fashion_mnist(complete=True)
     train = Batches(data, data.train, args.batch_size, train=True, seed=args.seed)
-    model = SmallVGG().to(memory_format=torch.channels_last)
+    model = SmallVGG()
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(
         model.parameters(), lr=args.lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay
     )
@@ -88,7 +89,7 @@ def main() -> None:
         checkpoint.with_suffix(".partial").replace(checkpoint)
         print(f"epoch {epoch + 1}: loss {total / len(train):.4f}, {time.perf_counter() - started:.0f} s", flush=True)
 
-    model = model.to(memory_format=torch.contiguous_format)
+    model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     reached = accuracy(model, Batches(data, data.test, 500))
     print(f"accuracy on the test images: {100 * reached:.2f} %")
     recipe = {"epochs": args.epochs, "lr": args.lr, "seed": args.seed, "test_accuracy": round(reached, 4)}

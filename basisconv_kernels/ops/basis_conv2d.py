@@ -79,9 +79,9 @@ def _forward(backend: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     return target
 
 
-def _choose(device: str, dtype: torch.dtype, sizes: tuple[int, ...], asked: str | None, *arguments: Any) -> str:
+def _choose(device: str, dtype: torch.dtype, sizes: tuple[int, ...], asked: str | None, *fixed: Any) -> str:
     """Name of the backend. It looks only at what stays when batch and map size change: a constant in a graph."""
-    settings = Settings(*arguments, backend="")
+    settings = Settings._make((*fixed, ""))
     taps_in, Q, K, R, S, mixed = sizes
     problem = Conv2dProblem(
         C=taps_in * settings.groups,
@@ -171,10 +171,10 @@ class BasisConv2dFunction(torch.autograd.Function):
 
 
 def _apply(*arguments: Any) -> tuple[Tensor, Tensor | None]:
-    """``BasisConv2dFunction.apply``; in plain eager mode without its binding of arguments by signature, 50 us a call."""
+    """``BasisConv2dFunction.apply``; in eager mode without its binding by signature, 50 us a call."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return BasisConv2dFunction.apply(*arguments)
-    return super(torch.autograd.Function, BasisConv2dFunction).apply(*arguments)  # type: ignore[misc]
+    return super(torch.autograd.Function, BasisConv2dFunction).apply(*arguments)
 
 
 # --- the public function ----------------------------------------------------------------------------------------------
@@ -343,8 +343,8 @@ def basis_conv2d(
 
     All five tensors have gradients; that of ``basis_weight`` is skipped when it needs none. Double backward and
     ``torch.vmap`` are refused. Under autocast the tensors are cast to the autocast dtype. float32 and float64 compute
-    in their own dtype; bfloat16 and float16 accumulate in float32, round the basis maps once to the dtype and the result
-    once. Results do not depend on the number of threads; two runs give the same bits.
+    in their own dtype; bfloat16 and float16 accumulate in float32, round the basis maps once to the dtype and the
+    result once. Two runs give the same bits; in the native kernel the number of threads does not matter either.
 
     Raises:
         TypeError: a dtype that is not float32, bfloat16, float16 or float64, mixed dtypes, or a wrong kind of argument.

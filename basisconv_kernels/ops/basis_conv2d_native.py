@@ -11,7 +11,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from basisconv_kernels.core import checks, extension
 from basisconv_kernels.core.autograd import refuse_gradients
-from basisconv_kernels.core.checks import Pair
+from basisconv_kernels.core.checks import Pair, Quad
 from basisconv_kernels.reference import basis_conv2d as reference
 
 OP = "basis_conv2d"
@@ -33,6 +33,11 @@ def forward(
     keep_maps: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """The torch ops that C++ registers for the CPU and for CUDA."""
+    if packed is not None and (packed.device != input.device or packed.dtype != torch.uint8):
+        raise ValueError(
+            f"{OP}: packed must be what basis_conv2d_pack gives, uint8 on {input.device}, "
+            f"got {packed.dtype} on {packed.device}; pack the weights again"
+        )
     arguments = (input, basis_weight, coefficients, bias, residual, packed, *settings[:-1])
     if torch.compiler.is_compiling():
         return _call(arguments, keep_maps)
@@ -86,18 +91,16 @@ def _fake_forward(
     bias: Tensor | None,
     residual: Tensor | None,
     packed: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    stride: Pair,
+    padding: Quad,
+    dilation: Pair,
     groups: int,
     activation: str | None,
     precise: bool,
 ) -> Tensor:
     """Shape, dtype and strides of the result, for tracing."""
     kernel = (basis_weight.shape[2], basis_weight.shape[3])
-    OH, OW = checks.output_size(
-        OP, (input.shape[2], input.shape[3]), kernel, tuple(stride), tuple(padding), tuple(dilation)
-    )
+    OH, OW = checks.output_size(OP, (input.shape[2], input.shape[3]), kernel, stride, padding, dilation)
     return torch.empty(
         (input.shape[0], coefficients.shape[0], OH, OW),
         dtype=input.dtype,

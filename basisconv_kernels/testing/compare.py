@@ -18,7 +18,7 @@ from basisconv_kernels.testing.cases import Case
 from basisconv_kernels.testing.inputs import Inputs, bits, grid_unit, make_inputs, poisoned_allocations
 
 
-class Mismatch(AssertionError):  # noqa: N818 - what a test reports, not a failure of this package
+class Mismatch(AssertionError):
     """A candidate broke the contract of the op; the message says where and by how much."""
 
 

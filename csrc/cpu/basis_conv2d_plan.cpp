@@ -203,7 +203,7 @@ CpuPackHeader cpu_pack_header(const BasisConv2dWeights& w, Isa isa) {
   h.isa = static_cast<int64_t>(isa_for(w, isa));
   const int64_t sizes[] = {w.C,        w.Q,          w.K,          w.R,      w.S,
                            w.stride_h, w.stride_w,   w.dilation_h, w.dilation_w, w.groups,
-                           w.mixing_groups, w.precise ? 1 : 0};
+                           w.mixing_groups, static_cast<int64_t>(w.dtype), w.precise ? 1 : 0};
   std::memcpy(h.sizes, sizes, sizeof(sizes));
   return h;
 }

@@ -69,7 +69,8 @@ struct CpuPackHeader {
   char magic[8];
   int64_t version;
   int64_t isa;
-  int64_t sizes[12];  // C Q K R S stride_h stride_w dilation_h dilation_w groups mixing_groups precise
+  // C Q K R S stride_h stride_w dilation_h dilation_w groups mixing_groups dtype precise
+  int64_t sizes[13];
 };
 constexpr int64_t kCpuPackHeaderBytes = 128;
 // Counts up with every change of the layout or its size; programs that were traced with another one are refused.

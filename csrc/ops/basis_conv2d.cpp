@@ -228,9 +228,10 @@ std::tuple<Tensor, Tensor> run(const Tensor& input, const Tensor& basis_weight, 
   std::vector<char> own;
   const char* bytes;
   if (packed) {
-    STD_TORCH_CHECK(packed->is_cpu() && packed->scalar_type() == ScalarType::Byte && packed->is_contiguous() &&
-                        packed->numel() == cpu_packed_bytes(w),
-                    "basis_conv2d: packed is not the packed form of these weights");
+    STD_TORCH_CHECK(packed->is_cpu() && packed->scalar_type() == ScalarType::Byte && packed->is_contiguous(),
+                    "basis_conv2d: packed must be a contiguous uint8 tensor on the CPU");
+    STD_TORCH_CHECK(packed->numel() == cpu_packed_bytes(w),
+                    "basis_conv2d: packed has ", packed->numel(), " bytes, these weights pack to ", cpu_packed_bytes(w));
     bytes = static_cast<const char*>(packed->const_data_ptr());
     const CpuPackHeader expected = cpu_pack_header(w, isa);
     STD_TORCH_CHECK(std::memcmp(bytes, &expected, sizeof(expected)) == 0,

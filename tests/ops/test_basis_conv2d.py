@@ -138,7 +138,10 @@ def test_packed_weights_change_nothing(case, dtype):
 
 
 @pytest.mark.skipif("cpu" not in AVAILABLE, reason=f"cpu: {registry.absent('cpu')}")
-@pytest.mark.parametrize("wrong", ["too short", "too long", "another type", "zeros", "another stride", "other weights"])
+@pytest.mark.parametrize(
+    "wrong",
+    ["too short", "too long", "another type", "another device", "zeros", "another stride", "other weights", "halves"],
+)
 def test_what_is_no_packing_of_these_weights_is_refused(wrong):
     inputs = testing.make_inputs(testing.case("channels_last"))
     packed = basis_conv2d_pack(inputs.basis_weight, inputs.coefficients)
@@ -146,11 +149,13 @@ def test_what_is_no_packing_of_these_weights_is_refused(wrong):
         "too short": packed[:-1],
         "too long": torch.cat([packed, packed]),
         "another type": packed.float(),
+        "another device": packed.to("meta"),
         "zeros": torch.zeros_like(packed),
+        "halves": basis_conv2d_pack(inputs.basis_weight.half(), inputs.coefficients.half()),
         "another stride": basis_conv2d_pack(inputs.basis_weight, inputs.coefficients, stride=2),
         "other weights": basis_conv2d_pack(inputs.basis_weight[1:], inputs.coefficients[:, 1:]),
     }[wrong]
-    with pytest.raises(RuntimeError, match="basis_conv2d: packed "):
+    with pytest.raises((RuntimeError, ValueError), match="basis_conv2d: packed "):
         call(basis_conv2d, inputs, packed=packed, backend="cpu")
 
 
