@@ -100,7 +100,7 @@ def decode(content: bytes, source: str) -> tuple[dict[str, Any], dict[str, Tenso
 
 
 def parse_json(text: str, source: str) -> dict[str, Any]:
-    """A JSON object, without duplicate keys, NaN, infinities or deep nesting."""
+    """A JSON object of proper text, without duplicate keys, NaN, infinities or deep nesting."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -116,6 +116,7 @@ def parse_json(text: str, source: str) -> dict[str, Any]:
 
     try:
         value = json.loads(text, object_pairs_hook=unique, parse_float=finite, parse_constant=finite)
+        json.dumps(value, ensure_ascii=False).encode()  # a lone half of a surrogate pair is no text
     except FileFormatError:
         raise
     except (ValueError, RecursionError) as error:  # ValueError: also integers of thousands of digits

@@ -64,10 +64,10 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     recipe, tensors = describe(model, "save")
     contiguous = {"memory_format": torch.contiguous_format}
     stored = {name: tensor.detach().to("cpu").clone(**contiguous) for name, tensor in tensors.items()}
-    content = container.encode(recipe.to_document(), stored)
     try:
+        content = container.encode(recipe.to_document(), stored)
         _decode(content, "what would be written")  # what could not be read again is not written
-    except FileFormatError as error:
+    except (FileFormatError, UnicodeEncodeError) as error:
         raise ValueError(f"save: the format cannot hold this network: {error}") from error
     container.write_atomically(path, content)
 
@@ -92,14 +92,14 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         FileFormatError: the file is truncated, edited, foreign or of a newer version; names file and problem.
         ArchitectureError: the file is intact, but the model lacks a layer, has another one, or other shapes, dtypes
             or shared tensors; names them.
-        ValueError: the model has no memory for values yet (meta or lazy).
+        ValueError: the model has no memory for values yet (meta or lazy), or is one of inference tensors.
         OSError: the file could not be read.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"load: model must be a torch.nn.Module, got {type(model).__name__}")
     source = f"load: {os.fspath(path)}"
     stored = _decode(Path(path).read_bytes(), source)
-    refuse_empty((*model.named_parameters(), *model.named_buffers()), "load")
+    _refuse_unwritable(model)
     layers, graphs = new_layers(stored, model, source), new_graphs(stored, model, source)
     target = copy.deepcopy(model) if any("" in graph.names for graph, _ in graphs) else model
     with Transaction() as transaction:
@@ -145,6 +145,17 @@ def _decode(content: bytes, source: str) -> Network:
     for graph in recipe.graphs:
         recipe_graphs.check_graph(graph, source)
     return Network(recipe, tensors)
+
+
+def _refuse_unwritable(model: nn.Module) -> None:
+    """Refuse tensors that have no memory, or that PyTorch would write first and complain about then."""
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    refuse_empty(tensors, "load")
+    for name, tensor in tensors:
+        if tensor.is_inference() and not torch.is_inference_mode_enabled():
+            raise ValueError(
+                f"load: {name} was made in torch.inference_mode(); load there too, or build the model elsewhere"
+            )
 
 
 def _fill(network: nn.Module, stored: Network) -> None:

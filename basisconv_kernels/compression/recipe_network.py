@@ -83,7 +83,7 @@ def refuse_difference(stored: Network, found: Network) -> None:
         if same != layer:
             raise ArchitectureError(f"layer {layer.names[0]!r}: {difference(layer.description, same.description)}")
     for extra in layers.values():
-        raise ArchitectureError(f"the model has a {extra.kind} at {extra.names[0]!r}, the file has none")
+        raise ArchitectureError(f"the model has a layer {extra.names[0]!r} ({extra.kind}), the file has none there")
     if stored.recipe.graphs != found.recipe.graphs:
         first, second = ([graph.names[0] for graph in n.recipe.graphs] for n in (stored, found))
         raise ArchitectureError(f"the graphs differ: the file has {first}, the model {second}")
