@@ -84,7 +84,7 @@ static void run_direct(const BasisConv2dParams& params, const CpuPlan& plan, flo
                 const char* lines = static_cast<const char*>(params.output) + ((unit + row) * params.OW + x) * pixel_bytes;
                 for (int64_t at = 0; at < pixels * pixel_bytes; at += 64) __builtin_prefetch(lines + at, 1, 2);
               }
-              stage1[pixels](here, b, b_end, x, block_filters,
+              stage1[pixels](here, b, b_end, x, block_filters, block_filters,
                              Partial{waiting + x * registers, b == 0, b_end == pack.channel_blocks},
                              z_here + x * all_maps, all_maps);
             }

@@ -153,20 +153,21 @@ CpuPlan cpu_plan(const BasisConv2dParams& params, const CpuPack& pack, int64_t t
     p.tile_columns = ceil_div(params.OW, 2);
     p.units = params.N * ceil_div(params.OH, 2);
     const int64_t mine = std::max<int64_t>(ceil_div(p.units, threads), 1) * p.tile_columns;
-    const int64_t a_tile = 16 * (pixel + pack.maps) + 4 * all_maps;
+    // One row of four positions of the transformed input, all products, and z.
+    const int64_t a_tile = 4 * pixel + 16 * w.groups * pack.maps + 4 * all_maps;
     // Packed weights are read once a pass: weights beyond the cache want large passes, small ones want small scratch.
-    const int64_t wanted = pack.group_size > kCacheFloats ? 4 * kTilesInFlight : kTilesInFlight;
+    const int64_t wanted = pack.group_size > kCacheFloats ? 9 * kTilesInFlight : kTilesInFlight;
     const int64_t most = std::max<int64_t>(1, std::min(wanted, kScratchFloats / a_tile));
     p.tiles = ceil_div(mine, ceil_div(mine, most));
     // Whole rows of tiles, where they fit, leave z of several rows in one piece.
-    if (p.tile_columns <= most) p.tiles = most / p.tile_columns * p.tile_columns;
+    if (p.tile_columns <= most) p.tiles = std::min(most, p.tiles + p.tile_columns - 1) / p.tile_columns * p.tile_columns;
     p.in_place = w.dtype == DType::f32 && params.input_stride_c == 1 && w.C / w.groups % pack.block == 0;
-    p.ring_rows = p.in_place ? 0 : 4;
+    p.ring_rows = p.in_place ? 0 : 4 * (p.tiles / p.tile_columns + 2);
     p.ring_columns = 2 * p.tile_columns + 2;
     p.ring_size = aligned(p.ring_rows * p.ring_columns * pixel);
-    p.border_size = p.in_place ? aligned(16 * w.C) : 0;
-    p.transformed_size = aligned(16 * p.tiles * pixel);
-    p.products_size = aligned(16 * p.tiles * pack.maps);
+    p.zeros_size = aligned(pixel);
+    p.transformed_size = aligned(4 * p.tiles * pixel);
+    p.products_size = aligned(16 * p.tiles * w.groups * pack.maps);
     p.maps_size = aligned(4 * p.tiles * all_maps + maps_margin);
     return p;
   }

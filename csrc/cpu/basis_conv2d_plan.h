@@ -52,10 +52,10 @@ struct CpuPlan {
   int64_t ring_rows;     // padded input rows kept
   int64_t ring_columns;  // pixels of one ring row and stride phase
   // Floats of scratch, each a multiple of 16: rows, z, z of one pixel block turned for NCHW, accumulators between
-  // chunks, one input tile at the border, transformed input tiles, products.
-  int64_t ring_size, maps_size, turned_size, partial_size, border_size, transformed_size, products_size;
+  // chunks, one pixel of zeros, transformed input tiles, products.
+  int64_t ring_size, maps_size, turned_size, partial_size, zeros_size, transformed_size, products_size;
   int64_t scratch() const {
-    return ring_size + maps_size + turned_size + partial_size + border_size + transformed_size + products_size;
+    return ring_size + maps_size + turned_size + partial_size + zeros_size + transformed_size + products_size;
   }
 };
 

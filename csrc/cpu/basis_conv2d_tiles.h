@@ -29,7 +29,8 @@ struct Partial {
 
 template <int P, int NV, int L, int BLOCK>
 BASISCONV_NOINLINE void stage1_tile(const Taps& taps, int64_t block_begin, int64_t block_end, int64_t x,
-                                    const float* weights, Partial partial, float* z, int64_t z_stride) {
+                                    const float* weights, const float* ahead, Partial partial, float* z,
+                                    int64_t z_stride) {
   Vec::Reg acc[P][NV];
   if (partial.first) {
     BASISCONV_UNROLL for (int p = 0; p < P; p++) BASISCONV_UNROLL for (int v = 0; v < NV; v++) acc[p][v] = Vec::zero();
@@ -40,12 +41,14 @@ BASISCONV_NOINLINE void stage1_tile(const Taps& taps, int64_t block_begin, int64
   for (int64_t block = block_begin; block < block_end; block++) {
     const float* row = taps.pixels + block * taps.plane + x * BLOCK;
     const float* block_weights = weights + block * taps.block_weights;
+    const int64_t to_ahead = ahead - weights;
     for (int64_t t = 0; t < taps.count; t++) {
       const float* pixel = row + taps.offset[t];
       const float* w = block_weights + taps.weight[t];
       _Pragma("GCC unroll 4") for (int step = 0; step < BLOCK / L; step++) {
         Vec::Reg filter[NV];
         BASISCONV_UNROLL for (int v = 0; v < NV; v++) filter[v] = Vec::load(w + v * kWidth);
+        BASISCONV_UNROLL for (int v = 0; v < NV * kWidth / 16; v++) __builtin_prefetch(w + to_ahead + 16 * v, 0, 2);
         w += NV * kWidth;
         BASISCONV_UNROLL for (int p = 0; p < P; p++) {
           const Vec::Reg value = Vec::broadcast<L>(pixel + p * BLOCK + step * L);
@@ -113,7 +116,8 @@ BASISCONV_NOINLINE void stage2_tile(const Stage2<T>& s) {
   }
 }
 
-using Stage1Function = void (*)(const Taps&, int64_t, int64_t, int64_t, const float*, Partial, float*, int64_t);
+using Stage1Function = void (*)(const Taps&, int64_t, int64_t, int64_t, const float*, const float*, Partial, float*,
+                                int64_t);
 template <typename T>
 using Stage2Function = void (*)(const Stage2<T>&);
 

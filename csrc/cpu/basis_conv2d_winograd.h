@@ -10,7 +10,8 @@
 // The sum over channels moves inside the brackets: 16 products a channel and filter serve 4 outputs instead of 36. Each
 // of the 16 positions is a small matrix product over channels, run by the same register tile as a direct 1x1; pixels
 // are tiles there. Tiles are gathered across rows and images until a pass is full, so that the packed weights, 16/9
-// larger than the filters, are read once for many tiles even on small maps.
+// larger than the filters, are read once for many tiles even on small maps. The four rows of BT d B are made one after
+// the other: a row needs two rows of d only, and its transformed tiles stay in a nearer cache than all 16 positions.
 // NaN spreads as in direct convolution; Inf may become NaN (Inf - Inf): `precise` runs direct.
 #pragma once
 #include "basis_conv2d_recombine.h"
@@ -19,44 +20,34 @@
 namespace basisconv {
 namespace BASISCONV_ISA {
 
-constexpr int64_t kBlock = 16;    // channels in a channel block
-constexpr int64_t kRingRows = 4;  // the rows of one tile, a power of two
+constexpr int64_t kBlock = 16;  // channels in a channel block
 
-// A 4x4 input tile: column j of row i, channel block b, is at row[i] + j * pixel + b * block.
-struct InputTile {
-  const float* row[4];
-  int64_t pixel, block;
+// The two rows of a 4x4 input tile that one row of BT d B needs: column j, channel block b at first[j] + b * block.
+struct InputRows {
+  const float *first[4], *second[4];
+  int64_t block;
 };
 
-// BT d B for every channel: out[position][block][tile][channel].
-static BASISCONV_INLINE void transform_input(const InputTile& in, int64_t blocks, int64_t position_stride,
-                                             int64_t block_stride, float* out) {
-  const float *row0 = in.row[0], *row1 = in.row[1], *row2 = in.row[2], *row3 = in.row[3];
+// Row ROW of BT d B for every channel: out[position in the row][block][tile][channel].
+template <int ROW>
+static BASISCONV_INLINE void transform_input_row(const InputRows& in, int64_t blocks, int64_t position_stride,
+                                                 int64_t block_stride, float* out) {
+  const float *a0 = in.first[0], *a1 = in.first[1], *a2 = in.first[2], *a3 = in.first[3];
+  const float *b0 = in.second[0], *b1 = in.second[1], *b2 = in.second[2], *b3 = in.second[3];
+  int64_t at = 0;
   for (int64_t b = 0; b < blocks; b++) {
     BASISCONV_UNROLL for (int64_t c = 0; c < kBlock; c += kWidth) {
-      Vec::Reg e[4][4];
-      BASISCONV_UNROLL for (int j = 0; j < 4; j++) {
-        const int64_t at = j * in.pixel + c;
-        const Vec::Reg d0 = Vec::load(row0 + at), d1 = Vec::load(row1 + at);
-        const Vec::Reg d2 = Vec::load(row2 + at), d3 = Vec::load(row3 + at);
-        e[0][j] = Vec::sub(d0, d2);
-        e[1][j] = Vec::add(d1, d2);
-        e[2][j] = Vec::sub(d2, d1);
-        e[3][j] = Vec::sub(d1, d3);
-      }
-      float* to = out + c;
-      BASISCONV_UNROLL for (int i = 0; i < 4; i++) {
-        Vec::store(to, Vec::sub(e[i][0], e[i][2]));
-        Vec::store(to + position_stride, Vec::add(e[i][1], e[i][2]));
-        Vec::store(to + 2 * position_stride, Vec::sub(e[i][2], e[i][1]));
-        Vec::store(to + 3 * position_stride, Vec::sub(e[i][1], e[i][3]));
-        to += 4 * position_stride;
-      }
+      const auto column = [at, c](const float* first, const float* second) BASISCONV_LAMBDA {
+        const Vec::Reg x = Vec::load(first + at + c), y = Vec::load(second + at + c);
+        return ROW == 1 ? Vec::add(x, y) : Vec::sub(x, y);
+      };
+      const Vec::Reg e0 = column(a0, b0), e1 = column(a1, b1), e2 = column(a2, b2), e3 = column(a3, b3);
+      Vec::store(out + c, Vec::sub(e0, e2));
+      Vec::store(out + position_stride + c, Vec::add(e1, e2));
+      Vec::store(out + 2 * position_stride + c, Vec::sub(e2, e1));
+      Vec::store(out + 3 * position_stride + c, Vec::sub(e1, e3));
     }
-    row0 += in.block;
-    row1 += in.block;
-    row2 += in.block;
-    row3 += in.block;
+    at += in.block;
     out += block_stride;
   }
 }
@@ -92,6 +83,7 @@ static BASISCONV_INLINE void transform_output(const float* m, int64_t position_s
 
 struct TileAt {
   int64_t n, row, column;  // image; tile row and tile column
+  int64_t ring_row;        // of the tile's first row, when rows go through the ring
 };
 
 template <typename T>
@@ -101,41 +93,51 @@ struct Winograd {
   const float* filters;
   Ring ring;
   Recombination<T> recombination;
-  float *border, *transformed, *products, *z;
+  const float* zeros;  // one pixel of all channels
+  float *transformed, *products, *z;
 
-  InputTile input_tile(const TileAt& at) const {
-    InputTile in;
+  int64_t wrapped(int64_t ring_row) const { return ring_row < plan.ring_rows ? ring_row : ring_row - plan.ring_rows; }
+
+  // Where rows `first` and `second` of a tile lie; outside the image they are zeros.
+  InputRows input_rows(const TileAt& at, int64_t first, int64_t second) const {
+    InputRows in;
     if (!plan.in_place) {
-      for (int64_t i = 0; i < 4; i++) in.row[i] = ring.row((2 * at.row + i) & (kRingRows - 1)) + 2 * at.column * kBlock;
-      in.pixel = kBlock;
+      const float* rows[2] = {ring.row(wrapped(at.ring_row + first)), ring.row(wrapped(at.ring_row + second))};
+      for (int64_t j = 0; j < 4; j++) {
+        in.first[j] = rows[0] + (2 * at.column + j) * kBlock;
+        in.second[j] = rows[1] + (2 * at.column + j) * kBlock;
+      }
       in.block = ring.plane;
       return in;
     }
+    in.block = kBlock;
     const int64_t y = 2 * at.row - params.pad_top, x = 2 * at.column - params.pad_left;
     const float* image = static_cast<const float*>(params.input) + at.n * params.input_stride_n;
-    in.pixel = params.input_stride_w;
-    in.block = kBlock;
-    for (int64_t i = 0; i < 4; i++) in.row[i] = image + (y + i) * params.input_stride_h + x * params.input_stride_w;
-    if (y < 0 || y + 4 > params.H || x < 0 || x + 4 > params.W) stage_border(y, x, &in);
+    const float* rows[2] = {image + (y + first) * params.input_stride_h + x * params.input_stride_w,
+                            image + (y + second) * params.input_stride_h + x * params.input_stride_w};
+    for (int64_t j = 0; j < 4; j++) {
+      in.first[j] = rows[0] + j * params.input_stride_w;
+      in.second[j] = rows[1] + j * params.input_stride_w;
+    }
+    if (y < 0 || y + 4 > params.H || x < 0 || x + 4 > params.W) {
+      const bool inside[2] = {y + first >= 0 && y + first < params.H, y + second >= 0 && y + second < params.H};
+      for (int64_t j = 0; j < 4; j++) {
+        const bool column = x + j >= 0 && x + j < params.W;
+        if (!column || !inside[0]) in.first[j] = zeros;
+        if (!column || !inside[1]) in.second[j] = zeros;
+      }
+    }
     return in;
   }
 
-  // A tile that reaches over the border is copied, with zeros outside the image.
-  void stage_border(int64_t y, int64_t x, InputTile* in) const {
-    const int64_t channels = params.weights.C;
-    for (int64_t i = 0; i < 4; i++) {
-      float* to = border + 4 * i * channels;
-      for (int64_t j = 0; j < 4; j++) {
-        const bool inside = y + i >= 0 && y + i < params.H && x + j >= 0 && x + j < params.W;
-        if (inside) {
-          memcpy(to + j * channels, in->row[i] + j * in->pixel, channels * sizeof(float));
-        } else {
-          memset(to + j * channels, 0, channels * sizeof(float));
-        }
-      }
-      in->row[i] = to;
+  template <int ROW>
+  void transform_row(const TileAt* at, int64_t tiles) const {
+    constexpr int64_t kFirst[] = {0, 1, 2, 1}, kSecond[] = {2, 2, 1, 3};
+    const int64_t blocks = params.weights.groups * plan.pack.channel_blocks, plane = plan.tiles * kBlock;
+    for (int64_t t = 0; t < tiles; t++) {
+      transform_input_row<ROW>(input_rows(at[t], kFirst[ROW], kSecond[ROW]), blocks, blocks * plane, plane,
+                               transformed + t * kBlock);
     }
-    in->pixel = channels;
   }
 
   void prefetch_output(const TileAt& at) const {
@@ -149,25 +151,27 @@ struct Winograd {
     }
   }
 
-  // The 16 matrix products of one group: products[position][tile][map].
-  void multiply(int64_t group, int64_t tiles) const {
+  // The matrix products of the four positions of row `row`, all groups: products[group][position][tile][map].
+  void multiply(int64_t row, int64_t tiles) const {
     const CpuPack& pack = plan.pack;
-    const int64_t plane = plan.tiles * kBlock;
-    const int64_t position_stride = params.weights.groups * pack.channel_blocks * plane;
-    const int64_t block_weights = kBlock / pack.lanes * pack.vectors * kWidth;
+    const int64_t plane = plan.tiles * kBlock, blocks = pack.channel_blocks;
+    const int64_t position_stride = params.weights.groups * blocks * plane;
+    const int64_t block_weights = kBlock / pack.lanes * pack.vectors * kWidth, panel = blocks * block_weights;
     const Stage1Function* stage1 = stage1_functions(pack.lanes, pack.vectors, kBlock);
     const int64_t tile = even_tile(tiles, stage1_pixels(pack.vectors));
     const int64_t none = 0;
-    for (int64_t f = 0; f < pack.filter_blocks; f++) {
-      for (int64_t position = 0; position < 16; position++) {
-        const Taps taps{transformed + position * position_stride + group * pack.channel_blocks * plane,
-                        &none, &none, 1, plane, block_weights};
-        const float* weights = filters + group * pack.group_size +
-                               (f * 16 + position) * pack.channel_blocks * block_weights;
-        for (int64_t t = 0; t < tiles; t += tile) {
-          stage1[tiles - t < tile ? tiles - t : tile](
-              taps, 0, pack.channel_blocks, t, weights, Partial{nullptr, true, true},
-              products + (position * plan.tiles + t) * pack.maps + f * pack.filters, pack.maps);
+    for (int64_t group = 0; group < params.weights.groups; group++) {
+      for (int64_t f = 0; f < pack.filter_blocks; f++) {
+        for (int64_t position = 4 * row; position < 4 * row + 4; position++) {
+          const Taps taps{transformed + position % 4 * position_stride + group * blocks * plane,
+                          &none, &none, 1, plane, block_weights};
+          const float* weights = filters + group * pack.group_size + (f * 16 + position) * panel;
+          float* to = products + (group * 16 + position) * plan.tiles * pack.maps + f * pack.filters;
+          for (int64_t t = 0; t < tiles; t += tile) {
+            const float* ahead = t + tile < tiles ? weights : weights + panel;
+            stage1[tiles - t < tile ? tiles - t : tile](taps, 0, blocks, t, weights, ahead, Partial{nullptr, true, true},
+                                                        to + t * pack.maps, pack.maps);
+          }
         }
       }
     }
@@ -189,15 +193,22 @@ struct Winograd {
   void finish(const TileAt* at, int64_t tiles) const {
     const CpuPack& pack = plan.pack;
     const int64_t all_maps = params.weights.groups * pack.maps;
+    transform_row<0>(at, tiles);
+    multiply(0, tiles);
+    transform_row<1>(at, tiles);
+    multiply(1, tiles);
+    transform_row<2>(at, tiles);
+    multiply(2, tiles);
+    transform_row<3>(at, tiles);
+    multiply(3, tiles);
     int64_t filled = 0;  // pixels of z
     for (int64_t group = 0; group < params.weights.groups; group++) {
-      multiply(group, tiles);
       filled = 0;
       for (int64_t t = 0; t < tiles;) {
         const Piece piece = piece_at(at, t, tiles);
         for (; t < piece.last; t++) {
           const int64_t x = 2 * (t - piece.first);
-          const float* from = products + t * pack.maps;
+          const float* from = products + (group * 16 * plan.tiles + t) * pack.maps;
           float* to = z + (filled + x) * all_maps + group * pack.maps;
           for (int64_t q = 0; q < pack.maps; q += kWidth) {
             const int64_t n = pack.maps - q < kWidth ? pack.maps - q : kWidth;
@@ -231,32 +242,33 @@ struct Winograd {
     recombination.run(z + begin * all_maps, all_maps, run_n, run_pixel, pixels);
   }
 
+  // Copies the four padded rows of a tile row into the ring behind those of the tile row before, whose last two rows
+  // it shares in the same image.
+  void fill_ring(const TileAt& before, TileAt* at) const {
+    const bool next = before.n == at->n && before.row + 1 == at->row;
+    at->ring_row = wrapped(before.ring_row + (next ? 2 : 4));
+    for (int64_t i = next ? 2 : 0; i < 4; i++) {
+      const int64_t y = 2 * at->row + i - params.pad_top, slot = wrapped(at->ring_row + i);
+      if (y >= 0 && y < params.H) {
+        fill_row<T>(params, plan.pack, ring, slot, at->n, y);
+      } else {
+        memset(ring.row(slot), 0, ring.row_size * sizeof(float));
+      }
+    }
+  }
+
   void run(int64_t begin, int64_t end) const {
-    const CpuPack& pack = plan.pack;
-    const int64_t blocks = params.weights.groups * pack.channel_blocks;
-    const int64_t plane = plan.tiles * kBlock;
     const int64_t tile_rows = (params.OH + 1) / 2;
     TileAt* at = new TileAt[plan.tiles];
-    int64_t waiting = 0, image = -1, filled = 0;
+    TileAt before{-1, 0, 0, 0};
+    int64_t waiting = 0;
     for (int64_t unit = begin; unit < end; unit++) {
-      const int64_t n = unit / tile_rows, row = unit % tile_rows;
-      if (!plan.in_place) {
-        if (n != image) filled = 0;
-        image = n;
-        if (filled < 2 * row) filled = 2 * row;
-        for (; filled < 2 * row + 4; filled++) {  // rows of the padded image
-          const int64_t y = filled - params.pad_top, slot = filled & (kRingRows - 1);
-          if (y >= 0 && y < params.H) {
-            fill_row<T>(params, pack, ring, slot, n, y);
-          } else {
-            memset(ring.row(slot), 0, ring.row_size * sizeof(float));
-          }
-        }
-      }
-      for (int64_t column = 0; column < plan.tile_columns; column++) {
-        at[waiting] = TileAt{n, row, column};
-        prefetch_output(at[waiting]);
-        transform_input(input_tile(at[waiting]), blocks, blocks * plane, plane, transformed + waiting * kBlock);
+      TileAt tile{unit / tile_rows, unit % tile_rows, 0, 0};
+      if (!plan.in_place) fill_ring(before, &tile);
+      before = tile;
+      for (; tile.column < plan.tile_columns; tile.column++) {
+        at[waiting] = tile;
+        prefetch_output(tile);
         if (++waiting == plan.tiles) {
           finish(at, waiting);
           waiting = 0;
@@ -274,14 +286,15 @@ static void run_winograd(const BasisConv2dParams& params, const CpuPlan& plan, f
   const CpuPack& pack = plan.pack;
   const float* filters = static_cast<const float*>(params.packed);
   const float* coefficients = filters + pack.filters_size;
-  float* border = scratch + plan.ring_size;
-  float* transformed = border + plan.border_size;
+  float* zeros = scratch + plan.ring_size;
+  float* transformed = zeros + plan.zeros_size;
   float* products = transformed + plan.transformed_size;
   float* z = products + plan.products_size;
+  memset(zeros, 0, plan.zeros_size * sizeof(float));
   const Recombination<T> recombination{params, pack, coefficients, coefficients + pack.coefficients_size,
                                        z + plan.maps_size};
   const Ring ring = make_ring(params, plan, 1, scratch);
-  Winograd<T>{params, plan, filters, ring, recombination, border, transformed, products, z}.run(begin, end);
+  Winograd<T>{params, plan, filters, ring, recombination, zeros, transformed, products, z}.run(begin, end);
 }
 
 // G g: rows of three values become rows of four.

@@ -16,6 +16,7 @@
 
 #define BASISCONV_UNROLL _Pragma("GCC unroll 32")
 #define BASISCONV_INLINE inline __attribute__((always_inline))
+#define BASISCONV_LAMBDA __attribute__((always_inline))
 #define BASISCONV_NOINLINE __attribute__((noinline))
 
 namespace basisconv {
