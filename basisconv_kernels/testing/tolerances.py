@@ -149,12 +149,17 @@ def backward_bound(
     return bounds
 
 
+def worst_beside_plain(plain_worst: float, partial_sums: float, dtype: torch.dtype) -> float:
+    """The worst error of rule 2 from plain PyTorch's worst error and the largest partial sum."""
+    return PLAIN_FACTOR * plain_worst + WORST_FLOOR_ROUNDINGS * UNIT_ROUNDOFF[dtype] * partial_sums
+
+
 def allowed_beside_plain(plain_error: Tensor, bound: Bound, dtype: torch.dtype) -> tuple[float, float]:
     """Rule 2: the worst error and the root mean square that a candidate may have, from the errors of plain PyTorch."""
     if dtype in ORACLE_SHARE:  # the oracle has no more digits than plain PyTorch: rule 1 alone
         return float("inf"), float("inf")
     u = UNIT_ROUNDOFF[dtype]
-    worst = PLAIN_FACTOR * plain_error.max().item() + WORST_FLOOR_ROUNDINGS * u * bound.partial_sums.max().item()
+    worst = worst_beside_plain(plain_error.max().item(), bound.partial_sums.max().item(), dtype)
     floor = MEAN_FLOOR_ROUNDINGS * (1.0 + MEAN_SCATTER / sqrt(plain_error.numel()))
     return worst, PLAIN_FACTOR * mean_square(plain_error) + floor * u * mean_square(bound.partial_sums)
 

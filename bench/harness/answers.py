@@ -88,5 +88,5 @@ def of(module: nn.Module, problem: Conv2dProblem | None, x: Tensor, grad: Tensor
         errors = [(g.double() - e).abs().max().item() for g, e in zip(got, exact, strict=True)]
         plain_error = [max(pair) for pair in zip(plain_error, errors, strict=True)]
     bound = None if grad is not None else _bound(module, problem, x, exact[0])
-    scale = [e.abs().max().item() for e in exact] if bound is None else [bound.scale]
+    scale = [e.abs().max().item() for e in exact] if bound is None else [bound.partial_sums.max().item()]
     return Answers(exact, plain_error, scale, None if bound is None else bound.allowed)

@@ -59,7 +59,7 @@ def check(results: Sequence[Tensor], answers: Answers, dtype: torch.dtype, judge
         if number == 0 and answers.allowed is not None:
             share = (error / answers.allowed).max().item()
         if judged or answers.allowed is None:
-            limit = tolerances.allowed_beside_plain(beside, scale, dtype)
+            limit = tolerances.worst_beside_plain(beside, scale, dtype)
             share = max(share, _share(largest, limit))
         if share >= found["worst"]:
             found = {"worst": share, "largest": largest, "plain": beside}
