@@ -55,7 +55,7 @@ def _bound(module: nn.Module, problem: Conv2dProblem | None, x: Tensor, exact: T
         sums = x.double().abs() @ module.weight.detach().double().abs().T + module.bias.detach().double().abs()
         lost = tolerances.lost_in_sums(x.dtype, module.in_features + tolerances.EXTRA_ADDITIONS)
         rounding = tolerances.UNIT_ROUNDOFF[x.dtype] * exact.abs()
-        return Bound(exact, (lost * sums + rounding) * tolerances.SECOND_ORDER, exact.abs().max().item())
+        return Bound(exact, (lost * sums + rounding) * tolerances.SECOND_ORDER, exact.abs())
     if problem is None:
         return None
     if isinstance(module, nn.Sequential):

@@ -1,0 +1,300 @@
+"""What the commands ``doctor``, ``env``, ``ops`` and ``explain`` say: facts about this installation, as data.
+
+Nothing here keeps a list of its own: ops are the modules of ``basisconv_kernels.ops``, backends and what they can run
+come from their ``CANDIDATES``, variables from ``core.env``.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import pkgutil
+import platform
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from basisconv_kernels import ops as ops_package
+from basisconv_kernels import testing
+from basisconv_kernels.core import checks, env, extension, registry
+from basisconv_kernels.core.problem import Conv2dProblem
+from basisconv_kernels.layers.decompose import break_even
+from basisconv_kernels.ops.basis_conv2d import basis_conv2d
+
+EXTRAS = {"cli": ("typer", "rich"), "report": ("matplotlib", "jinja2"), "triton": ("triton",)}
+OTHERS = ("torch", "numpy", "safetensors", "torchvision")
+PACKAGE = Path(__file__).resolve().parent
+DEVICES = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}  # any other backend follows its tensors
+
+
+def op_modules() -> dict[str, ModuleType]:
+    """The modules of all ops, by name: those that list candidates."""
+    names = sorted(found.name for found in pkgutil.iter_modules(ops_package.__path__))
+    modules = {name: importlib.import_module(f"{ops_package.__name__}.{name}") for name in names}
+    return {name: module for name, module in modules.items() if hasattr(module, "CANDIDATES")}
+
+
+def op_module(name: str) -> ModuleType:
+    """The module of an op; a ValueError with all names where there is none."""
+    modules = op_modules()
+    if name not in modules:
+        raise ValueError(f"no op has the name {name!r}; there are {', '.join(modules)}")
+    return modules[name]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``torch.float32`` → ``float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
+# --- env --------------------------------------------------------------------------------------------------------------
+
+
+def cpu_name() -> str:
+    """The processor's model as the operating system names it."""
+    path = Path("/proc/cpuinfo")
+    if path.exists():
+        for line in path.read_text("utf-8", "replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def cores() -> int | None:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def isa() -> str:
+    """The instruction set that the native kernels use; ``none`` where there are none."""
+    return str(extension.facts().get("cpu", {}).get("in_use", "none"))
+
+
+def version_of(distribution: str) -> str | None:
+    """Installed version of a distribution, or None."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def package_version() -> str:
+    """Version of this package, also of a checkout that was never installed."""
+    return str(sys.modules[__name__.partition(".")[0]].__version__)
+
+
+def environment() -> dict[str, Any]:
+    """Everything that a bug report needs, as JSON values; None where something is absent."""
+    facts = extension.facts()
+    onednn = re.search(r"(?:oneDNN|MKL-DNN) v([\d.]+)", torch.__config__.show())
+    distributions = sorted({*OTHERS, *(name for names in EXTRAS.values() for name in names)} - {"torch"})
+    return {
+        "basisconv_kernels": package_version(),
+        "native_library": facts or extension.load(),
+        "python": f"{platform.python_implementation()} {platform.python_version()}",
+        "system": platform.platform(),
+        "cpu": cpu_name(),
+        "cores": cores(),
+        "isa": isa(),
+        "torch": torch.__version__,
+        "torch_git": torch.version.git_version,
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "onednn": onednn.group(1) if onednn else None,
+        "cuda": torch.version.cuda,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "threads": torch.get_num_threads(),
+        "interop_threads": torch.get_num_interop_threads(),
+        "packages": {name: version_of(name) for name in distributions},
+        "variables": env.as_set(),
+    }
+
+
+# --- ops --------------------------------------------------------------------------------------------------------------
+
+
+def ops_table() -> list[dict[str, Any]]:
+    """One row an op, backend and device.
+
+    Each row has ``op``, ``backend``, ``device``, ``absent`` (why it is not on this machine, or None) and ``dtypes``:
+    {dtype: reasons against}, empty where the backend can run it, whether or not it is on this machine.
+    """
+    rows = []
+    for name, module in op_modules().items():
+        for candidate in module.CANDIDATES:
+            for device in [DEVICES[candidate.name]] if candidate.name in DEVICES else ["cpu", "cuda"]:
+                absent = registry.absent(candidate.name)
+                if absent is None and device == "cuda" and not torch.cuda.is_available():
+                    absent = "no CUDA device"
+                rows.append({
+                    "op": name,
+                    "backend": candidate.name,
+                    "device": device,
+                    "absent": absent,
+                    "dtypes": {
+                        dtype_name(dtype): list(candidate.supports(_ordinary(dtype, device)))
+                        for dtype in checks.FLOAT_DTYPES
+                    },
+                })  # fmt: skip
+    return rows
+
+
+def _ordinary(dtype: torch.dtype, device: str) -> Conv2dProblem:
+    """A plain 3×3 problem, open in batch and map size, against which a backend names what it lacks."""
+    return Conv2dProblem(C=64, Q=16, K=64, padding=(1, 1, 1, 1), dtype=dtype, device=device)
+
+
+# --- explain ----------------------------------------------------------------------------------------------------------
+
+
+def explain(op: str, problem: Conv2dProblem, asked: str | None) -> dict[str, Any]:
+    """What a call would run on, why nothing else, and what it costs; nothing is run.
+
+    Args:
+        op: its name.
+        problem: with its sizes.
+        asked: a backend wished by name, or None.
+
+    Raises:
+        ValueError: an unknown op, or a problem that has no output.
+    """
+    candidates = op_module(op).CANDIDATES
+    against = registry.reasons(candidates, problem)
+    wished = asked or registry.wish()
+    runnable = [name for name, reasons in against.items() if not reasons]
+    chosen = next((name for name in runnable if wished in (None, name)), None)
+    Q_star = break_even(problem.K, problem.taps, problem.groups if problem.compact else 1)
+    OH, OW = problem.output_size
+    mixing = problem.K * problem.mixed
+    return {
+        "op": op,
+        "problem": str(problem),
+        "output": [problem.N, problem.K, OH, OW],
+        "asked": wished,
+        "chosen": chosen,
+        "isa": isa() if chosen == "cpu" else None,
+        "candidates": {name: list(reasons) for name, reasons in against.items()},
+        "unknown_backend": wished if wished is not None and wished not in against else None,
+        "macs_dense": problem.dense_macs(),
+        "macs_basis": problem.macs(),
+        "weights_dense": problem.K * problem.taps,
+        "weights_basis": problem.Q * problem.taps + mixing,
+        "break_even": Q_star,
+        "pays": problem.Q * problem.taps + mixing < problem.K * problem.taps,
+    }
+
+
+# --- doctor -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at: ``state`` is "ok", "missing" (nothing is wrong with that) or "failed"."""
+
+    what: str
+    state: str
+    detail: str
+
+    def to_dict(self) -> dict[str, str]:
+        """Plain strings."""
+        return asdict(self)
+
+
+def doctor() -> list[Finding]:
+    """What is built, found and missing, and one tiny run of every backend and dtype against the reference."""
+    return [*_installation(), *_backends(), *_assets(), *_extras()]
+
+
+def _installation() -> list[Finding]:
+    python = f"{platform.python_version()}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+    found = [Finding("python", "ok", python)]
+    problem, facts = extension.load(), extension.facts()
+    if problem is None:
+        cpu = facts["cpu"]
+        built = f"built by {facts['compiler']} for {', '.join(cpu['built'])}"
+        found.append(Finding("native library", "ok", built))
+        capped = " (capped by BASISCONV_CPU_ISA)" if cpu["in_use"] != cpu["processor"] else ""
+        found.append(
+            Finding("instruction set", "ok", f"{cpu['in_use']}{capped}; this processor has {cpu['processor']}")
+        )
+    else:
+        built_but_broken = any(PACKAGE.glob(f"{extension.LIBRARY_NAME}.*"))
+        found.append(Finding("native library", "failed" if built_but_broken else "missing", problem))
+    return found
+
+
+def _backends() -> list[Finding]:
+    found = []
+    for op, module in op_modules().items():
+        for candidate in module.CANDIDATES:
+            absent = registry.absent(candidate.name)
+            if absent:
+                found.append(Finding(f"{op} on {candidate.name}", "missing", absent))
+            elif op in _TINY_RUNS:
+                found.append(_tiny_run(op, candidate, _TINY_RUNS[op]))
+    return found
+
+
+def _tiny_run(op: str, candidate: registry.Candidate, run: Callable[[str, torch.dtype, str], None]) -> Finding:
+    what = f"{op} on {candidate.name}"
+    device = "cuda" if DEVICES.get(candidate.name) == "cuda" else "cpu"
+    dtypes = [d for d in checks.FLOAT_DTYPES if not candidate.supports(_ordinary(d, device))]
+    for dtype in dtypes:
+        try:
+            run(candidate.name, dtype, device)
+        except (testing.Mismatch, RuntimeError, ImportError, OSError) as error:
+            return Finding(what, "failed", f"{dtype_name(dtype)}: {str(error).splitlines()[0]}")
+    return Finding(what, "ok", f"tiny runs agree with the oracle: {', '.join(map(dtype_name, dtypes))}")
+
+
+def _run_basis_conv2d(backend: str, dtype: torch.dtype, device: str) -> None:
+    """A small odd-sized case, forward and (in float32) backward, within the tolerances of ``testing``."""
+    kernel = functools.partial(basis_conv2d, backend=backend)
+    case = testing.case("odd_sizes").at(dtype=dtype, device=device)
+    testing.check(case, kernel)
+    if dtype is torch.float32:
+        testing.check_gradients(case, kernel)
+
+
+_TINY_RUNS = {"basis_conv2d": _run_basis_conv2d}
+
+
+def _assets() -> list[Finding]:
+    folder = PACKAGE / "assets"
+    files = [path for path in folder.glob("*.*") if path.suffix in (".gz", ".safetensors")]
+    size = sum(path.stat().st_size for path in files) / 1e6
+    state = "ok" if any(path.suffix == ".safetensors" for path in files) and len(files) > 1 else "failed"
+    found = [Finding("demo data", state, f"{len(files)} files, {size:.1f} MB, in the package")]
+    data = env.data_folder()
+    there = sorted(path.name for path in data.iterdir()) if data.is_dir() else []
+    found.append(
+        Finding("other data sets", "ok" if there else "missing",
+                f"{data}: {', '.join(there[:5]) or 'not there; only --data cifar10 needs it'}")
+    )  # fmt: skip
+    return found
+
+
+def _extras() -> list[Finding]:
+    found = []
+    for extra, names in EXTRAS.items():
+        versions = {name: version_of(name) for name in names}
+        if all(versions.values()):
+            found.append(Finding(f"extra [{extra}]", "ok", ", ".join(f"{n} {v}" for n, v in versions.items())))
+        else:
+            lacking = ", ".join(name for name, version in versions.items() if version is None)
+            advice = f"{lacking} not installed: pip install 'basisconv_kernels[{extra}]'"
+            found.append(Finding(f"extra [{extra}]", "missing", advice))
+    return found
+
+
+def missing_modules(names: Sequence[str]) -> list[str]:
+    """Those of the modules that are not installed."""
+    return [name for name in names if importlib.util.find_spec(name) is None]

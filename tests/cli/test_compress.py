@@ -1,0 +1,168 @@
+"""``compress``, ``report`` and ``tune``: from a network's name to a file and a table."""
+
+from __future__ import annotations
+
+import importlib
+import json
+
+import pytest
+import torch
+
+from basisconv_kernels import load
+from basisconv_kernels.demo import tune
+
+RULE = ("--input", "1,3,12,12", "--fraction", "0.25")
+PROBLEM = "N=1,C=8,H=6,W=6,Q=4,K=12,R=3,padding=1"
+
+
+def test_compress_then_report(basisconv, network, tmp_path):
+    file = tmp_path / "small.safetensors"
+    compressed = basisconv("compress", "--model", network, *RULE, "--out", file)
+    assert compressed.code == 0
+    assert "3 of 3 convolutions replaced" in compressed.out
+    assert "no --weights" in compressed.err
+
+    recipe = basisconv("report", file, "--json").json
+    assert {layer["names"][0]: layer["kind"] for layer in recipe["layers"]}["2"] == "basis_conv2d"
+    assert recipe["tensors"]["2.basis_weight"]["shape"] == [6, 16, 3, 3]
+    table = basisconv("report", file).out
+    assert "16→24" in table
+    assert "3,456 → 1,008" in table  # 24·16·9 weights become 6·16·9 + 24·6
+
+    small = importlib.import_module("tiny_network_for_cli").small()
+    loaded = load(file, small)
+    assert loaded(torch.zeros(1, 3, 12, 12)).shape == (1, 8, 6, 6)
+
+
+def test_compress_json_and_no_file(basisconv, network, tmp_path):
+    outcome = basisconv("compress", "--model", network, *RULE, "--json", "--skip", "0")
+    assert outcome.code == 0
+    found = outcome.json
+    assert found["file"] is None
+    assert [layer["verdict"] for layer in found["layers"]] == ["kept", "replaced", "replaced"]
+    assert found["layers"][0]["reason"] == "in skip"
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("rule", "value"), [("energy", "0.5"), ("basis-channels", "4"), ("macs", "0.6"), ("parameters", "0.6")]
+)
+def test_every_rule_is_passed_on(basisconv, network, rule, value):
+    found = basisconv("compress", "--model", network, "--input", "1,3,12,12", f"--{rule}", value, "--json").json
+    assert found["rule"].startswith(f"{rule.replace('-', '_')}={value}")
+    assert found["totals"]["macs_after"] < found["totals"]["macs_before"]
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "state_dict", "checkpoint"])
+def test_weights_from_files(basisconv, network, tmp_path, kind):
+    import safetensors.torch
+
+    module, function = network.split(":")
+    trained = getattr(importlib.import_module(module), function)()
+    state = {name: torch.full_like(value, 0.5) for name, value in trained.state_dict().items()}
+    file = tmp_path / ("w.safetensors" if kind == "safetensors" else "w.pt")
+    if kind == "safetensors":
+        safetensors.torch.save_file(state, file)
+    elif kind == "state_dict":
+        torch.save(state, file)
+    else:
+        torch.save({"epoch": 3, "state_dict": {f"module.{name}": value for name, value in state.items()}}, file)
+    out = tmp_path / "out.safetensors"
+    outcome = basisconv(
+        "compress", "--model", network, "--input", "1,3,12,12", "--energy", "1", "--weights", file, "--out", out
+    )
+    assert outcome.code == 0
+    assert outcome.err == ""
+    got = load(out, getattr(importlib.import_module(module), function)())(torch.ones(1, 3, 12, 12))
+    trained.load_state_dict(state)
+    torch.testing.assert_close(got, trained(torch.ones(1, 3, 12, 12)), rtol=1e-5, atol=1e-3)
+
+
+class _Evil:
+    def __reduce__(self):
+        return (print, ("executed",))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (lambda file: torch.save(_Evil(), file), "something else than plain tensors"),
+        (lambda file: file.write_bytes(b"nonsense"), "w.pt"),
+        (lambda file: torch.save([1, 2], file), "must hold a state_dict"),
+        (lambda file: torch.save({"0.weight": torch.zeros(2)}, file), "0.weight is [2] in the file"),
+        (lambda file: torch.save({"9.weight": torch.zeros(2)}, file), "the file lacks"),
+    ],
+    ids=["code", "nonsense", "list", "shape", "names"],
+)
+def test_weights_that_do_not_fit(basisconv, network, tmp_path, content, words):
+    file = tmp_path / "w.pt"
+    content(file)
+    outcome = basisconv("compress", "--model", network, *RULE, "--weights", file)
+    assert outcome.code == 1
+    assert words in outcome.err
+    assert "executed" not in outcome.out
+    assert len(outcome.err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("nothing", "no function 'nothing'"), ("not_a_network", "it returned a int")]
+)
+def test_functions_that_give_no_network(basisconv, network, name, words):
+    outcome = basisconv("compress", "--model", f"{network.split(':')[0]}:{name}", *RULE)
+    assert outcome.code == 1
+    assert words in outcome.err
+
+
+def test_report_refuses_an_edited_file(basisconv, network, tmp_path):
+    file = tmp_path / "small.safetensors"
+    basisconv("compress", "--model", network, *RULE, "--out", file)
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    outcome = basisconv("report", file)
+    assert outcome.code == 1
+    assert "truncated or edited" in outcome.err
+
+
+def test_tune_writes_and_adds_to_the_cache(basisconv, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = basisconv("tune", "--problem", PROBLEM, "--seconds", "0.01", "--json").json
+    assert first["format"] == "basisconv-tuned"
+    assert first["version"] == 1
+    (entry,) = first["entries"]
+    assert entry["problem"]["K"] == 12
+    assert entry["fastest"] in entry["ms"]
+    file = tune.cache_file()
+    assert first["file"] == str(file)
+    assert file.is_relative_to(tmp_path)
+    more = basisconv("tune", "--problem", PROBLEM, "--problem", PROBLEM.replace("Q=4", "Q=3"), "--seconds", "0.01")
+    assert f"{file}: 2 problems" in more.out
+    assert len(json.loads(file.read_text())["entries"]) == 2
+
+
+def test_tune_leaves_foreign_tables_behind(monkeypatch, tmp_path):
+    file = tmp_path / "table.json"
+    table = tune.tune([tune.parse_problem(PROBLEM)], 0.01)
+    assert tune.write(table, file) == 1
+    other = {**table, "packages": {"basisconv_kernels": "0", "torch": "0"}}
+    file.write_text(json.dumps({**other, "entries": [{"op": "x", "problem": {}}]}))
+    assert tune.write(table, file) == 1
+    file.write_text("not JSON")
+    assert tune.write(table, file) == 1
+
+
+def test_tune_measures_the_layers_of_a_network(basisconv, network, tmp_path):
+    outcome = basisconv(
+        "tune", "--model", network, "--input", "2,3,12,12", "--seconds", "0.01", "--out", tmp_path / "t.json", "--json"
+    )
+    assert outcome.code == 0
+    shapes = [(e["problem"]["C"], e["problem"]["K"], e["problem"]["H"]) for e in outcome.json["entries"]]
+    assert shapes == [(3, 16, 12), (16, 24, 12), (24, 8, 6)]
+
+
+def test_tune_dry_run_writes_nothing(basisconv, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    outcome = basisconv("tune", "--problem", PROBLEM, "--seconds", "0.01", "--dry-run")
+    assert outcome.code == 0
+    assert "N1 8→4→12 3×3 @6×6" in outcome.out
+    assert not list(tmp_path.rglob("*.json"))
