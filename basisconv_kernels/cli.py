@@ -250,6 +250,11 @@ def tune(
     path = out or tuning.cache_file()
     with Stages(1) as stages, stages.stage("measuring", f"{len(problems)} problems") as advance:
         table = tuning.tune(problems, seconds, advance)
+    busy = sum(entry["disturbed"] > tuning.BUSY for entry in table["entries"])
+    if busy:
+        terminal.say(
+            f"basisconv: the machine was busy during {busy} of {len(problems)} problems: measure again", "yellow"
+        )
     held = 0 if dry_run else tuning.write(table, path)
     if as_json:
         terminal.print_json({**table, "file": None if dry_run else str(path)})

@@ -8,6 +8,7 @@ Times are milliseconds, an image for networks and a call for layers, keyed by ba
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -166,7 +167,7 @@ def samples(labels: Tensor, dense: Tensor, compressed: Tensor) -> list[dict[str,
     ]  # fmt: skip
 
 
-def middle(levels: list[Any]) -> Any:
+def middle(levels: Sequence[Any]) -> Any:
     """The level that headline, layers and sample images are about."""
     return levels[len(levels) // 2]
 

@@ -44,7 +44,7 @@ class Settings:
         levels: shares of the filters' energy to keep, each in 0..1; one compressed network each.
         train_images, test_images: how many are used, from the start; None takes all test images.
         timing_seconds: for all networks together at each batch size.
-        layer_seconds: for each layer at each batch size.
+        layer_seconds: for all layers of a network together at each batch size.
         quick: a short run, for tests; its numbers mean little.
         seed: of the order of the training images and their flips.
     """
@@ -57,7 +57,7 @@ class Settings:
     train_images: int = 6000
     test_images: int | None = None
     timing_seconds: float = 10.0
-    layer_seconds: float = 0.7
+    layer_seconds: float = 3.5
     quick: bool = False
     seed: int = 0
 
@@ -70,7 +70,7 @@ class Settings:
             train_images=128,
             test_images=200,
             timing_seconds=0.2,
-            layer_seconds=0.05,
+            layer_seconds=0.25,
             quick=True,
         )
 

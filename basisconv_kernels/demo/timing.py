@@ -64,7 +64,7 @@ def time_layers(
         energy: as it stands in those names.
         names: of the replaced layers.
         images (Tensor[N, C, H, W]): channels_last; N is the batch size.
-        seconds: for each layer.
+        seconds: for all of them together.
     """
     batch = len(images)
     dense, two_step, fused = (forms.at(name, batch) for name in ("dense", f"two_step@{energy}", f"fused@{energy}"))
@@ -78,7 +78,9 @@ def time_layers(
             "fused": layer,
         }
         with torch.inference_mode():
-            taken = measure.interleave({form: _bound(m, inputs[name]) for form, m in calls.items()}, seconds)
+            taken = measure.interleave(
+                {form: _bound(m, inputs[name]) for form, m in calls.items()}, seconds / len(names)
+            )
         found[name] = {form: series.scaled(1e3).spread().to_dict() for form, series in taken.items()}
         progress((done + 1) / len(names))
     return found

@@ -7,7 +7,10 @@ The file is JSON, one a device, ``tuned/<device>.json`` in the package's cache f
      "entries": [{"op": "basis_conv2d", "problem": {"N", "C", "H", "W", "Q", "K", "R", "S", "stride", "padding",
                   "dilation", "groups", "compact", "dtype", "channels_last", "bias", "residual", "activation",
                   "precise"},
-                  "ms": {<backend>: {"median", "q1", "q3", "least", "samples"}}, "fastest": <backend>}]}
+                  "ms": {<backend>: {"median", "q1", "q3", "least", "samples"}}, "fastest": <backend>,
+                  "disturbed": 0..1}]}
+
+``disturbed`` is the share of samples during which the operating system took a core away: above ``BUSY``, measure again.
 
 A second run adds to a file of the same device, threads and packages, and replaces entries of equal problems; a file of
 another device, version or package is written anew.
@@ -37,6 +40,7 @@ from basisconv_kernels.ops.basis_conv2d import CANDIDATES, OP, basis_conv2d
 from basisconv_kernels.ops.basis_conv2d_native import basis_conv2d_pack
 
 FORMAT, VERSION = "basisconv-tuned", 1
+BUSY = 0.25
 SIZES = ("N", "C", "H", "W", "Q", "K", "R", "S")
 
 
@@ -149,6 +153,7 @@ def measure_problem(problem: Conv2dProblem, seconds: float) -> dict[str, Any]:
         "problem": _as_json(problem),
         "ms": {name: spread.to_dict() for name, spread in spreads.items()},
         "fastest": min(spreads, key=lambda name: spreads[name].median),
+        "disturbed": round(measure.disturbed(taken.values()), 4),
     }
 
 
