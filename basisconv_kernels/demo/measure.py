@@ -143,13 +143,16 @@ def disturbed(series: Iterable[Series]) -> float:
 
 
 def time_networks(
-    networks: Mapping[str, nn.Module], images: Tensor, seconds: float, progress: Callable[[float], None] | None = None
+    networks: Mapping[str, nn.Module],
+    images: Mapping[str, Tensor],
+    seconds: float,
+    progress: Callable[[float], None] | None = None,
 ) -> dict[str, Series]:
-    """Milliseconds an image of each network on a batch [N, C, H, W], sample by sample as ``interleave`` takes them."""
+    """Milliseconds an image of each network on its batch [N, C, H, W], taken in turn by ``interleave``."""
     with torch.inference_mode():
-        calls = {name: _bound(network, images) for name, network in networks.items()}
+        calls = {name: _bound(network, images[name]) for name, network in networks.items()}
         taken = interleave(calls, seconds, progress=progress)
-    return {name: series.scaled(1e3 / len(images)) for name, series in taken.items()}
+    return {name: series.scaled(1e3 / len(images[name])) for name, series in taken.items()}
 
 
 def _bound(network: nn.Module, images: Tensor) -> Callable[[], object]:

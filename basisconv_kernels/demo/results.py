@@ -53,9 +53,10 @@ class Level:
 
 @dataclass
 class Times:
-    """Samples of networks, {batch: {network: ms an image}}, and spreads of layers, {energy: {batch: {layer: …}}}."""
+    """Samples of networks {batch: {network: ms an image}}, their memory formats, and spreads of layers {energy: …}."""
 
     networks: dict[int, dict[str, measure.Series]] = field(default_factory=dict)
+    formats: dict[int, dict[str, str]] = field(default_factory=dict)
     layers: dict[float, dict[int, dict[str, Any]]] = field(default_factory=dict)
 
 

@@ -155,7 +155,7 @@ class _Demo:
             "timing": {
                 "batches": list(BATCHES),
                 "dtype": "float32",
-                "memory_format": "channels_last",
+                "memory_format": {str(batch): formats for batch, formats in times.formats.items()},
                 "packed_convolutions": packing_available(),
                 "disturbed_samples": round(
                     measure.disturbed(s for t in times.networks.values() for s in t.values()), 4
@@ -234,7 +234,9 @@ class _Demo:
         times = Times()
         for batch in BATCHES:
             with self.stages.stage("timing all networks in turn", f"at batch {batch}") as advance:
-                times.networks[batch] = time_all(self.forms, batch, self.settings.timing_seconds, advance)
+                times.networks[batch], times.formats[batch] = time_all(
+                    self.forms, batch, self.settings.timing_seconds, advance
+                )
         for level in levels:
             names = [layer.name for layer in level.report.replaced]
             times.layers[level.energy] = {}

@@ -13,6 +13,7 @@ from basisconv_kernels.layers.basis_conv2d import BasisConv2d
 
 LARGE = 32
 BATCHES = (1, LARGE)
+TRIAL_SHARE = 0.15  # of the time given, for finding each network's better memory format
 
 
 class Forms:
@@ -30,23 +31,35 @@ class Forms:
         """In the order in which they were added."""
         return list(self._folded)
 
-    def example(self, name: str, batch: int) -> Tensor:
-        """Random images [batch, C, H, W], channels_last, the same every time."""
+    def images(self, name: str, batch: int) -> Tensor:
+        """Random images [batch, C, H, W] in NCHW, the same every time."""
         shape = self._folded[name][1]
-        return channels_last(torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0)))
+        return torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0))
 
     def at(self, name: str, batch: int) -> nn.Module:
         """The form of a network for a batch size."""
         key = (name, batch)
         if key not in self._made:
-            self._made[key] = inference_form(self._folded[name][0], self.example(name, batch))
+            self._made[key] = inference_form(self._folded[name][0], channels_last(self.images(name, batch)))
         return self._made[key]
 
 
-def time_all(forms: Forms, batch: int, seconds: float, progress: Callable[[float], None]) -> dict[str, measure.Series]:
-    """Milliseconds an image of every network, sample by sample, at a batch size."""
-    networks = {name: forms.at(name, batch) for name in forms.names()}
-    return measure.time_networks(networks, forms.example(forms.names()[0], batch), seconds, progress)
+def time_all(
+    forms: Forms, batch: int, seconds: float, progress: Callable[[float], None]
+) -> tuple[dict[str, measure.Series], dict[str, str]]:
+    """Milliseconds an image of every network at a batch size, and the memory format in which each was timed.
+
+    A short trial finds for each network whether NCHW or channels_last serves it better.
+    """
+    networks, images, formats = {}, {}, {}
+    for name in forms.names():
+        network, nchw = forms.at(name, batch), forms.images(name, batch)
+        trial = {"channels_last": channels_last(nchw), "nchw": nchw}
+        share = TRIAL_SHARE * seconds / len(forms.names())
+        taken = measure.time_networks(dict.fromkeys(trial, network), trial, share)
+        formats[name] = min(taken, key=lambda form: taken[form].spread().median)
+        networks[name], images[name] = network, trial[formats[name]]
+    return measure.time_networks(networks, images, seconds, progress), formats
 
 
 def time_layers(
@@ -57,7 +70,8 @@ def time_layers(
     seconds: float,
     progress: Callable[[float], None],
 ) -> dict[str, dict[str, dict[str, float | int]]]:
-    """{layer: {form: spread of milliseconds a call}} of the replaced layers, each with its ReLU, on real activations.
+    """{layer: {form: spread of milliseconds a call}} of the replaced layers, each with its ReLU, on real activations
+    in channels_last.
 
     Args:
         forms: holds ``dense``, ``two_step@energy`` and ``fused@energy``.

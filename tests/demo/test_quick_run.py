@@ -45,6 +45,10 @@ def test_results_follow_the_schema(quick_run):
     assert found["levels"][0]["layers"][0]["reason"] == results.FIRST_REASON
     assert {row["batch"] for row in found["gains"]} == set(BATCHES)
     assert len(found["spectra"]) == len(replaced)
+    assert set(found["timing"]["memory_format"]) == batches
+    for formats in found["timing"]["memory_format"].values():
+        assert len(formats) == 3
+        assert set(formats.values()) <= {"nchw", "channels_last"}
     assert found["remarks"]
     assert found["seconds"]["total"] >= found["seconds"]["fine-tuning"]
     assert "/" not in found["network"]["weights"]
