@@ -15,7 +15,7 @@ from torch import Tensor
 
 from basisconv_kernels.demo import models, plots
 from basisconv_kernels.demo.data import Split
-from basisconv_kernels.demo.results import middle, some
+from basisconv_kernels.demo.results import disturbance, middle, some
 
 TEMPLATE = "page.html.j2"
 
@@ -53,6 +53,7 @@ def render(results: dict[str, Any], test: Split) -> str:
         gain=_gain(results, int(batches[-1])),
         classes=names,
         some=some,
+        warning=disturbance(results),
         samples=[{**sample, "image": _png(test.images[sample["index"]])} for sample in results["samples"]],
         environment=_environment_rows(results["environment"]),
     )

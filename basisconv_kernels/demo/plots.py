@@ -194,7 +194,7 @@ def _layers(results: dict[str, Any]) -> str:
                       label=FORM_NAMES[form] if row == 0 else None)  # fmt: skip
             axes.plot([spread["q1"], spread["q3"]], [y, y], color=INK, linewidth=1)
     axes.set_yticks(range(len(layers)), [f"{layer['name']}\nQ {layer['Q']} of {layer['K']}" for layer in layers])
-    axes.invert_yaxis()
+    axes.set_ylim(len(layers) - 0.5, -0.55)
     axes.set_xlabel(f"milliseconds for {batch} images, median and quartiles")
     if layers:
         axes.legend(loc="lower right", ncols=3, labelcolor=INK, bbox_to_anchor=(1, 1))

@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from basisconv_kernels.demo.results import middle, some
+from basisconv_kernels.demo.results import disturbance, middle, some
 from basisconv_kernels.layers.decompose import break_even
 
 FORM_NAMES = {"two_step": "two-step", "fused": "fused"}
@@ -30,7 +30,7 @@ def print_summary(results: dict[str, Any], console: Console | None = None) -> No
 def conclusions(results: dict[str, Any]) -> list[str]:
     """Which layers gained, and what became of the files."""
     level, batch = middle(results["levels"]), max(results["timing"]["batches"])
-    said = []
+    said = [warning] if (warning := disturbance(results)) else []
     for row in results["gains"]:
         if row["energy"] == level["energy"] and row["batch"] == batch:
             for form, words in (("dense", "dense"), ("two_step", "two convolutions")):

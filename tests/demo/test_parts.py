@@ -120,6 +120,7 @@ def test_remarks_follow_from_the_numbers(quick_run):
     assert "in 50 % of the samples" in results.remarks(found)[0]
     found["timing"] = {**found["timing"], "disturbed_samples": 0.0}
     assert not any("busy" in remark for remark in results.remarks(found))
+    assert results.disturbance(found) == ""
     about = {**found["environment"], "native_library": "not built"}
     assert "ran as two convolutions too" in results.remarks({**found, "environment": about})[0]
     about = {**found["environment"], "native_library": {}, "variables": {"BASISCONV_BACKEND": "reference"}}
@@ -127,4 +128,4 @@ def test_remarks_follow_from_the_numbers(quick_run):
     level = found["levels"][0]
     slow = {**level["fused"]["speed_up"]["1"], "median": 0.9}
     found["levels"] = [{**level, "fused": {**level["fused"], "speed_up": {**level["fused"]["speed_up"], "1": slow}}}]
-    assert any("A single image (batch 1) gains little" in remark for remark in results.remarks(found))
+    assert any("One image at a time gains less: 0.90×" in remark for remark in results.remarks(found))
