@@ -14,19 +14,18 @@
 namespace basisconv {
 namespace BASISCONV_ISA {
 
-// One register of packed filters at a time: its lanes' taps side by side, transformed if need be, then stored by position.
+// One register of packed filters at a time: its lanes' taps side by side, transformed if need be, then stored by
+// position.
 static void pack_filters(const BasisConv2dWeights& w, const CpuPack& pack, const float* filters, float* packed) {
   const int64_t group_channels = w.C / w.groups, group_filters = w.Q / w.groups, taps = w.R * w.S;
   const bool winograd = pack.variant == CpuVariant::winograd;
   const int64_t per_register = kWidth / pack.lanes, steps = pack.block / pack.lanes;
   const int64_t block_weights = steps * pack.vectors * kWidth;  // one position of one channel block
-  const int64_t block_stride = winograd ? block_weights : pack.positions * block_weights;
-  const int64_t position_stride = winograd ? pack.channel_blocks * block_weights : block_weights;
   float* side_by_side = new float[taps * kWidth];
   float transformed[16 * kWidth];
   for (int64_t group = 0; group < w.groups; group++) {
     for (int64_t f = 0; f < pack.filter_blocks; f++) {
-      float* panel = packed + group * pack.group_size + f * pack.channel_blocks * pack.positions * block_weights;
+      float* of_group = packed + group * pack.group_size;
       for (int64_t b = 0; b < pack.channel_blocks; b++) {
         for (int64_t i = 0; i < steps * pack.vectors; i++) {
           const int64_t step = i / pack.vectors, v = i % pack.vectors;
@@ -39,8 +38,11 @@ static void pack_filters(const BasisConv2dWeights& w, const CpuPack& pack, const
           }
           if (winograd) transform_filter(side_by_side, transformed);
           const float* from = winograd ? transformed : side_by_side;
-          float* to = panel + b * block_stride + i * kWidth;
-          for (int64_t p = 0; p < pack.positions; p++) Vec::store(to + p * position_stride, Vec::load(from + p * kWidth));
+          for (int64_t p = 0; p < pack.positions; p++) {
+            const int64_t at = winograd ? winograd_filters_at(pack, p, f, b)
+                                        : ((f * pack.channel_blocks + b) * pack.positions + p) * block_weights;
+            Vec::store(of_group + at + i * kWidth, Vec::load(from + p * kWidth));
+          }
         }
       }
     }
@@ -98,8 +100,6 @@ static void run(const BasisConv2dParams& params, const CpuPlan& plan, float* scr
 
 }  // namespace BASISCONV_ISA
 
-CpuBasisConv2d BASISCONV_JOIN(cpu_basis_conv2d_, BASISCONV_ISA)() {
-  return {BASISCONV_ISA::pack, BASISCONV_ISA::run};
-}
+CpuBasisConv2d BASISCONV_JOIN(cpu_basis_conv2d_, BASISCONV_ISA)() { return {BASISCONV_ISA::pack, BASISCONV_ISA::run}; }
 
 }  // namespace basisconv

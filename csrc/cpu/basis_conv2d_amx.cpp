@@ -86,10 +86,10 @@ struct Amx {
   const bf16* coefficients;  // [mixing groups][K/16][slots/32] tiles [pairs][16 outputs][2]   (channels_last)
   const bf16* planar;        // [mixing groups][K/16][slots/32] tiles [16 outputs][32 maps]    (NCHW)
   HalfRing ring;
-  float* z;        // [tiles][16][all maps], stage 1 sums
-  bf16* maps;      // the same rounded: [tiles][16][all maps]
-  bf16* turned;    // NCHW: [slots/32] tiles [pairs][16 pixels][2] of one pixel tile
-  float* products; // two tiles [16][32]
+  float* z;         // [tiles][16][all maps], stage 1 sums
+  bf16* maps;       // the same rounded: [tiles][16][all maps]
+  bf16* turned;     // NCHW: [slots/32] tiles [pairs][16 pixels][2] of one pixel tile
+  float* products;  // two tiles [16][32]
   int64_t all_maps;
 
   // 16 pixels times all outputs of one mixing group; `first` is the first pixel in its image.
@@ -101,9 +101,11 @@ struct Amx {
     if (!params.channels_last) {
       for (int64_t d = 0; d < depth; d++) {
         Vec::Reg square[kSide];
-        for (int64_t i = 0; i < kSide; i++) square[i] = Vec::load(reinterpret_cast<const float*>(source + i * all_maps + d * kDepth));
+        for (int64_t i = 0; i < kSide; i++)
+          square[i] = Vec::load(reinterpret_cast<const float*>(source + i * all_maps + d * kDepth));
         transpose(square);
-        for (int64_t i = 0; i < kSide; i++) Vec::store(reinterpret_cast<float*>(turned + d * kTile + i * kDepth), square[i]);
+        for (int64_t i = 0; i < kSide; i++)
+          Vec::store(reinterpret_cast<float*>(turned + d * kTile + i * kDepth), square[i]);
       }
     }
     stores_before_tile_loads();
@@ -246,7 +248,8 @@ struct Amx {
           keep_maps(maps + (row * row_tiles + t) * kSide * all_maps, n, (oy + row) * params.OW + t * kSide, count);
         }
         for (int64_t group = 0; group < w.mixing_groups; group++) {
-          recombine(group, maps + (row * row_tiles + t) * kSide * all_maps, n, (oy + row) * params.OW + t * kSide, count);
+          recombine(group, maps + (row * row_tiles + t) * kSide * all_maps, n, (oy + row) * params.OW + t * kSide,
+                    count);
         }
       }
     }
@@ -302,8 +305,17 @@ static void run(const BasisConv2dParams& params, const CpuPlan& plan, float* scr
   const bf16* coefficients = filters + 2 * pack.filters_size;
   const bf16* planar = coefficients + 2 * pack.coefficients_size;
   const TileRegisters registers;
-  Amx{params, plan, filters, coefficients, planar, ring, z, maps, reinterpret_cast<bf16*>(turned),
-      turned + plan.turned_size, w.groups * pack.maps}
+  Amx{params,
+      plan,
+      filters,
+      coefficients,
+      planar,
+      ring,
+      z,
+      maps,
+      reinterpret_cast<bf16*>(turned),
+      turned + plan.turned_size,
+      w.groups * pack.maps}
       .run(begin, end);
 }
 

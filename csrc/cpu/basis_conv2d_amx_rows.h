@@ -18,11 +18,7 @@ struct alignas(64) TileConfig {
 };
 
 // Eight whole tiles. A constant in memory: the compiler's intrinsic names only its first bytes as read.
-static const TileConfig kWholeTiles = {1,
-                                       0,
-                                       {},
-                                       {64, 64, 64, 64, 64, 64, 64, 64},
-                                       {16, 16, 16, 16, 16, 16, 16, 16}};
+static const TileConfig kWholeTiles = {1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
 // Tile loads name no memory to the compiler either: what they read must have been stored before this line.
 static BASISCONV_INLINE void stores_before_tile_loads() { asm volatile("" ::: "memory"); }

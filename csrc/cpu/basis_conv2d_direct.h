@@ -73,20 +73,33 @@ static void run_direct(const BasisConv2dParams& params, const CpuPlan& plan, flo
         for (int64_t f = 0; f < pack.filter_blocks; f++) {
           const float* block_filters = group_filters + f * pack.channel_blocks * block_weights;
           for (int64_t row = 0; row < rows; row++) {
-            const Taps here{ring.rows + group * pack.channel_blocks * ring.plane, offset + row * taps,
-                            weight + row * taps, count[row], ring.plane, block_weights};
+            Stage1 s{};
+            s.offset = offset + row * taps;
+            s.weights = block_filters + b * block_weights;
+            s.tap_weights = weight + row * taps;
+            s.taps = count[row];
+            s.blocks = b_end - b;
+            s.plane = ring.plane;
+            s.block_weights = block_weights;
+            s.z_stride = all_maps;
+            s.first = b == 0;
+            s.last = b_end == pack.channel_blocks;
+            s.times = 1;
+            const float* pixels_here = ring.rows + (group * pack.channel_blocks + b) * ring.plane;
             float* z_here = z + row * z_row + group * pack.maps + f * pack.filters;
             float* waiting = partial + (row * pack.filter_blocks + f) * params.OW * registers;
             for (int64_t x = 0; x < params.OW; x += tile) {
               const int64_t pixels = params.OW - x < tile ? params.OW - x : tile;
               if (b == 0 && f == 0 && group == 0 && params.channels_last) {
                 const int64_t pixel_bytes = w.K * static_cast<int64_t>(sizeof(T));
-                const char* lines = static_cast<const char*>(params.output) + ((unit + row) * params.OW + x) * pixel_bytes;
+                const char* lines =
+                    static_cast<const char*>(params.output) + ((unit + row) * params.OW + x) * pixel_bytes;
                 for (int64_t at = 0; at < pixels * pixel_bytes; at += 64) __builtin_prefetch(lines + at, 1, 2);
               }
-              stage1[pixels](here, b, b_end, x, block_filters, block_filters,
-                             Partial{waiting + x * registers, b == 0, b_end == pack.channel_blocks},
-                             z_here + x * all_maps, all_maps);
+              s.pixels = pixels_here + x * pack.block;
+              s.z = z_here + x * all_maps;
+              s.partial = waiting + x * registers;
+              stage1[pixels](s);
             }
           }
         }

@@ -7,9 +7,10 @@
 namespace basisconv {
 namespace {
 
-constexpr int64_t kCacheFloats = 128 * 1024;     // half of a 1 MiB second-level cache
+constexpr int64_t kCacheFloats = 128 * 1024;    // half of a 1 MiB second-level cache
 constexpr int64_t kScratchFloats = 240 * 1024;  // a thread's scratch stays under 1 MiB where one tile allows
-constexpr int64_t kTilesInFlight = 14;           // pixels of a full AVX-512 tile
+constexpr int64_t kTilePixels = 14;             // pixels of a full AVX-512 tile
+constexpr int64_t kChunk = 2;                   // winograd: channel blocks that keep a pass in the first-level cache
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t aligned(int64_t floats) { return ceil_div(floats, 16) * 16; }
@@ -18,21 +19,25 @@ int64_t aligned(int64_t floats) { return ceil_div(floats, 16) * 16; }
 struct Tile {
   int32_t lanes, vectors;
 };
-constexpr Tile kTiles512[] = {{1, 2}, {1, 3}, {1, 4}, {2, 2}, {2, 3}, {4, 2}, {4, 3}, {8, 2}};
+constexpr Tile kTiles512[] = {{1, 1}, {1, 2}, {1, 3}, {2, 1}, {2, 2}, {2, 3}, {4, 1}, {4, 2}, {4, 3}, {8, 2}};
 constexpr Tile kTiles256[] = {{1, 2}, {1, 3}, {2, 2}, {2, 3}, {4, 2}};
 constexpr Tile kTilesBase[] = {{1, 2}, {2, 2}, {4, 2}};
 
-// The tile that does the least work for Q filters: padded filters cost like real ones, a sum over lanes costs a little.
-Tile best_tile(const Tile* tiles, int count, int64_t width, int64_t Q, int64_t block) {
+// The tile that takes least time for Q filters over sums of `depth` values. Cycles a pixel, measured on AVX-512: a step
+// of one register costs half a cycle and its share of loads, less the more registers share them; at the end a register
+// costs its store and the sum over its lanes.
+template <int N>
+Tile best_tile(const Tile (&tiles)[N], int64_t width, int64_t Q, int64_t depth, int64_t block) {
+  constexpr double kStep[] = {0.0, 0.68, 0.59, 0.545};
   Tile best = tiles[0];
   double best_cost = 0;
-  for (int i = 0; i < count; i++) {
-    const Tile t = tiles[i];
+  for (const Tile& t : tiles) {
     if (t.lanes > block) continue;
-    const int64_t blocks = ceil_div(Q, t.vectors * width / t.lanes);
-    const double sums = t.lanes == 1 ? 1.0 : t.lanes == 2 ? 1.05 : t.lanes == 4 ? 1.08 : 1.12;
-    const double cost = static_cast<double>(blocks * t.vectors) / t.lanes * sums;
-    if (i == 0 || cost < best_cost) {
+    const double sums = t.lanes == 1 ? 0.25 : t.lanes == 2 ? 1.0 : 3.5;
+    const int64_t registers = ceil_div(Q, t.vectors * width / t.lanes) * t.vectors;
+    const double steps = static_cast<double>(depth) / t.lanes * (t.lanes == 1 ? 1.0 : 1.05);
+    const double cost = static_cast<double>(registers) * (kStep[t.vectors] * steps + sums);
+    if (best_cost == 0 || cost < best_cost) {
       best = t;
       best_cost = cost;
     }
@@ -115,12 +120,14 @@ CpuPack cpu_pack(const BasisConv2dWeights& w, Isa wanted) {
   p.width = width_of(isa);
   p.variant = fits_winograd(w) ? CpuVariant::winograd : CpuVariant::direct;
   p.block = group_channels <= 4 ? 4 : 16;
-  const Tile tile = isa == Isa::avx512 ? best_tile(kTiles512, 8, p.width, group_filters, p.block)
-                    : isa == Isa::avx2 ? best_tile(kTiles256, 5, p.width, group_filters, p.block)
-                                       : best_tile(kTilesBase, 3, p.width, group_filters, p.block);
+  const int64_t depth = p.variant == CpuVariant::winograd ? group_channels : group_channels * w.R * w.S;
+  const Tile tile = isa == Isa::avx512 ? best_tile(kTiles512, p.width, group_filters, depth, p.block)
+                    : isa == Isa::avx2 ? best_tile(kTiles256, p.width, group_filters, depth, p.block)
+                                       : best_tile(kTilesBase, p.width, group_filters, depth, p.block);
   p.lanes = tile.lanes;
   p.vectors = tile.vectors;
   p.channel_blocks = ceil_div(group_channels, p.block);
+  p.chunk = p.channel_blocks <= 2 * kChunk ? p.channel_blocks : kChunk;
   p.positions = p.variant == CpuVariant::winograd ? 16 : w.R * w.S;
   p.filters = static_cast<int64_t>(p.vectors) * p.width / p.lanes;
   p.filter_blocks = ceil_div(group_filters, p.filters);
@@ -153,20 +160,20 @@ CpuPlan cpu_plan(const BasisConv2dParams& params, const CpuPack& pack, int64_t t
     p.tile_columns = ceil_div(params.OW, 2);
     p.units = params.N * ceil_div(params.OH, 2);
     const int64_t mine = std::max<int64_t>(ceil_div(p.units, threads), 1) * p.tile_columns;
-    // One row of four positions of the transformed input, all products, and z.
-    const int64_t a_tile = 4 * pixel + 16 * w.groups * pack.maps + 4 * all_maps;
-    // Packed weights are read once a pass: weights beyond the cache want large passes, small ones want small scratch.
-    const int64_t wanted = pack.group_size > kCacheFloats ? 9 * kTilesInFlight : kTilesInFlight;
-    const int64_t most = std::max<int64_t>(1, std::min(wanted, kScratchFloats / a_tile));
+    // Small passes stay in the first-level cache; a map of few tiles is one pass that reads the filters once.
+    const int64_t most = mine <= 16 ? 16 : kTilePixels;
     p.tiles = ceil_div(mine, ceil_div(mine, most));
     // Whole rows of tiles, where they fit, leave z of several rows in one piece.
-    if (p.tile_columns <= most) p.tiles = std::min(most, p.tiles + p.tile_columns - 1) / p.tile_columns * p.tile_columns;
+    if (p.tile_columns <= most)
+      p.tiles = std::min(most, p.tiles + p.tile_columns - 1) / p.tile_columns * p.tile_columns;
     p.in_place = w.dtype == DType::f32 && params.input_stride_c == 1 && w.C / w.groups % pack.block == 0;
     p.ring_rows = p.in_place ? 0 : 4 * (p.tiles / p.tile_columns + 2);
     p.ring_columns = 2 * p.tile_columns + 2;
     p.ring_size = aligned(p.ring_rows * p.ring_columns * pixel);
     p.zeros_size = aligned(pixel);
-    p.transformed_size = aligned(4 * p.tiles * pixel);
+    p.transformed_size = aligned(4 * pack.chunk * p.tiles * pack.block);
+    p.partial_size =
+        pack.chunk < pack.channel_blocks ? aligned(4 * pack.filter_blocks * p.tiles * pack.vectors * pack.width) : 0;
     p.products_size = aligned(16 * p.tiles * w.groups * pack.maps);
     p.maps_size = aligned(4 * p.tiles * all_maps + maps_margin);
     return p;
@@ -182,7 +189,7 @@ CpuPlan cpu_plan(const BasisConv2dParams& params, const CpuPack& pack, int64_t t
   p.chunk = panel <= kCacheFloats ? pack.channel_blocks
                                   : std::max<int64_t>(1, pack.channel_blocks * (kCacheFloats / 2) / panel);
   // Weights beyond the cache are read once a pass: then several rows share a pass.
-  const int64_t wanted = pack.group_size > kCacheFloats ? ceil_div(4 * kTilesInFlight, params.OW) : 1;
+  const int64_t wanted = pack.group_size > kCacheFloats ? ceil_div(4 * kTilePixels, params.OW) : 1;
   p.rows = 1;
   while (p.rows < wanted && p.rows < params.OH &&
          (reach + p.rows * w.stride_h) * a_ring_row + (p.rows + 1) * 2 * a_map_row <= kScratchFloats) {
@@ -202,9 +209,19 @@ CpuPackHeader cpu_pack_header(const BasisConv2dWeights& w, Isa isa) {
   std::memcpy(h.magic, "basisc2d", 8);
   h.version = kCpuPackVersion;
   h.isa = static_cast<int64_t>(isa_for(w, isa));
-  const int64_t sizes[] = {w.C,        w.Q,          w.K,          w.R,      w.S,
-                           w.stride_h, w.stride_w,   w.dilation_h, w.dilation_w, w.groups,
-                           w.mixing_groups, static_cast<int64_t>(w.dtype), w.precise ? 1 : 0};
+  const int64_t sizes[] = {w.C,
+                           w.Q,
+                           w.K,
+                           w.R,
+                           w.S,
+                           w.stride_h,
+                           w.stride_w,
+                           w.dilation_h,
+                           w.dilation_w,
+                           w.groups,
+                           w.mixing_groups,
+                           static_cast<int64_t>(w.dtype),
+                           w.precise ? 1 : 0};
   std::memcpy(h.sizes, sizes, sizeof(sizes));
   return h;
 }

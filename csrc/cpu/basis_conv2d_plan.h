@@ -12,8 +12,9 @@ enum class CpuVariant : int32_t { direct = 0, winograd = 1, amx = 2 };
 
 // Layout of the packed weights; sizes in floats. Per channel group of the R*S convolution:
 //   filters [filter_blocks][channel_blocks][positions][block/lanes][vectors][width]      (direct)
-//   filters [filter_blocks][positions][channel_blocks][block/lanes][vectors][width]      (winograd)
-// where positions are the R*S taps, or the 16 points of F(2x2,3x3). One register holds width/lanes filters times `lanes`
+//   filters [4][chunks][filter_blocks][4][chunk][block/lanes][vectors][width]            (winograd)
+// where positions are the R*S taps, or the 4 rows of 4 points of F(2x2,3x3), whose channel blocks come in chunks: the
+// order in which the kernel walks through them. One register holds width/lanes filters times `lanes`
 // channels: with few filters it is filled up by channels, and the lanes of a filter are summed once at the end.
 // Then per mixing group the coefficients twice, small beside the filters: [panels][slots][output_vectors * width] for a
 // channels_last result, where registers hold outputs of one pixel, and [planar_panels][slots][planar_rows] for an NCHW
@@ -26,6 +27,7 @@ struct CpuPack {
   int32_t output_vectors;  // registers of outputs in one tile of the second stage
   int64_t block;           // channels in a channel block: 16, or 4 for very few channels
   int64_t channel_blocks;  // of one group
+  int64_t chunk;           // winograd: channel blocks transformed and multiplied at a time; fewer in a last one
   int64_t positions;
   int64_t filters;        // in a filter block: vectors * width / lanes
   int64_t filter_blocks;  // of one group
@@ -38,14 +40,25 @@ struct CpuPack {
   int64_t filters_size, coefficients_size, planar_size;
 };
 
-// The amx variant packs bfloat16 tiles instead: see basis_conv2d_amx.cpp; its sizes still count floats, two elements each.
+// Winograd: floats from the start of a group's filters to those of one position, filter block and channel block.
+inline int64_t winograd_filters_at(const CpuPack& p, int64_t position, int64_t filter_block, int64_t channel_block) {
+  const int64_t begin = channel_block / p.chunk * p.chunk;
+  const int64_t count = p.channel_blocks - begin < p.chunk ? p.channel_blocks - begin : p.chunk;
+  const int64_t row = position / 4 * p.channel_blocks * 4 * p.filter_blocks;
+  const int64_t blocks =
+      row + begin * 4 * p.filter_blocks + (filter_block * 4 + position % 4) * count + channel_block - begin;
+  return blocks * (p.block / p.lanes) * p.vectors * p.width;
+}
+
+// The amx variant packs bfloat16 tiles instead: see basis_conv2d_amx.cpp; its sizes still count floats, two elements
+// each.
 
 // Tile sizes for one batch and map. Scratch is each thread's own.
 struct CpuPlan {
   CpuPack pack;
   int64_t units;         // rows of work that threads share, over the batch: output rows, or rows of 2x2 tiles
   int64_t rows;          // direct: output rows in a pass
-  int64_t chunk;         // direct: channel blocks between two visits of a tile
+  int64_t chunk;         // direct: channel blocks between two visits of a tile; amx: all
   int64_t tiles;         // winograd: tiles in a pass
   int64_t tile_columns;  // winograd: tiles in a row
   bool in_place;         // winograd: read where the input lies, without a ring: float, channels_last, whole blocks
@@ -74,13 +87,13 @@ struct CpuPackHeader {
 };
 constexpr int64_t kCpuPackHeaderBytes = 128;
 // Counts up with every change of the layout or its size; programs that were traced with another one are refused.
-constexpr int64_t kCpuPackVersion = 1;
+constexpr int64_t kCpuPackVersion = 2;
 static_assert(sizeof(CpuPackHeader) <= kCpuPackHeaderBytes, "the header must fit in front of the floats");
 
 CpuPackHeader cpu_pack_header(const BasisConv2dWeights& weights, Isa isa);
 
-// Bytes of the packed tensor: the most that any instruction set needs, so that a traced graph keeps its sizes on another
-// processor, where the header then makes the op refuse the foreign bytes.
+// Bytes of the packed tensor: the most that any instruction set needs, so that a traced graph keeps its sizes on
+// another processor, where the header then makes the op refuse the foreign bytes.
 int64_t cpu_packed_bytes(const BasisConv2dWeights& weights);
 
 }  // namespace basisconv

@@ -13,12 +13,12 @@ struct Stage2Planar {
   const float* turned;        // [slots][2 * width]: z of up to 2 * width pixels
   const float* coefficients;  // [slots][planar_rows]
   int64_t slots;
-  int64_t row_stride;    // planar_rows of the packed coefficients
-  const float* bias;     // [P]
-  const T* residual;     // or null; strided like out
+  int64_t row_stride;  // planar_rows of the packed coefficients
+  const float* bias;   // [P]
+  const T* residual;   // or null; strided like out
   T* out;
-  int64_t out_stride;    // elements between outputs: OH * OW
-  int64_t pixels;        // of this block, at most NV * width
+  int64_t out_stride;  // elements between outputs: OH * OW
+  int64_t pixels;      // of this block, at most NV * width
   Activation activation;
 };
 
@@ -73,7 +73,8 @@ static inline void turn(const float* z, int64_t z_stride, int64_t slots, int reg
       Vec::Reg block[kWidth];
       BASISCONV_UNROLL for (int p = 0; p < kWidth; p++) block[p] = Vec::load(z + (v * kWidth + p) * z_stride + q);
       transpose(block);
-      BASISCONV_UNROLL for (int i = 0; i < kWidth; i++) Vec::store(turned + (q + i) * 2 * kWidth + v * kWidth, block[i]);
+      BASISCONV_UNROLL for (int i = 0; i < kWidth; i++)
+          Vec::store(turned + (q + i) * 2 * kWidth + v * kWidth, block[i]);
     }
   }
 }
@@ -122,7 +123,8 @@ struct Recombination {
       for (int64_t group = 0; group < w.groups; group++) {
         turn(z + x * z_stride + group * pack.maps, z_stride, group_maps, 1, turned);
         T* to = static_cast<T*>(params.maps) + (n * w.Q + group * group_maps) * plane + first_pixel + x;
-        for (int64_t q = 0; q < group_maps; q++) Vec::store_n(to + q * plane, Vec::load(turned + q * 2 * kWidth), count);
+        for (int64_t q = 0; q < group_maps; q++)
+          Vec::store_n(to + q * plane, Vec::load(turned + q * 2 * kWidth), count);
       }
     }
   }
@@ -144,14 +146,23 @@ struct Recombination {
       const int64_t at = (n * params.OH * params.OW + first_pixel + x) * w.K;
       for (int64_t group = 0; group < w.mixing_groups; group++) {
         s.z = z + x * z_stride + group * (w.groups / w.mixing_groups) * pack.maps;
-        for (int64_t k = 0; k < outputs; k += panel) {
-          const int64_t out = group * outputs + k;
-          s.coefficients = coefficients + (group * pack.panels + k / panel) * pack.slots * panel;
-          s.bias = params.bias + out;
-          s.residual = params.residual ? static_cast<const T*>(params.residual) + at + out : nullptr;
-          s.out = static_cast<T*>(params.output) + at + out;
-          s.count = outputs - k;
-          (s.count >= panel ? full.function[count] : partial.function[count])(s);
+        const int64_t out = group * outputs;
+        s.coefficients = coefficients + group * pack.panels * pack.slots * panel;
+        s.bias = params.bias + out;
+        s.residual = params.residual ? static_cast<const T*>(params.residual) + at + out : nullptr;
+        s.out = static_cast<T*>(params.output) + at + out;
+        s.panels = outputs / panel;
+        s.count = panel;
+        if (s.panels > 0) full.function[count](s);
+        const int64_t done = s.panels * panel;
+        if (done < outputs) {
+          s.coefficients += done * pack.slots;
+          s.bias += done;
+          if (s.residual) s.residual += done;
+          s.out += done;
+          s.panels = 1;
+          s.count = outputs - done;
+          partial.function[count](s);
         }
       }
     }

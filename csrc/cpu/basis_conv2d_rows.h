@@ -1,8 +1,8 @@
 // Input rows as the tiles want them: float, channel blocks apart, padding as zeros, stride phases apart.
 //
-// Ring row: [channel_blocks of all groups][stride_w][ring_columns][BLOCK]. The pixels that one tap of consecutive outputs
-// reads are then neighbours BLOCK floats apart, whatever the stride, and borders, dtypes and strides of the tensor end
-// here.
+// Ring row: [channel_blocks of all groups][stride_w][ring_columns][BLOCK]. The pixels that one tap of consecutive
+// outputs reads are then neighbours BLOCK floats apart, whatever the stride, and borders, dtypes and strides of the
+// tensor end here.
 #pragma once
 #include "simd.h"
 

@@ -22,33 +22,60 @@ namespace BASISCONV_ISA {
 
 constexpr int64_t kBlock = 16;  // channels in a channel block
 
-// The two rows of a 4x4 input tile that one row of BT d B needs: column j, channel block b at first[j] + b * block.
+// The two rows of the padded input that one row of BT d B needs, for a row of neighbouring tiles: column x of channel
+// block b lies at first + x * first_pixel + b * block; columns outside begin ... end-1 are zeros.
 struct InputRows {
-  const float *first[4], *second[4];
-  int64_t block;
+  const float *first, *second;
+  int64_t first_pixel, second_pixel, block;
+  int64_t begin, end;
 };
 
-// Row ROW of BT d B for every channel: out[position in the row][block][tile][channel].
+// Row ROW of BT d B for one register of channels of neighbouring tiles begin ... end-1, the first tile's first column
+// at x; neighbours share two of their four columns. EDGE: columns outside the image are zeros.
+template <int ROW, bool EDGE>
+static BASISCONV_INLINE void transform_tiles(const InputRows& in, const float* first, const float* second, int64_t x,
+                                             int64_t begin, int64_t end, int64_t position_stride, float* out) {
+  const auto column = [&](int64_t at) BASISCONV_LAMBDA {
+    const Vec::Reg a = Vec::load(first + at * in.first_pixel), b = Vec::load(second + at * in.second_pixel);
+    return ROW == 1 ? Vec::add(a, b) : Vec::sub(a, b);
+  };
+  const auto column_or_zero = [&](int64_t at) BASISCONV_LAMBDA {
+    Vec::Reg value = Vec::zero();
+    if (!EDGE || (at >= in.begin && at < in.end)) value = column(at);
+    return value;
+  };
+  if (begin >= end) return;
+  Vec::Reg e0 = column_or_zero(x + 2 * begin), e1 = column_or_zero(x + 2 * begin + 1);
+  for (int64_t t = begin; t < end; t++) {
+    const Vec::Reg e2 = column_or_zero(x + 2 * t + 2), e3 = column_or_zero(x + 2 * t + 3);
+    float* to = out + t * kBlock;
+    Vec::store(to, Vec::sub(e0, e2));
+    Vec::store(to + position_stride, Vec::add(e1, e2));
+    Vec::store(to + 2 * position_stride, Vec::sub(e2, e1));
+    Vec::store(to + 3 * position_stride, Vec::sub(e1, e3));
+    e0 = e2;
+    e1 = e3;
+  }
+}
+
+// Row ROW of BT d B for `tiles` neighbouring tiles, the first at column x, and `blocks` channel blocks:
+// out[position in the row][block][tile][channel].
 template <int ROW>
-static BASISCONV_INLINE void transform_input_row(const InputRows& in, int64_t blocks, int64_t position_stride,
-                                                 int64_t block_stride, float* out) {
-  const float *a0 = in.first[0], *a1 = in.first[1], *a2 = in.first[2], *a3 = in.first[3];
-  const float *b0 = in.second[0], *b1 = in.second[1], *b2 = in.second[2], *b3 = in.second[3];
-  int64_t at = 0;
+static inline void transform_input(const InputRows& in, int64_t x, int64_t tiles, int64_t blocks,
+                                   int64_t position_stride, int64_t block_stride, float* out) {
+  // Tiles inside ... outside-1 have all their columns in the image.
+  int64_t inside = x < in.begin ? (in.begin - x + 1) / 2 : 0, outside = in.end - x < 4 ? 0 : (in.end - x - 2) / 2;
+  if (inside > tiles) inside = tiles;
+  if (outside > tiles) outside = tiles;
+  if (outside < inside) outside = inside;
   for (int64_t b = 0; b < blocks; b++) {
-    BASISCONV_UNROLL for (int64_t c = 0; c < kBlock; c += kWidth) {
-      const auto column = [at, c](const float* first, const float* second) BASISCONV_LAMBDA {
-        const Vec::Reg x = Vec::load(first + at + c), y = Vec::load(second + at + c);
-        return ROW == 1 ? Vec::add(x, y) : Vec::sub(x, y);
-      };
-      const Vec::Reg e0 = column(a0, b0), e1 = column(a1, b1), e2 = column(a2, b2), e3 = column(a3, b3);
-      Vec::store(out + c, Vec::sub(e0, e2));
-      Vec::store(out + position_stride + c, Vec::add(e1, e2));
-      Vec::store(out + 2 * position_stride + c, Vec::sub(e2, e1));
-      Vec::store(out + 3 * position_stride + c, Vec::sub(e1, e3));
+    for (int64_t c = 0; c < kBlock; c += kWidth) {
+      const float *first = in.first + b * in.block + c, *second = in.second + b * in.block + c;
+      float* to = out + b * block_stride + c;
+      transform_tiles<ROW, true>(in, first, second, x, 0, inside, position_stride, to);
+      transform_tiles<ROW, false>(in, first, second, x, inside, outside, position_stride, to);
+      transform_tiles<ROW, true>(in, first, second, x, outside, tiles, position_stride, to);
     }
-    at += in.block;
-    out += block_stride;
   }
 }
 
@@ -94,49 +121,62 @@ struct Winograd {
   Ring ring;
   Recombination<T> recombination;
   const float* zeros;  // one pixel of all channels
-  float *transformed, *products, *z;
+  float *transformed, *partial, *products, *z;
 
   int64_t wrapped(int64_t ring_row) const { return ring_row < plan.ring_rows ? ring_row : ring_row - plan.ring_rows; }
 
-  // Where rows `first` and `second` of a tile lie; outside the image they are zeros.
+  // A row piece: neighbouring tiles first ... last-1 of one row of tiles, whose pixels lie as [rows][columns] in z.
+  struct Piece {
+    int64_t first, last, rows, columns;
+  };
+  Piece piece_at(const TileAt* at, int64_t first, int64_t tiles) const {
+    int64_t last = first + 1;
+    while (last < tiles && at[last].n == at[first].n && at[last].row == at[first].row) last++;
+    const int64_t rest_rows = params.OH - 2 * at[first].row, rest_columns = params.OW - 2 * at[first].column;
+    const int64_t columns = 2 * (last - first);
+    return Piece{first, last, rest_rows < 2 ? rest_rows : 2, rest_columns < columns ? rest_columns : columns};
+  }
+
+  // Rows `first` and `second` of the tiles in the row of tiles of `at`; outside the image they are zeros.
   InputRows input_rows(const TileAt& at, int64_t first, int64_t second) const {
-    InputRows in;
     if (!plan.in_place) {
-      const float* rows[2] = {ring.row(wrapped(at.ring_row + first)), ring.row(wrapped(at.ring_row + second))};
-      for (int64_t j = 0; j < 4; j++) {
-        in.first[j] = rows[0] + (2 * at.column + j) * kBlock;
-        in.second[j] = rows[1] + (2 * at.column + j) * kBlock;
-      }
-      in.block = ring.plane;
-      return in;
+      return InputRows{ring.row(wrapped(at.ring_row + first)),
+                       ring.row(wrapped(at.ring_row + second)),
+                       kBlock,
+                       kBlock,
+                       ring.plane,
+                       0,
+                       plan.ring_columns};
     }
-    in.block = kBlock;
-    const int64_t y = 2 * at.row - params.pad_top, x = 2 * at.column - params.pad_left;
+    const int64_t y = 2 * at.row - params.pad_top;
     const float* image = static_cast<const float*>(params.input) + at.n * params.input_stride_n;
-    const float* rows[2] = {image + (y + first) * params.input_stride_h + x * params.input_stride_w,
-                            image + (y + second) * params.input_stride_h + x * params.input_stride_w};
-    for (int64_t j = 0; j < 4; j++) {
-      in.first[j] = rows[0] + j * params.input_stride_w;
-      in.second[j] = rows[1] + j * params.input_stride_w;
+    InputRows in{zeros, zeros, 0, 0, kBlock, 0, params.W};
+    if (y + first >= 0 && y + first < params.H) {
+      in.first = image + (y + first) * params.input_stride_h;
+      in.first_pixel = params.input_stride_w;
     }
-    if (y < 0 || y + 4 > params.H || x < 0 || x + 4 > params.W) {
-      const bool inside[2] = {y + first >= 0 && y + first < params.H, y + second >= 0 && y + second < params.H};
-      for (int64_t j = 0; j < 4; j++) {
-        const bool column = x + j >= 0 && x + j < params.W;
-        if (!column || !inside[0]) in.first[j] = zeros;
-        if (!column || !inside[1]) in.second[j] = zeros;
-      }
+    if (y + second >= 0 && y + second < params.H) {
+      in.second = image + (y + second) * params.input_stride_h;
+      in.second_pixel = params.input_stride_w;
     }
     return in;
   }
 
+  // Row ROW of BT d B of the gathered tiles for channel blocks first_block ... first_block + blocks - 1.
   template <int ROW>
-  void transform_row(const TileAt* at, int64_t tiles) const {
+  void transform(const TileAt* at, int64_t tiles, int64_t first_block, int64_t blocks) const {
     constexpr int64_t kFirst[] = {0, 1, 2, 1}, kSecond[] = {2, 2, 1, 3};
-    const int64_t blocks = params.weights.groups * plan.pack.channel_blocks, plane = plan.tiles * kBlock;
-    for (int64_t t = 0; t < tiles; t++) {
-      transform_input_row<ROW>(input_rows(at[t], kFirst[ROW], kSecond[ROW]), blocks, blocks * plane, plane,
-                               transformed + t * kBlock);
+    const CpuPack& pack = plan.pack;
+    const int64_t left = plan.in_place ? params.pad_left : 0;  // the ring holds the padding
+    const int64_t plane = plan.tiles * kBlock;
+    for (int64_t t = 0; t < tiles;) {
+      const Piece piece = piece_at(at, t, tiles);
+      InputRows in = input_rows(at[t], kFirst[ROW], kSecond[ROW]);
+      in.first += first_block * in.block;
+      in.second += first_block * in.block;
+      transform_input<ROW>(in, 2 * at[t].column - left, piece.last - t, blocks, pack.chunk * plane, plane,
+                           transformed + t * kBlock);
+      t = piece.last;
     }
   }
 
@@ -151,56 +191,55 @@ struct Winograd {
     }
   }
 
-  // The matrix products of the four positions of row `row`, all groups: products[group][position][tile][map].
-  void multiply(int64_t row, int64_t tiles) const {
+  // Transform and matrix products of the four positions of row ROW: products[group][position][tile][map]. Channels go
+  // by chunks, so that what a chunk transforms is still near when it is multiplied.
+  template <int ROW>
+  void multiply(const TileAt* at, int64_t tiles) const {
     const CpuPack& pack = plan.pack;
-    const int64_t plane = plan.tiles * kBlock, blocks = pack.channel_blocks;
-    const int64_t position_stride = params.weights.groups * blocks * plane;
-    const int64_t block_weights = kBlock / pack.lanes * pack.vectors * kWidth, panel = blocks * block_weights;
-    const Stage1Function* stage1 = stage1_functions(pack.lanes, pack.vectors, kBlock);
+    const int64_t blocks = pack.channel_blocks, registers = pack.vectors * kWidth;
     const int64_t tile = even_tile(tiles, stage1_pixels(pack.vectors));
     const int64_t none = 0;
+    const Stage1Function* stage1 = stage1_functions(pack.lanes, pack.vectors, kBlock);
+    Stage1 s{};
+    s.offset = s.tap_weights = &none;
+    s.taps = 1;
+    s.plane = plan.tiles * kBlock;
+    s.block_weights = kBlock / pack.lanes * registers;
+    s.z_stride = pack.maps;
+    s.times = 4;
+    s.next_pixels = pack.chunk * s.plane;
+    s.next_z = plan.tiles * pack.maps;
+    s.next_partial = plan.tiles * registers;
     for (int64_t group = 0; group < params.weights.groups; group++) {
-      for (int64_t f = 0; f < pack.filter_blocks; f++) {
-        for (int64_t position = 4 * row; position < 4 * row + 4; position++) {
-          const Taps taps{transformed + position % 4 * position_stride + group * blocks * plane,
-                          &none, &none, 1, plane, block_weights};
-          const float* weights = filters + group * pack.group_size + (f * 16 + position) * panel;
-          float* to = products + (group * 16 + position) * plan.tiles * pack.maps + f * pack.filters;
+      for (int64_t begin = 0; begin < blocks; begin += pack.chunk) {
+        s.blocks = blocks - begin < pack.chunk ? blocks - begin : pack.chunk;
+        s.first = begin == 0;
+        s.last = begin + s.blocks == blocks;
+        s.next_weights = s.blocks * s.block_weights;
+        transform<ROW>(at, tiles, group * blocks + begin, s.blocks);
+        for (int64_t f = 0; f < pack.filter_blocks; f++) {
+          s.weights = filters + group * pack.group_size + winograd_filters_at(pack, 4 * ROW, f, begin);
+          s.ahead = 4 * s.next_weights;  // to the next chunk or filter block
           for (int64_t t = 0; t < tiles; t += tile) {
-            const float* ahead = t + tile < tiles ? weights : weights + panel;
-            stage1[tiles - t < tile ? tiles - t : tile](taps, 0, blocks, t, weights, ahead, Partial{nullptr, true, true},
-                                                        to + t * pack.maps, pack.maps);
+            s.pixels = transformed + t * kBlock;
+            s.z = products + ((group * 16 + 4 * ROW) * plan.tiles + t) * pack.maps + f * pack.filters;
+            s.partial = partial + (f * 4 * plan.tiles + t) * registers;
+            stage1[tiles - t < tile ? tiles - t : tile](s);
+            s.ahead = 0;
           }
         }
       }
     }
   }
 
-  // A row piece: neighbouring tiles first ... last-1 of one row of tiles, whose pixels lie as [rows][columns] in z.
-  struct Piece {
-    int64_t first, last, rows, columns;
-  };
-  Piece piece_at(const TileAt* at, int64_t first, int64_t tiles) const {
-    int64_t last = first + 1;
-    while (last < tiles && at[last].n == at[first].n && at[last].row == at[first].row) last++;
-    const int64_t rest_rows = params.OH - 2 * at[first].row, rest_columns = params.OW - 2 * at[first].column;
-    const int64_t columns = 2 * (last - first);
-    return Piece{first, last, rest_rows < 2 ? rest_rows : 2, rest_columns < columns ? rest_columns : columns};
-  }
-
   // All groups of the gathered tiles: products, output transform, recombination.
   void finish(const TileAt* at, int64_t tiles) const {
     const CpuPack& pack = plan.pack;
     const int64_t all_maps = params.weights.groups * pack.maps;
-    transform_row<0>(at, tiles);
-    multiply(0, tiles);
-    transform_row<1>(at, tiles);
-    multiply(1, tiles);
-    transform_row<2>(at, tiles);
-    multiply(2, tiles);
-    transform_row<3>(at, tiles);
-    multiply(3, tiles);
+    multiply<0>(at, tiles);
+    multiply<1>(at, tiles);
+    multiply<2>(at, tiles);
+    multiply<3>(at, tiles);
     int64_t filled = 0;  // pixels of z
     for (int64_t group = 0; group < params.weights.groups; group++) {
       filled = 0;
@@ -288,13 +327,14 @@ static void run_winograd(const BasisConv2dParams& params, const CpuPlan& plan, f
   const float* coefficients = filters + pack.filters_size;
   float* zeros = scratch + plan.ring_size;
   float* transformed = zeros + plan.zeros_size;
-  float* products = transformed + plan.transformed_size;
+  float* partial = transformed + plan.transformed_size;
+  float* products = partial + plan.partial_size;
   float* z = products + plan.products_size;
   memset(zeros, 0, plan.zeros_size * sizeof(float));
   const Recombination<T> recombination{params, pack, coefficients, coefficients + pack.coefficients_size,
                                        z + plan.maps_size};
   const Ring ring = make_ring(params, plan, 1, scratch);
-  Winograd<T>{params, plan, filters, ring, recombination, zeros, transformed, products, z}.run(begin, end);
+  Winograd<T>{params, plan, filters, ring, recombination, zeros, transformed, partial, products, z}.run(begin, end);
 }
 
 // G g: rows of three values become rows of four.

@@ -66,14 +66,10 @@ struct Vec {
   }
   static BASISCONV_INLINE __m256i to_f16(Reg v) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
   static BASISCONV_INLINE void store(float* p, Reg v) { _mm512_storeu_ps(p, v); }
-  static BASISCONV_INLINE void store(bf16* p, Reg v) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bf16(v));
-  }
+  static BASISCONV_INLINE void store(bf16* p, Reg v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bf16(v)); }
   static BASISCONV_INLINE void store(f16* p, Reg v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_f16(v)); }
   static BASISCONV_INLINE void store_n(float* p, Reg v, int64_t n) { _mm512_mask_storeu_ps(p, first(n), v); }
-  static BASISCONV_INLINE void store_n(bf16* p, Reg v, int64_t n) {
-    _mm256_mask_storeu_epi16(p, first(n), to_bf16(v));
-  }
+  static BASISCONV_INLINE void store_n(bf16* p, Reg v, int64_t n) { _mm256_mask_storeu_epi16(p, first(n), to_bf16(v)); }
   static BASISCONV_INLINE void store_n(f16* p, Reg v, int64_t n) { _mm256_mask_storeu_epi16(p, first(n), to_f16(v)); }
 
   // L floats at p, repeated over the register.
@@ -100,7 +96,27 @@ struct Vec {
       s = _mm512_add_ps(s, _mm512_permute_ps(s, 0xB1));
       if constexpr (L >= 4) s = _mm512_add_ps(s, _mm512_permute_ps(s, 0x4E));
       if constexpr (L >= 8) s = _mm512_add_ps(s, _mm512_shuffle_f32x4(s, s, 0xB1));
-      _mm512_mask_storeu_ps(p, first(kWidth / L), _mm512_maskz_compress_ps(keep, s));
+      s = _mm512_maskz_compress_ps(keep, s);
+      if constexpr (L == 2) _mm256_storeu_ps(p, _mm512_castps512_ps256(s));
+      if constexpr (L == 4) _mm_storeu_ps(p, _mm512_castps512_ps128(s));
+      if constexpr (L == 8) _mm_storel_pi(reinterpret_cast<__m64*>(p), _mm512_castps512_ps128(s));
+    }
+  }
+  // The same for two registers, stored one after the other; cheaper than twice one.
+  template <int L>
+  static BASISCONV_INLINE void store_sums(float* p, Reg s, Reg t) {
+    if constexpr (L == 1) {
+      store(p, s);
+      store(p + kWidth, t);
+    } else {
+      const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+      const __m512i odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+      s = _mm512_add_ps(_mm512_permutex2var_ps(s, even, t), _mm512_permutex2var_ps(s, odd, t));
+      if constexpr (L == 2) {
+        store(p, s);
+      } else {
+        store_sums<L / 2>(p, s);
+      }
     }
   }
 };
@@ -184,6 +200,21 @@ struct Vec {
       }
     }
   }
+  template <int L>
+  static BASISCONV_INLINE void store_sums(float* p, Reg s, Reg t) {
+    if constexpr (L == 1) {
+      store(p, s);
+      store(p + kWidth, t);
+    } else {
+      const __m256d sums = _mm256_castps_pd(_mm256_hadd_ps(s, t));  // pairs of s, t, s, t
+      s = _mm256_castpd_ps(_mm256_permute4x64_pd(sums, 0xD8));
+      if constexpr (L == 2) {
+        store(p, s);
+      } else {
+        store_sums<L / 2>(p, s);
+      }
+    }
+  }
 };
 
 #else
@@ -246,6 +277,11 @@ struct Vec {
       p[0] = (s[0] + s[1]) + (s[2] + s[3]);
     }
   }
+  template <int L>
+  static BASISCONV_INLINE void store_sums(float* p, Reg s, Reg t) {
+    store_sums<L>(p, s);
+    store_sums<L>(p + kWidth / L, t);
+  }
 };
 
 #endif
@@ -266,7 +302,8 @@ BASISCONV_INLINE void transpose(Vec::Reg* block) {
   }
   BASISCONV_UNROLL for (int j = 0; j < 4; j++) {  // 4x4 of lanes
     const __m512 a = _mm512_shuffle_f32x4(t[j], t[j + 4], 0x88), b = _mm512_shuffle_f32x4(t[j], t[j + 4], 0xDD);
-    const __m512 c = _mm512_shuffle_f32x4(t[j + 8], t[j + 12], 0x88), d = _mm512_shuffle_f32x4(t[j + 8], t[j + 12], 0xDD);
+    const __m512 c = _mm512_shuffle_f32x4(t[j + 8], t[j + 12], 0x88),
+                 d = _mm512_shuffle_f32x4(t[j + 8], t[j + 12], 0xDD);
     block[j] = _mm512_shuffle_f32x4(a, c, 0x88);
     block[j + 8] = _mm512_shuffle_f32x4(a, c, 0xDD);
     block[j + 4] = _mm512_shuffle_f32x4(b, d, 0x88);
