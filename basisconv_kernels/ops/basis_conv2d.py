@@ -338,8 +338,8 @@ def basis_conv2d(
             kernel the packing; ignored by backends that need none.
 
     Returns:
-        Tensor[N, K, OH, OW]: in the dtype and the memory format of ``input``,
-        ``OH = floor((H + top + bottom − dilation·(R−1) − 1)/stride) + 1``, OW alike.
+        Tensor[N, K, OH, OW]: in the dtype of ``input`` and in the memory format that its strides state by PyTorch's own
+        rule, channels_last or else NCHW; ``OH = floor((H + top + bottom − dilation·(R−1) − 1)/stride) + 1``, OW alike.
 
     All five tensors have gradients; that of ``basis_weight`` is skipped when it needs none. Double backward and
     ``torch.vmap`` are refused. Under autocast the tensors are cast to the autocast dtype. float32 and float64 compute
