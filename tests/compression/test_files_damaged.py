@@ -17,8 +17,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from basisconv_kernels.compression.files import ArchitectureError, load, read_recipe, save
-from basisconv_kernels.core.errors import FileFormatError
+from basisconv_kernels.compression.files import load, read_recipe, save
+from basisconv_kernels.core.errors import ArchitectureError, FileFormatError
 
 from .file_networks import CONFIGS, REFUSALS, Small, bits, compressed, folded, joined, packed, parts, refused, snapshot
 
