@@ -37,10 +37,10 @@ DEVICES = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}  # any other backend 
 
 
 def op_modules() -> dict[str, ModuleType]:
-    """The modules of all ops, by name: those that list candidates."""
+    """The modules of all ops, by name: those that hold the op of their own name."""
     names = sorted(found.name for found in pkgutil.iter_modules(ops_package.__path__))
     modules = {name: importlib.import_module(f"{ops_package.__name__}.{name}") for name in names}
-    return {name: module for name, module in modules.items() if hasattr(module, "CANDIDATES")}
+    return {name: module for name, module in modules.items() if getattr(module, "OP", None) == name}
 
 
 def op_module(name: str) -> ModuleType:
