@@ -2,20 +2,20 @@
 
 from basisconv_kernels.compression.basis import orthogonality_loss
 from basisconv_kernels.compression.config import BasisConfig, Sensitivity
-from basisconv_kernels.compression.files import load, save
+from basisconv_kernels.compression.files import load, read_recipe, save
 from basisconv_kernels.compression.finetune import finetune, trainable_parameters
 from basisconv_kernels.compression.fold import fold_batchnorm
 from basisconv_kernels.compression.model import compress, to_plain
 from basisconv_kernels.compression.report import CompressionReport, LayerReport
-from basisconv_kernels.core.errors import BackendUnavailable, FileFormatError
+from basisconv_kernels.core.errors import ArchitectureError, BackendUnavailable, FileFormatError
 from basisconv_kernels.core.registry import use_backend
+from basisconv_kernels.core.version import __version__ as __version__
 from basisconv_kernels.layers.basis_conv2d import BasisConv2d
 from basisconv_kernels.ops.basis_conv2d import BasisConv2dFunction, basis_conv2d
 from basisconv_kernels.ops.basis_conv2d_native import basis_conv2d_pack
 
-__version__ = "0.1.0"
-
 __all__ = [
+    "ArchitectureError",
     "BackendUnavailable",
     "BasisConfig",
     "BasisConv2d",
@@ -31,6 +31,7 @@ __all__ = [
     "fold_batchnorm",
     "load",
     "orthogonality_loss",
+    "read_recipe",
     "save",
     "to_plain",
     "trainable_parameters",

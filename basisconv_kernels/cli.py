@@ -43,9 +43,9 @@ Input = Annotated[str, typer.Option("--input", metavar="N,C,H,W", help="Shape of
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from basisconv_kernels.diagnostics import package_version
+        from basisconv_kernels.core.version import __version__
 
-        print(f"basisconv_kernels {package_version()}")
+        print(f"basisconv_kernels {__version__}")
         raise typer.Exit
 
 
@@ -87,7 +87,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _model(name: str, weights: Path | None) -> nn.Module:
-    from basisconv_kernels.demo.models import from_function
+    from basisconv_kernels.compression.named import from_function
 
     if not all(name.partition(":")[::2]):
         raise typer.BadParameter(f"must be package.module:function, got {name!r}", param_hint="--model")
@@ -121,9 +121,8 @@ def demo(
     from basisconv_kernels.demo.run import LEVELS, Settings, run_demo
     from basisconv_kernels.demo.summary import print_summary
 
-    for option, value, known in (("--data", data, list(models.DATA)), ("--network", network, list(models.NETWORKS))):
-        if value not in known:
-            raise typer.BadParameter(f"must be one of {', '.join(known)}, got {value!r}", param_hint=option)
+    terminal.one_of("--data", data, list(models.DATA))
+    terminal.one_of("--network", network, list(models.NETWORKS))
     if any(not 0 < level <= 1 for level in energy or ()):
         raise typer.BadParameter(f"must lie in 0..1, got {energy}", param_hint="--energy")
     levels = tuple(sorted(set(energy or LEVELS), reverse=True))
@@ -223,43 +222,50 @@ def tune(
         list[str] | None,
         typer.Option(metavar="N=8,C=64,...", help="A problem: N C H W Q K R, also S stride padding dilation groups."),
     ] = None,
-    seconds: Annotated[float, typer.Option(min=0.001, help="To spend on each problem.")] = 0.5,
-    out: Annotated[Path | None, typer.Option(help="File; default: this device's, in the user's cache.")] = None,
+    layout: Annotated[str, typer.Option(help="Memory format: both, channels_last or nchw.")] = "both",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    seconds: Annotated[float, typer.Option(min=0.001, help="To spend on each problem and format.")] = 0.5,
+    out: Annotated[Path | None, typer.Option(help="File; default: this processor's, in the cache folder.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print only.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Measure the kernels against two ordinary convolutions on this device, and keep the table in a file.
+    """Measure the kernels against plain PyTorch on this processor; automatic choice then passes over slower ones.
 
-    Without a model or problems: the layers by which the package judges its own speed.
+    Without a model or problems: the layers by which the package judges its own speed. Times hold for the number of
+    threads they were taken with. Running processes keep the choices that they have made.
     """
     import torch
 
+    from basisconv_kernels.compression import tune as tuner
     from basisconv_kernels.compression.config import BasisConfig
     from basisconv_kernels.compression.model import compress as convert
+    from basisconv_kernels.core import tuning
     from basisconv_kernels.demo import summary
-    from basisconv_kernels.demo import tune as tuning
     from basisconv_kernels.demo.progress import Stages
 
     shape = terminal.sizes(input, "--input", 4)
-    problems = [tuning.parse_problem(text) for text in problem or ()]
+    terminal.one_of("--layout", layout, tuner.LAYOUTS)
+    problems = [tuner.parse_problem(text) for text in problem or ()]
     if model is not None:
         example = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
         small, _ = convert(_model(model, None), BasisConfig(fraction=fraction), example_inputs=example)
-        problems += tuning.model_problems(small, example)
-    problems = problems or tuning.default_problems()
-    path = out or tuning.cache_file()
+        problems += tuner.model_problems(small, example)
+    problems = tuner.variants(problems or tuner.default_problems(), layout, terminal.dtype(dtype))
+    path = out or tuning.user_file()
     with Stages(1) as stages, stages.stage("measuring", f"{len(problems)} problems") as advance:
-        table = tuning.tune(problems, seconds, advance)
-    busy = sum(entry["disturbed"] > tuning.BUSY for entry in table["entries"])
+        entries = tuner.tune(problems, seconds, advance)
+    busy = sum(entry["disturbed"] > tuning.BUSY for entry in entries)
     if busy:
         terminal.say(
-            f"basisconv: the machine was busy during {busy} of {len(problems)} problems: measure again", "yellow"
+            f"basisconv: the machine was busy during {busy} of {len(problems)} problems, which do not count: "
+            "measure again",
+            "yellow",
         )
-    held = 0 if dry_run else tuning.write(table, path)
+    held = 0 if dry_run else tuning.write(entries, path)
     if as_json:
-        terminal.print_json({**table, "file": None if dry_run else str(path)})
+        terminal.print_json({**tuning.head(), "entries": entries, "file": None if dry_run else str(path)})
         return
-    terminal.print_rows(summary.tuned_rows(table))
+    terminal.print_rows(summary.tuned_rows(entries))
     if not dry_run:
         print(f"\n{path}: {held} problems")
 
@@ -369,17 +375,12 @@ def _problem(
     """The problem that the options of ``explain`` state, in normal form and checked as the op checks its arguments."""
     from basisconv_kernels.core import checks
     from basisconv_kernels.core.problem import Conv2dProblem
-    from basisconv_kernels.diagnostics import dtype_name
 
-    dtypes = {dtype_name(known): known for known in checks.FLOAT_DTYPES}
     for option, value, known in (
-        ("--dtype", dtype, list(dtypes)),
         ("--device", device, ["cpu", "cuda"]),
         ("--activation", flags["activation"], list(checks.ACTIVATIONS)),
     ):
-        if value not in known:
-            names = ", ".join(str(name) for name in known if name is not None)
-            raise typer.BadParameter(f"must be one of {names}, got {value!r}", param_hint=option)
+        terminal.one_of(option, value, known)
     N, C, H, W, Q, K, R, S = sizes
     groups = geometry["groups"]
     for name, value in (("C", C), ("Q", Q), *((("K", K),) if geometry["compact"] else ())):
@@ -388,5 +389,5 @@ def _problem(
     padding = checks.padding4(op, geometry["padding"], (R, S), geometry["stride"], geometry["dilation"])
     return Conv2dProblem(
         N=N, C=C, H=H, W=W, Q=Q, K=K, R=R, S=S, **{**geometry, "padding": padding}, **flags,
-        dtype=dtypes[dtype], device=device,
+        dtype=terminal.dtype(dtype), device=device,
     )  # fmt: skip

@@ -14,7 +14,6 @@ import os
 import pkgutil
 import platform
 import re
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,8 +24,9 @@ import torch
 
 from basisconv_kernels import ops as ops_package
 from basisconv_kernels import testing
-from basisconv_kernels.core import checks, env, extension, registry
-from basisconv_kernels.core.problem import Conv2dProblem
+from basisconv_kernels.core import checks, env, extension, machine, registry, tuning
+from basisconv_kernels.core.problem import Conv2dProblem, dtype_name
+from basisconv_kernels.core.version import __version__
 from basisconv_kernels.layers.decompose import break_even
 from basisconv_kernels.ops.basis_conv2d import basis_conv2d
 
@@ -37,10 +37,10 @@ DEVICES = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}  # any other backend 
 
 
 def op_modules() -> dict[str, ModuleType]:
-    """The modules of all ops, by name: those that list candidates."""
+    """The modules of all ops, by name: those that hold the op of their own name."""
     names = sorted(found.name for found in pkgutil.iter_modules(ops_package.__path__))
     modules = {name: importlib.import_module(f"{ops_package.__name__}.{name}") for name in names}
-    return {name: module for name, module in modules.items() if hasattr(module, "CANDIDATES")}
+    return {name: module for name, module in modules.items() if getattr(module, "OP", None) == name}
 
 
 def op_module(name: str) -> ModuleType:
@@ -51,32 +51,12 @@ def op_module(name: str) -> ModuleType:
     return modules[name]
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """``torch.float32`` → ``float32``."""
-    return str(dtype).removeprefix("torch.")
-
-
 # --- env --------------------------------------------------------------------------------------------------------------
-
-
-def cpu_name() -> str:
-    """The processor's model as the operating system names it."""
-    path = Path("/proc/cpuinfo")
-    if path.exists():
-        for line in path.read_text("utf-8", "replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def cores() -> int | None:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def isa() -> str:
-    """The instruction set that the native kernels use; ``none`` where there are none."""
-    return str(extension.facts().get("cpu", {}).get("in_use", "none"))
 
 
 def version_of(distribution: str) -> str | None:
@@ -87,24 +67,19 @@ def version_of(distribution: str) -> str | None:
         return None
 
 
-def package_version() -> str:
-    """Version of this package, also of a checkout that was never installed."""
-    return str(sys.modules[__name__.partition(".")[0]].__version__)
-
-
 def environment() -> dict[str, Any]:
     """Everything that a bug report needs, as JSON values; None where something is absent."""
     facts = extension.facts()
     onednn = re.search(r"(?:oneDNN|MKL-DNN) v([\d.]+)", torch.__config__.show())
     distributions = sorted({*OTHERS, *(name for names in EXTRAS.values() for name in names)} - {"torch"})
     return {
-        "basisconv_kernels": package_version(),
+        "basisconv_kernels": __version__,
         "native_library": facts or extension.load(),
         "python": f"{platform.python_implementation()} {platform.python_version()}",
         "system": platform.platform(),
-        "cpu": cpu_name(),
+        "cpu": machine.cpu_name(),
         "cores": cores(),
-        "isa": isa(),
+        "isa": machine.isa(),
         "torch": torch.__version__,
         "torch_git": torch.version.git_version,
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -163,14 +138,19 @@ def explain(op: str, problem: Conv2dProblem, asked: str | None) -> dict[str, Any
         problem: with its sizes.
         asked: a backend wished by name, or None.
 
+    Returns:
+        dict: JSON values; ``candidates`` are the reasons why each cannot run, ``slower`` why automatic choice passes
+        over some, ``measured`` the entries of ``tables`` for these weights, at whatever batch and map size.
+
     Raises:
         ValueError: an unknown op, or a problem that has no output.
     """
     candidates = op_module(op).CANDIDATES
     against = registry.reasons(candidates, problem)
     wished = asked or registry.wish()
-    runnable = [name for name, reasons in against.items() if not reasons]
-    chosen = next((name for name in runnable if wished in (None, name)), None)
+    slower = {} if wished else tuning.slower(op, problem)
+    first = registry.first(candidates, against, wished, slower)
+    chosen = first.name if first else None
     Q_star = break_even(problem.K, problem.taps, problem.groups if problem.compact else 1)
     OH, OW = problem.output_size
     mixing = problem.K * problem.mixed
@@ -180,8 +160,11 @@ def explain(op: str, problem: Conv2dProblem, asked: str | None) -> dict[str, Any
         "output": [problem.N, problem.K, OH, OW],
         "asked": wished,
         "chosen": chosen,
-        "isa": isa() if chosen == "cpu" else None,
+        "isa": machine.isa() if chosen == "cpu" else None,
         "candidates": {name: list(reasons) for name, reasons in against.items()},
+        "slower": slower,
+        "tables": [str(table.path) for table in tuning.tables() if table.unused is None],
+        "measured": tuning.entries_for(op, problem),
         "unknown_backend": wished if wished is not None and wished not in against else None,
         "macs_dense": problem.dense_macs(),
         "macs_basis": problem.macs(),
@@ -210,7 +193,7 @@ class Finding:
 
 def doctor() -> list[Finding]:
     """What is built, found and missing, and one tiny run of every backend and dtype against the reference."""
-    return [*_installation(), *_backends(), *_assets(), *_extras()]
+    return [*_installation(), *_backends(), *_tables(), *_assets(), *_extras()]
 
 
 def _installation() -> list[Finding]:
@@ -265,6 +248,20 @@ def _run_basis_conv2d(backend: str, dtype: torch.dtype, device: str) -> None:
 
 
 _TINY_RUNS = {"basis_conv2d": _run_basis_conv2d}
+
+
+def _tables() -> list[Finding]:
+    what, found = "tuned table", []
+    for table in tuning.tables():
+        if table.unused is not None:
+            found.append(Finding(what, "missing", f"{table.path} is not used: {table.unused}; run `basisconv tune`"))
+            continue
+        slow = sum(bool(tuning.slower_in(entry)) for entry in table.entries if entry["disturbed"] <= tuning.BUSY)
+        busy = sum(entry["disturbed"] > tuning.BUSY for entry in table.entries)
+        verdict = f"a kernel is slower than plain PyTorch in {slow}" + (f", {busy} measured while busy" if busy else "")
+        found.append(Finding(what, "ok", f"{table.path}: {len(table.entries)} problems; {verdict}"))
+    advice = f"none for this processor ({tuning.file_name()}): run `basisconv tune`"
+    return found or [Finding(what, "missing", advice)]
 
 
 def _assets() -> list[Finding]:

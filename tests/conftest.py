@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -13,13 +16,15 @@ import pytest
 import torch
 
 from basisconv_kernels import testing
-from basisconv_kernels.core import registry
+from basisconv_kernels.core import registry, tuning
+from basisconv_kernels.ops import basis_conv2d as op
 from basisconv_kernels.testing import Case
 
 hypothesis.settings.register_profile("default", max_examples=150, deadline=None)
 hypothesis.settings.register_profile("full", max_examples=100_000, deadline=None)
 
 ON_CUDA = ("cuda", "triton")
+_CACHE = pytest.StashKey[tempfile.TemporaryDirectory[str]]()
 
 
 @dataclass(frozen=True)
@@ -48,10 +53,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Neither what was measured on this machine nor a wish of its user decides which backend the tests run on.
+    config.stash[_CACHE] = tempfile.TemporaryDirectory()
+    os.environ["BASISCONV_CACHE"] = config.stash[_CACHE].name
+    for name in ("BASISCONV_BACKEND", "BASISCONV_TUNE"):
+        os.environ.pop(name, None)
     hypothesis.settings.load_profile("full" if config.getoption("--full") else "default")
     # On maps this small a second thread only waits, for whole time slices where other processes run (xdist, say). The
     # tests that are about threads take the fixture of that name.
     torch.set_num_threads(1)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if _CACHE in config.stash:
+        config.stash[_CACHE].cleanup()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -99,6 +114,18 @@ def threads() -> Any:
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """An empty cache folder, no tuned table and no remembered choice; all of them are as before after the test."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("BASISCONV_CACHE", str(folder))
+    monkeypatch.setattr(tuning, "PACKAGED", tmp_path / "packaged")
+    monkeypatch.setattr(op, "_plans", {})
+    tuning.forget()
+    yield folder
+    tuning.forget()
 
 
 @pytest.fixture

@@ -8,11 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
-import secrets
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NoReturn
 
 import safetensors
@@ -126,32 +123,6 @@ def parse_json(text: str, source: str) -> dict[str, Any]:
     if _depth(value) > MAX_DEPTH:
         refuse(source, f"its JSON is nested more than {MAX_DEPTH} deep")
     return value
-
-
-def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write a file so that at every moment its path names either the old content or the new.
-
-    Raises:
-        OSError: it could not be written; the old file is as it was, and nothing else is left behind.
-    """
-    target = Path(os.path.realpath(path))  # a link stays a link
-    temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(8)}.tmp")
-    try:
-        with open(temporary, "xb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        if target.exists():
-            os.chmod(temporary, target.stat().st_mode & 0o777)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-    if os.name == "posix":  # the name itself must reach the disk too
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def refuse(source: str, problem: str) -> NoReturn:

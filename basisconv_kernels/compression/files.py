@@ -19,12 +19,11 @@ from basisconv_kernels.compression import (
     recipe_graphs,
     recipe_layers,  # noqa: F401  (registers the layer kinds)
 )
-from basisconv_kernels.compression.recipe import ArchitectureError, Recipe
+from basisconv_kernels.compression.recipe import Recipe
 from basisconv_kernels.compression.recipe_network import Network, describe, refuse_difference, refuse_empty, some
 from basisconv_kernels.compression.restructure import Transaction, find, new_graphs, new_layers, same_bits
-from basisconv_kernels.core.errors import FileFormatError
-
-__all__ = ["ArchitectureError", "load", "read_recipe", "save"]
+from basisconv_kernels.core.disk import write_atomically
+from basisconv_kernels.core.errors import ArchitectureError, FileFormatError
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -69,7 +68,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         _decode(content, "what would be written")  # what could not be read again is not written
     except (FileFormatError, UnicodeEncodeError) as error:
         raise ValueError(f"save: the format cannot hold this network: {error}") from error
-    container.write_atomically(path, content)
+    write_atomically(path, content)
 
 
 def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:

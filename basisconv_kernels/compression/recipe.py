@@ -20,10 +20,6 @@ MAX_TEXT = 1000  # characters of a name
 FOLDABLE = (_BatchNorm, nn.ReLU, nn.ReLU6, nn.Identity)  # what a layer may have taken in
 
 
-class ArchitectureError(ValueError):
-    """A model file is intact but belongs to another network than the one given; nothing was changed."""
-
-
 @dataclass(frozen=True)
 class Field:
     """What a value in the recipe must be: in words, and as a check."""

@@ -19,7 +19,8 @@ from torch import Tensor, fx, nn
 
 from basisconv_kernels.compression.container import refuse, shown
 from basisconv_kernels.compression.fold import TRACE_ERRORS
-from basisconv_kernels.compression.recipe import FOLDABLE, MAX_INT, NAME, ArchitectureError, Graph, described_types
+from basisconv_kernels.compression.recipe import FOLDABLE, MAX_INT, NAME, Graph, described_types
+from basisconv_kernels.core.errors import ArchitectureError
 
 OPS = ("placeholder", "get_attr", "call_function", "call_method", "call_module", "output")
 MAX_NODES = 50_000

@@ -15,7 +15,6 @@ from basisconv_kernels.compression.recipe import (
     BOOLEAN,
     FOLDABLE,
     NULL,
-    ArchitectureError,
     LayerKind,
     difference,
     either,
@@ -27,6 +26,7 @@ from basisconv_kernels.compression.recipe import (
     sizes,
 )
 from basisconv_kernels.core.checks import ACTIVATIONS, FLOAT_DTYPES
+from basisconv_kernels.core.errors import ArchitectureError
 from basisconv_kernels.layers import conversion, folding
 from basisconv_kernels.layers.basis_conv2d import BASES, PADDING_MODES, BasisConv2d
 

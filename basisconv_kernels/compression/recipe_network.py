@@ -10,7 +10,8 @@ from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
 from basisconv_kernels.compression import container, recipe_graphs
-from basisconv_kernels.compression.recipe import ArchitectureError, Layer, Recipe, difference, kind_of
+from basisconv_kernels.compression.recipe import Layer, Recipe, difference, kind_of
+from basisconv_kernels.core.errors import ArchitectureError
 
 
 class Network(NamedTuple):

@@ -12,9 +12,9 @@ from torch import Tensor, fx, nn
 
 from basisconv_kernels.compression import recipe_graphs
 from basisconv_kernels.compression.container import refuse
-from basisconv_kernels.compression.recipe import ArchitectureError, Graph, Layer, kind_named
+from basisconv_kernels.compression.recipe import Graph, Layer, kind_named
 from basisconv_kernels.compression.recipe_network import Network, refuse_other_dtype
-from basisconv_kernels.core.errors import FileFormatError
+from basisconv_kernels.core.errors import ArchitectureError, FileFormatError
 
 
 def find(model: nn.Module, name: str) -> nn.Module | None:

@@ -24,8 +24,10 @@ VARIABLES = (
     Variable(
         "BASISCONV_CPU_ISA", "caps the instruction set of the CPU kernels; read once a process", "base|avx2|avx512|amx"
     ),
+    Variable("BASISCONV_CACHE", "folder of what is measured on this machine: tuned/<device>.json", "a path"),
     Variable("BASISCONV_DATA", "folder with data sets (cifar10.npz, fashion-mnist/)", "a path"),
     Variable("BASISCONV_LOG", "what to log on stderr", "dispatch"),
+    Variable("BASISCONV_TUNE", "time the backends of weights that no table knows, when first used", "first-use"),
     Variable("BASISCONV_BUILD", "read by setup.py only: which kernels to build", "auto|cpu|cuda|none"),
     Variable("NO_COLOR", "no colours in the output of the command line", "any value"),
 )
@@ -46,13 +48,35 @@ def log_topics() -> frozenset[str]:
     return frozenset(part.strip() for part in (_get("BASISCONV_LOG") or "").split(",") if part.strip())
 
 
+def tunes_on_first_use() -> bool:
+    """Whether ``BASISCONV_TUNE`` asks for it."""
+    return _get("BASISCONV_TUNE") == "first-use"
+
+
+def cache_folder() -> Path:
+    """The folder of what is measured on this machine: ``BASISCONV_CACHE``, or ``basisconv`` in the user's cache folder.
+
+    Raises:
+        RuntimeError: neither variable is set and this user has no home folder.
+    """
+    return _folder("BASISCONV_CACHE", "basisconv")
+
+
 def data_folder() -> Path:
-    """The folder with data sets: ``BASISCONV_DATA``, or ``basisconv-data`` in the user's cache folder."""
-    named = _get("BASISCONV_DATA")
+    """The folder with data sets: ``BASISCONV_DATA``, or ``basisconv-data`` in the user's cache folder.
+
+    Raises:
+        RuntimeError: neither variable is set and this user has no home folder.
+    """
+    return _folder("BASISCONV_DATA", "basisconv-data")
+
+
+def _folder(variable: str, default: str) -> Path:
+    """The folder that a variable names, else one in ``XDG_CACHE_HOME``, else one in ``~/.cache``."""
+    named, cache = _get(variable), _get("XDG_CACHE_HOME")
     if named:
         return Path(named).expanduser()
-    cache = _get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "basisconv-data"
+    return (Path(cache) if cache else Path.home() / ".cache") / default
 
 
 def as_set() -> dict[str, str]:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
 from basisconv_kernels.core import checks
 from basisconv_kernels.core.checks import Pair, Quad
+
+# What the choice of a backend does not see: batch and map change from call to call, the others cost next to nothing.
+OPEN = ("N", "H", "W", "bias", "residual", "activation")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``torch.float32`` → ``float32``."""
+    return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
@@ -66,11 +75,17 @@ class Conv2dProblem:
         oh, ow = self.output_size
         return self.N * oh * ow * self.K * self.taps
 
+    def to_json(self) -> dict[str, Any]:
+        """All fields but the device, which a file states once, as JSON values."""
+        values = {**asdict(self), "dtype": dtype_name(self.dtype)}
+        values.pop("device")
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
     def __str__(self) -> str:
         text = f"{self.C}→{self.Q}→{self.K} {self.R}×{self.S}"
         if self.H:
             text = f"N{self.N} {text} @{self.H}×{self.W}"
-        text += f" {str(self.dtype).removeprefix('torch.')} {self.device}"
+        text += f" {dtype_name(self.dtype)} {self.device}"
         if self.channels_last:
             text += " channels_last"
         if self.stride != (1, 1):

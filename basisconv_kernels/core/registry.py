@@ -1,7 +1,8 @@
 """Choice of a backend: ordered candidates, the reasons against each, and the user's wish.
 
 An op lists its candidates in the order of preference. ``supports`` gives the reasons against one, empty when it runs.
-Automatic choice takes the first without reasons; a wish by name works or raises with every candidate's reasons.
+Automatic choice takes the first without reasons that was not measured to be slower than plain PyTorch; a wish by name
+works or raises with every candidate's reasons.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -35,6 +37,7 @@ class Candidate:
     supports: Callable[[Any], Sequence[str]]
 
 
+_NOTHING: Mapping[str, str] = MappingProxyType({})
 _NOBODY = ""  # no use_backend block around: the environment speaks
 _wish: ContextVar[str | None] = ContextVar("basisconv_backend", default=_NOBODY)
 
@@ -82,30 +85,54 @@ def reasons(candidates: Sequence[Candidate], problem: Any) -> dict[str, tuple[st
     return found
 
 
-def select(op: str, candidates: Sequence[Candidate], problem: Any, asked: str | None) -> Candidate:
+def first(
+    candidates: Sequence[Candidate],
+    against: Mapping[str, Sequence[str]],
+    asked: str | None,
+    slower: Mapping[str, str] = _NOTHING,
+) -> Candidate | None:
+    """The candidate for a call, None where none can run it.
+
+    Args:
+        candidates: in order of preference.
+        against: what ``reasons`` gave for them.
+        asked (str or None): a wish by name; it alone counts then.
+        slower: {backend: by how much, in words} of those that automatic choice passes over, as from ``tuning.slower``;
+            where all that can run are slower, none is passed over.
+    """
+    able = [c for c in candidates if not against[c.name] and asked in (None, c.name)]
+    fast = [c for c in able if asked is not None or c.name not in slower]
+    return next(iter(fast or able), None)
+
+
+def select(
+    op: str,
+    candidates: Sequence[Candidate],
+    problem: Any,
+    asked: str | None,
+    slower: Mapping[str, str] = _NOTHING,
+) -> Candidate:
     """The candidate for this call.
 
     Args:
         op (str): name of the op, for messages.
         candidates: in order of preference.
         problem: what ``supports`` understands.
-        asked (str or None): the user's explicit choice; None chooses the first that can run.
+        asked (str or None): the user's explicit choice; None chooses.
+        slower: as for ``first``.
 
     Raises:
         BackendUnavailable: the backend asked for cannot run the problem, or none can.
     """
     against = reasons(candidates, problem)
-    if asked is not None:
-        for candidate in candidates:
-            if candidate.name == asked and not against[asked]:
-                return candidate
+    chosen = first(candidates, against, asked, slower)
+    if chosen is None:
         raise BackendUnavailable(_refusal(op, problem, asked, against))
-    for candidate in candidates:
-        if not against[candidate.name]:
-            passed = [f"{name}: {'; '.join(why)}" for name, why in against.items() if why]
-            log.once(f"{op} [{problem}] → {candidate.name}" + (f" (not {' | '.join(passed)})" if passed else ""))
-            return candidate
-    raise BackendUnavailable(_refusal(op, problem, None, against))
+    if asked is None:
+        why_not = {name: "; ".join(why) or slower.get(name) for name, why in against.items() if name != chosen.name}
+        passed = [f"{name}: {why}" for name, why in why_not.items() if why]
+        log.once(f"{op} [{problem}] → {chosen.name}" + (f" (not {' | '.join(passed)})" if passed else ""))
+    return chosen
 
 
 def _refusal(op: str, problem: Any, asked: str | None, against: dict[str, tuple[str, ...]]) -> str:

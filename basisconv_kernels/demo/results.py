@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from basisconv_kernels.compression.model import network_parameters
 from basisconv_kernels.compression.report import CompressionReport
+from basisconv_kernels.core.timing import Series, speed_up
 from basisconv_kernels.demo import measure
 from basisconv_kernels.demo.timing import LARGE
 from basisconv_kernels.layers.conversion import dense_parameters
@@ -55,7 +56,7 @@ class Level:
 class Times:
     """Samples of networks {batch: {network: ms an image}}, their memory formats, and spreads of layers {energy: …}."""
 
-    networks: dict[int, dict[str, measure.Series]] = field(default_factory=dict)
+    networks: dict[int, dict[str, Series]] = field(default_factory=dict)
     formats: dict[int, dict[str, str]] = field(default_factory=dict)
     layers: dict[float, dict[int, dict[str, Any]]] = field(default_factory=dict)
 
@@ -83,7 +84,7 @@ def level_results(
         forms[form] = {
             "accuracy": measure.accuracy(level.logits[form], labels),
             "ms_per_image": {str(b): t[key].spread().to_dict() for b, t in times.networks.items()},
-            "speed_up": {str(b): measure.speed_up(t["dense"], t[key]).to_dict() for b, t in times.networks.items()},
+            "speed_up": {str(b): speed_up(t["dense"], t[key]).to_dict() for b, t in times.networks.items()},
         }
     fused, two_step = level.logits["fused"], level.logits["two_step"]
     forms["two_step"]["other_predictions_than_fused"] = int((fused.argmax(1) != two_step.argmax(1)).sum())

@@ -18,6 +18,8 @@ from basisconv_kernels.compression.files import save
 from basisconv_kernels.compression.finetune import EpochRecord, finetune, trainable_parameters
 from basisconv_kernels.compression.fold import fold_batchnorm
 from basisconv_kernels.compression.model import compress, to_plain
+from basisconv_kernels.compression.named import load_weights
+from basisconv_kernels.core.timing import disturbed
 from basisconv_kernels.demo import measure, models, page, results
 from basisconv_kernels.demo.data import Batches, Split
 from basisconv_kernels.demo.inference import channels_last, inference_form, packing_available
@@ -110,7 +112,7 @@ class _Demo:
         self.test = Split(test.images[: settings.test_images], test.labels[: settings.test_images])
         self.dense = models.build(settings.network, self.test.images.shape[1])
         self.weights = models.weights_file(settings.data, settings.network, settings.weights)
-        models.load_weights(self.dense, self.weights)
+        load_weights(self.dense, self.weights)
         self.dense.eval()
         self.first_conv = next(name for name, m in self.dense.named_modules() if isinstance(m, nn.Conv2d))
         self.images = channels_last(self.data.normalise(self.test.images[:LARGE]))
@@ -157,9 +159,7 @@ class _Demo:
                 "dtype": "float32",
                 "memory_format": {str(batch): formats for batch, formats in times.formats.items()},
                 "packed_convolutions": packing_available(),
-                "disturbed_samples": round(
-                    measure.disturbed(s for t in times.networks.values() for s in t.values()), 4
-                ),
+                "disturbed_samples": round(disturbed(s for t in times.networks.values() for s in t.values()), 4),
             },
             "dense": results.dense_results(self.dense, levels[0].report, accuracy, len(labels), times),
             "levels": rows,

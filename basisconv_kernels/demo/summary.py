@@ -9,6 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from basisconv_kernels.core.tuning import BUSY, PLAIN, slower_in
 from basisconv_kernels.demo.results import disturbance, middle, some
 from basisconv_kernels.layers.decompose import break_even
 
@@ -195,18 +196,20 @@ def _short(values: dict[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in values.items())
 
 
-def tuned_rows(table: dict[str, Any]) -> list[tuple[str, ...]]:
+def tuned_rows(entries: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
     """A table of what ``tune`` measured."""
-    backends = list(dict.fromkeys(name for entry in table["entries"] for name in entry["ms"]))
-    rows = [("problem", *(f"{name} ms" for name in backends), "fastest", "reference / fastest")]
-    for entry in table["entries"]:
+    backends = list(dict.fromkeys(name for entry in entries for name in entry["ms"]))
+    rows = [("problem", *(f"{name} ms" for name in backends), "fastest", "reference / fastest", "passed over")]
+    for entry in entries:
         p = entry["problem"]
         shape = f"N{p['N']} {p['C']}→{p['Q']}→{p['K']} {p['R']}×{p['S']} @{p['H']}×{p['W']}"
         shape += f" stride {p['stride'][0]}" if p["stride"] != [1, 1] else ""
+        shape += " channels_last" if p["channels_last"] else " NCHW"
         best = entry["ms"][entry["fastest"]]["median"]
         cells = [_milliseconds(entry["ms"].get(name)) for name in backends]
-        gain = f"{entry['ms']['reference']['median'] / best:.2f}×" if "reference" in entry["ms"] else ""
-        rows.append((shape, *cells, entry["fastest"], gain))
+        gain = f"{entry['ms'][PLAIN]['median'] / best:.2f}×" if PLAIN in entry["ms"] else ""
+        slower = "does not count: busy" if entry["disturbed"] > BUSY else ", ".join(slower_in(entry))
+        rows.append((shape, *cells, entry["fastest"], gain, slower))
     return rows
 
 
@@ -223,10 +226,17 @@ def explanation_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
         runs += f" (asked for: {found['asked']})"
     rows = [("problem", found["problem"]), ("output", f"[{N}, {K}, {OH}, {OW}]"), ("runs on", runs)]
     for name, reasons in found["candidates"].items():
-        verdict = "; ".join(reasons) if reasons else "chosen" if name == found["chosen"] else "could run"
-        rows.append((f"  {name}", verdict))
+        able = "chosen" if name == found["chosen"] else found["slower"].get(name, "could run")
+        rows.append((f"  {name}", "; ".join(reasons) or able))
     if found["unknown_backend"]:
         rows.append((f"  {found['unknown_backend']}", "not a backend of this op"))
+    rows.append(("tuned tables", ", ".join(found["tables"]) or "none for this processor: run `basisconv tune`"))
+    if found["tables"] and not found["measured"]:
+        rows.append(("  measured", "nothing for these weights in this memory format with so many threads"))
+    for entry in found["measured"]:
+        p, times = entry["problem"], (f"{name} {_milliseconds(spread)} ms" for name, spread in entry["ms"].items())
+        size = f"N{p['N']} @{p['H']}×{p['W']}, {entry['threads']} threads"
+        rows.append(("  measured", f"{', '.join(times)} ({size})"))
     ratio = _fewer(found["macs_dense"], found["macs_basis"])
     macs = f"{found['macs_basis']:,} instead of {found['macs_dense']:,} ({ratio})"
     weights = f"{found['weights_basis']:,} instead of {found['weights_dense']:,}"

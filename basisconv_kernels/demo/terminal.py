@@ -1,13 +1,16 @@
-"""Words in and out of the command line: messages, JSON, columns of text, and options that hold several numbers."""
+"""Words in and out of the command line: messages, JSON, columns of text, and options with a form of their own."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
+
+if TYPE_CHECKING:
+    import torch
 
 LONGEST_MESSAGE = 1200
 
@@ -63,6 +66,23 @@ def pair(text: str, option: str, least: int) -> tuple[int, int]:
             f"must be one or two whole numbers of at least {least}, got {text!r}", param_hint=option
         )
     return int(parts[0]), int(parts[-1])
+
+
+def one_of(option: str, value: Any, known: Sequence[Any]) -> None:
+    """Wrong usage where the value of an option is not one of the known ones."""
+    if value not in known:
+        names = ", ".join(str(name) for name in known if name is not None)
+        raise typer.BadParameter(f"must be one of {names}, got {value!r}", param_hint=option)
+
+
+def dtype(name: str) -> torch.dtype:
+    """``float32`` → ``torch.float32``; wrong usage where the ops do not take it."""
+    from basisconv_kernels.core import checks
+    from basisconv_kernels.core.problem import dtype_name
+
+    dtypes = {dtype_name(known): known for known in checks.FLOAT_DTYPES}
+    one_of("--dtype", name, list(dtypes))
+    return dtypes[name]
 
 
 def flat(value: Any) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from basisconv_kernels.core.timing import Series, interleave
 from basisconv_kernels.demo import measure
 from basisconv_kernels.demo.inference import channels_last, inference_form
 from basisconv_kernels.layers.basis_conv2d import BasisConv2d
@@ -46,7 +47,7 @@ class Forms:
 
 def time_all(
     forms: Forms, batch: int, seconds: float, progress: Callable[[float], None]
-) -> tuple[dict[str, measure.Series], dict[str, str]]:
+) -> tuple[dict[str, Series], dict[str, str]]:
     """Milliseconds an image of every network at a batch size, and the memory format in which each was timed.
 
     A short trial finds for each network whether NCHW or channels_last serves it better.
@@ -92,9 +93,7 @@ def time_layers(
             "fused": layer,
         }
         with torch.inference_mode():
-            taken = measure.interleave(
-                {form: _bound(m, inputs[name]) for form, m in calls.items()}, seconds / len(names)
-            )
+            taken = interleave({form: _bound(m, inputs[name]) for form, m in calls.items()}, seconds / len(names))
         found[name] = {form: series.scaled(1e3).spread().to_dict() for form, series in taken.items()}
         progress((done + 1) / len(names))
     return found

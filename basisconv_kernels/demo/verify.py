@@ -21,6 +21,7 @@ from torch import Tensor
 
 from basisconv_kernels.compression.files import load
 from basisconv_kernels.compression.fold import fold_batchnorm
+from basisconv_kernels.compression.named import first_line
 from basisconv_kernels.core.errors import FileFormatError
 from basisconv_kernels.demo import measure, models
 from basisconv_kernels.demo.data import Split
@@ -95,7 +96,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         try:
             network = load(Path(request["folder"], name), network).eval()
         except (FileFormatError, OSError, ValueError) as error:
-            files[name] = {"passed": False, "images": len(split.labels), "error": models.first_line(error)}
+            files[name] = {"passed": False, "images": len(split.labels), "error": first_line(error)}
             continue
         folded = inference_form(fold_batchnorm(network, example)[0], example)
         files[name] = compare(measure.predict(folded, images, split, task.batch_size), expected)

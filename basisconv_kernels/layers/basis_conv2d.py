@@ -15,7 +15,7 @@ from basisconv_kernels.layers.basis_conv2d_conversion import NAME, Convertible
 from basisconv_kernels.layers.packing import Prepared, PreparedWeights
 from basisconv_kernels.ops.basis_conv2d import basis_conv2d
 from basisconv_kernels.ops.basis_conv2d_native import basis_conv2d_pack
-from basisconv_kernels.reference.basis_conv2d import memory_format
+from basisconv_kernels.reference.basis_conv2d import laid_out, memory_format
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 BASES = ("random_orthogonal", "dct", "learned")
@@ -211,7 +211,7 @@ class BasisConv2d(Convertible):
         top, bottom, left, right = self.pad_amounts
         padded = F.pad(input, (left, right, top, bottom), mode=self.padding_mode)
         # Circular padding forgets the memory format, which the result takes from its input.
-        return padded.contiguous(memory_format=memory_format(input)), (0, 0, 0, 0)
+        return laid_out(padded, memory_format(input)), (0, 0, 0, 0)
 
     def _norm_needs_maps(self) -> bool:
         """Whether the BatchNorm takes its statistics from this call, which forbids a single pass."""

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from basisconv_kernels.core import checks, registry
+from basisconv_kernels.core import env, registry, tuning
 from basisconv_kernels.core.autograd import refuse_double_backward
 from basisconv_kernels.core.checks import Pair, Quad
 from basisconv_kernels.core.problem import Conv2dProblem
 from basisconv_kernels.core.registry import Candidate
 from basisconv_kernels.ops import basis_conv2d_native as native
+from basisconv_kernels.ops.basis_conv2d_arguments import normal_form
 from basisconv_kernels.reference import basis_conv2d as reference
 
 OP = "basis_conv2d"
@@ -79,11 +79,28 @@ def _forward(backend: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     return target
 
 
-def _choose(device: str, dtype: torch.dtype, sizes: tuple[int, ...], asked: str | None, *fixed: Any) -> str:
+def _choose(
+    device: str, dtype: torch.dtype, layout: torch.memory_format, sizes: tuple[int, ...], asked: str | None, *fixed: Any
+) -> str:
     """Name of the backend. It looks only at what stays when batch and map size change: a constant in a graph."""
-    settings = Settings._make((*fixed, ""))
+    problem = problem_of(device, dtype, layout, sizes, Settings._make((*fixed, "")))
+    asked = asked or registry.wish()
+    slower = {} if asked else tuning.slower(OP, problem)
+    chosen = registry.select(OP, CANDIDATES, problem, asked, slower)
+    _forward(chosen.name)
+    return chosen.name
+
+
+# What torch.compiler.assume_constant_result does, without its import of the whole compiler: a second at every start.
+_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def problem_of(
+    device: str, dtype: torch.dtype, layout: torch.memory_format, sizes: tuple[int, ...], settings: Settings
+) -> Conv2dProblem:
+    """What the choice sees of a call; ``sizes`` are (C/G, Q, K, R, S, coefficients an output)."""
     taps_in, Q, K, R, S, mixed = sizes
-    problem = Conv2dProblem(
+    return Conv2dProblem(
         C=taps_in * settings.groups,
         Q=Q,
         K=K,
@@ -96,16 +113,10 @@ def _choose(device: str, dtype: torch.dtype, sizes: tuple[int, ...], asked: str 
         compact=mixed != Q,
         dtype=dtype,
         device=device,
+        channels_last=layout == torch.channels_last,
         activation=settings.activation,
         precise=settings.precise,
     )
-    chosen = registry.select(OP, CANDIDATES, problem, asked or registry.wish())
-    _forward(chosen.name)
-    return chosen.name
-
-
-# What torch.compiler.assume_constant_result does, without its import of the whole compiler: a second at every start.
-_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------------
@@ -194,64 +205,11 @@ def _normal_form(
     precise: Any,
     backend: str | None,
 ) -> Settings:
-    """Check every argument against every other and choose the backend."""
-    checks.tensor(OP, "input", input, 4, "[N, C, H, W]")
-    checks.tensor(OP, "basis_weight", basis_weight, 4, "[Q, C/groups, R, S]")
-    checks.tensor(OP, "coefficients", coefficients, 2, "[K, Q]")
-    C, H, W = input.shape[1:]
-    Q, taps_in, R, S = basis_weight.shape
-    K, mixed = coefficients.shape
-    if bias is not None:
-        checks.tensor(OP, "bias", bias, 1, "[K]")
-    if residual is not None:
-        checks.tensor(OP, "residual", residual, 4, "[N, K, OH, OW]")
-    others = {"basis_weight": basis_weight, "coefficients": coefficients, "bias": bias, "residual": residual}
-    checks.same_kind(OP, "input", input, others)
-
-    if not isinstance(groups, int) or isinstance(groups, bool):
-        raise TypeError(f"{OP}: groups must be an int, got {groups!r}")
-    if groups < 1:
-        raise ValueError(f"{OP}: groups must be at least 1, got {groups}")
-    if min(Q, R, S, taps_in) < 1:
-        raise ValueError(
-            f"{OP}: basis_weight must be [Q, C/groups, R, S] with no empty side, got {list(basis_weight.shape)}"
-        )
-    if K < 1:
-        raise ValueError(f"{OP}: coefficients must be [K, Q] with K at least 1, got {list(coefficients.shape)}")
-    if taps_in * groups != C:
-        raise ValueError(
-            f"{OP}: basis_weight must be [Q, C/groups, R, S] with C/groups = {C}/{groups} from input.shape[1], "
-            f"got {list(basis_weight.shape)}"
-        )
-    if Q % groups:
-        raise ValueError(f"{OP}: Q = basis_weight.shape[0] must be divisible by groups = {groups}, got {Q}")
-    if mixed != Q and (groups == 1 or mixed != Q // groups):
-        compact = f", or [K, Q/groups] = [{K}, {Q // groups}] block-diagonal" if groups > 1 else ""
-        raise ValueError(
-            f"{OP}: coefficients must be [K, Q] with Q = basis_weight.shape[0] = {Q}{compact}, "
-            f"got {list(coefficients.shape)}"
-        )
-    if mixed != Q and K % groups:
-        raise ValueError(
-            f"{OP}: coefficients [K, Q/groups] need K divisible by groups = {groups}, got {list(coefficients.shape)}"
-        )
-    if bias is not None and bias.shape[0] != K:
-        raise ValueError(f"{OP}: bias must be [K] with K = coefficients.shape[0] = {K}, got {list(bias.shape)}")
-
-    stride = checks.pair(OP, "stride", stride, at_least=1)
-    dilation = checks.pair(OP, "dilation", dilation, at_least=1)
-    padding = checks.padding4(OP, padding, (R, S), stride, dilation)
-    checks.activation(OP, activation)
-    OH, OW = checks.output_size(OP, (H, W), (R, S), stride, padding, dilation)
-    if residual is not None and tuple(residual.shape) != (input.shape[0], K, OH, OW):
-        raise ValueError(
-            f"{OP}: residual must be [N, K, OH, OW] = {[input.shape[0], K, OH, OW]}, got {list(residual.shape)}; "
-            "it is added before the activation and not broadcast"
-        )
-    # operator.index makes a size that a graph left open a constant: one graph a weight shape, for all batches and maps.
-    sizes = tuple(operator.index(size) for size in (taps_in, Q, K, R, S, mixed))
-    fixed = (stride, padding, dilation, groups, activation, bool(precise))
-    return Settings(*fixed, _choose(input.device.type, input.dtype, sizes, backend, *fixed))
+    """Check the arguments and choose the backend."""
+    tensors = (input, basis_weight, coefficients, bias, residual)
+    fixed, sizes = normal_form(*tensors, stride, padding, dilation, groups, activation, precise)
+    layout = reference.memory_format(input)
+    return Settings(*fixed, _choose(input.device.type, input.dtype, layout, sizes, backend, *fixed))
 
 
 _PLANS_KEPT = 4096
@@ -264,19 +222,27 @@ def _kinds(value: Any) -> Any:
 
 
 def _plan(tensors: tuple[Any, ...], arguments: tuple[Any, ...]) -> Settings:
-    """``_normal_form``, remembered by shapes, dtypes and arguments: what makes a repeated call cheap."""
+    """``_normal_form``, remembered by shapes, strides, dtypes and arguments: what makes a repeated call cheap."""
     try:
         signature = [(t.shape, t.dtype, t.device, t.layout) if t is not None else None for t in tensors]
-        key = (*signature, *arguments, *map(_kinds, arguments[:4]), registry.wish())
+        key = (*signature, tensors[0].stride(), *arguments, *map(_kinds, arguments[:4]), registry.wish())
         found = _plans.get(key)
-    except (AttributeError, TypeError):  # no tensor, or a list where a tuple could stand: the checks know
+    except (AttributeError, TypeError, RuntimeError):  # no dense tensor, or a list for a tuple: the checks know
         return _normal_form(*tensors, *arguments)
     if found is None:
         found = _normal_form(*tensors, *arguments)
+        if env.tunes_on_first_use() and _was_measured_now(tensors, found, arguments[-1]):
+            found = _normal_form(*tensors, *arguments)
         if len(_plans) >= _PLANS_KEPT:
             _plans.clear()
         _plans[key] = found
     return found
+
+
+def _was_measured_now(tensors: tuple[Any, ...], settings: Settings, asked: str | None) -> bool:
+    from basisconv_kernels.ops import basis_conv2d_tuning  # which calls this op
+
+    return basis_conv2d_tuning.on_first_use(tensors, settings, asked)
 
 
 def _autocast(
@@ -338,8 +304,8 @@ def basis_conv2d(
             kernel the packing; ignored by backends that need none.
 
     Returns:
-        Tensor[N, K, OH, OW]: in the dtype and the memory format of ``input``,
-        ``OH = floor((H + top + bottom − dilation·(R−1) − 1)/stride) + 1``, OW alike.
+        Tensor[N, K, OH, OW]: in the dtype of ``input`` and in the memory format that its strides state by PyTorch's own
+        rule, channels_last or else NCHW; ``OH = floor((H + top + bottom − dilation·(R−1) − 1)/stride) + 1``, OW alike.
 
     All five tensors have gradients; that of ``basis_weight`` is skipped when it needs none. Double backward and
     ``torch.vmap`` are refused. Under autocast the tensors are cast to the autocast dtype. float32 and float64 compute

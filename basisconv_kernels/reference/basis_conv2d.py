@@ -28,10 +28,29 @@ class Gradients(NamedTuple):
 
 
 def memory_format(input: Tensor) -> torch.memory_format:
-    """The layout of the result: channels_last where the input's channels are the fastest dimension, else NCHW."""
-    if input.shape[1] > 1 and input.stride(1) == 1 and not input.is_contiguous():
-        return torch.channels_last
-    return torch.contiguous_format
+    """The layout that the strides of ``input`` [N, C, H, W] state, and that the result gets: channels_last or NCHW.
+
+    PyTorch's own rule, so that a layer fits between two of PyTorch's: channels_last where each stride reaches past what
+    the dimensions before it span, in the order C, W, H, N. Where C is 1 or a map is one pixel, both formats describe
+    the same memory and the strides of the dimensions of size 1 say which is meant; where they fit both, NCHW is.
+    """
+    size, stride = input.shape, input.stride()
+    if stride[1] == 0:
+        return torch.contiguous_format
+    span = 0
+    for dim in (1, 3, 2, 0):
+        if size[dim] == 0 or stride[dim] < span or (dim == 0 and stride[1] == span):
+            return torch.contiguous_format
+        span = size[dim] * stride[dim]
+    return torch.channels_last
+
+
+def laid_out(maps: Tensor, layout: torch.memory_format) -> Tensor:
+    """Dense ``maps`` in a layout, with strides that state it; not copied if they do.
+
+    ``contiguous`` alone leaves maps with one channel, or of one pixel, in the strides that they have.
+    """
+    return maps.contiguous(memory_format=layout).to(memory_format=layout)
 
 
 def symmetric(input: Tensor, padding: Quad) -> tuple[Tensor, Pair]:
@@ -122,7 +141,7 @@ def recombine(
         out = F.relu(out)
     elif activation == "relu6":
         out = F.relu6(out)
-    return out.to(input.dtype).contiguous(memory_format=memory_format(input))
+    return laid_out(out.to(input.dtype), memory_format(input))
 
 
 def backward(

@@ -31,13 +31,15 @@ Example:
     basisconv_kernels.testing.compare.Mismatch: bias [...]: first mismatch at [n=0, k=0, y=0, x=0]: got ...
 
 ``pytest --candidate package.module:function`` runs the same over all cases and dtypes, gradients included where the
-kernel has any. The loops of ``testing.naive`` are the lowest oracle, for maps of a few pixels.
+kernel has any. Layers and whole networks, computed in two ways, are compared by ``check_same_layer`` and
+``check_same_network``. The loops of ``testing.naive`` are the lowest oracle, for maps of a few pixels.
 """
 
 from basisconv_kernels.testing.candidates import Kernel, load
 from basisconv_kernels.testing.cases import CASES, DTYPES, PERFORMANCE_CASES, Case, case
 from basisconv_kernels.testing.compare import Mismatch, Report, check, check_gradients, check_rounding, plain
 from basisconv_kernels.testing.inputs import Inputs, make_inputs, poisoned_allocations
+from basisconv_kernels.testing.same import check_same_layer, check_same_network
 
 __all__ = [
     "CASES",
@@ -52,6 +54,8 @@ __all__ = [
     "check",
     "check_gradients",
     "check_rounding",
+    "check_same_layer",
+    "check_same_network",
     "load",
     "make_inputs",
     "plain",

@@ -47,6 +47,16 @@ ORACLE_SHARE = {torch.float64: 2.0}
 # float64 against explicit formulas and finite differences (gradcheck): the step sets these, not the dtype.
 GRADCHECK = {"eps": 1e-6, "atol": 1e-6, "rtol": 1e-6}
 
+# Layers and networks computed in two ways, see ``testing.same``: the largest difference as a share of the largest
+# number of the result. float64: SVDs and folded BatchNorms lose a few of its 15 digits. float32: eight of its 24 bits,
+# for Winograd arithmetic and folded BatchNorms. 16-bit dtypes: eight units in the last place of the largest number.
+SAME_LAYER = {torch.float64: 1e-9, torch.float32: 2.0**-16, torch.bfloat16: 2.0**-4, torch.float16: 2.0**-7}
+# A network passes roundings on from layer to layer, and its BatchNorms may divide by small numbers: three bits more in
+# float32, one in the 16-bit dtypes, where more would let anything pass.
+SAME_NETWORK = {torch.float64: 1e-9, torch.float32: 2.0**-13, torch.bfloat16: 2.0**-3, torch.float16: 2.0**-6}
+# Formulas on whole matrices in float64 (spectra, bases, losses), an element each: rtol and atol of assert_close.
+FORMULA = {"rtol": 1e-9, "atol": 1e-9}
+
 
 @dataclass(frozen=True)
 class Bound:

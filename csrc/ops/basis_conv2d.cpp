@@ -151,8 +151,18 @@ float* thread_scratch(int64_t floats) {
   return static_cast<float*>(memory.get());
 }
 
-// The layout rule of the reference: channels_last where the channels are the fastest dimension of the input.
-bool is_channels_last(const Tensor& t) { return t.size(1) > 1 && t.stride(1) == 1 && !t.is_contiguous(); }
+// The layout rule of PyTorch and of reference.memory_format: channels_last where each stride reaches past what the
+// dimensions before it span, in the order C, W, H, N. Where C is 1 or a map is one pixel both formats describe the same
+// memory, and the strides alone say which is meant; where they fit both, NCHW is.
+bool is_channels_last(const Tensor& t) {
+  if (t.numel() == 0 || t.stride(1) == 0) return false;
+  int64_t span = 0;
+  for (const int64_t dim : {1, 3, 2, 0}) {
+    if (t.stride(dim) < span || (dim == 0 && t.stride(1) == span)) return false;
+    span = t.size(dim) * t.stride(dim);
+  }
+  return true;
+}
 
 // The result and, if `keep_maps`, z, both in the dtype and the layout of input.
 std::tuple<Tensor, Tensor> run(const Tensor& input, const Tensor& basis_weight, const Tensor& coefficients,

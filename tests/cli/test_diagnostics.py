@@ -60,6 +60,14 @@ def test_env_reports_variables_and_versions(basisconv, monkeypatch):
     assert "BASISCONV_LOG dispatch" in text
 
 
+def test_an_op_is_a_module_with_a_function_of_its_name():
+    modules = diagnostics.op_modules()
+    assert op.OP in modules
+    for name, module in modules.items():
+        assert callable(getattr(module, name))
+        assert module.CANDIDATES
+
+
 def test_ops_says_what_the_candidates_say(basisconv):
     rows = basisconv("ops", "--json").json
     for candidate in op.CANDIDATES:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
 import sys
 import types
 from collections.abc import Callable
@@ -15,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from basisconv_kernels import testing
 from basisconv_kernels.core import env
 from basisconv_kernels.demo.networks import CifarResNet
 
@@ -124,11 +124,10 @@ def _randomize() -> Callable[..., nn.Module]:
 
 @pytest.fixture
 def close() -> Callable[[Tensor, Tensor], None]:
-    """Assert that two results of a network are equal to 1e-9 (float64), or half the digits, of the largest number."""
+    """Assert that two results of a network are equal up to rounding, and of one dtype."""
 
     def check(got: Tensor, expected: Tensor) -> None:
-        share = 1e-9 if expected.dtype == torch.float64 else math.sqrt(torch.finfo(expected.dtype).eps)
-        limit = share * expected.abs().max().item()
-        torch.testing.assert_close(got, expected, rtol=0, atol=limit)
+        assert got.dtype == expected.dtype
+        testing.check_same_network(got, expected)
 
     return check

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from basisconv_kernels.compression.config import BasisConfig
-from basisconv_kernels.compression.files import ArchitectureError, load, save
+from basisconv_kernels.compression.files import load, save
 from basisconv_kernels.compression.fold import fold_batchnorm
 from basisconv_kernels.compression.model import compress
-from basisconv_kernels.core.errors import FileFormatError
+from basisconv_kernels.core.errors import ArchitectureError, FileFormatError
 
 ROOT = Path(__file__).parents[2]
 HALF = BasisConfig(fraction=0.5, keep_dense="never")

@@ -12,8 +12,7 @@ from torch import nn
 from basisconv_kernels.compression.basis import FORMS, PatchCorrelation, orthogonality_loss
 from basisconv_kernels.layers.basis_conv2d import BasisConv2d
 from basisconv_kernels.layers.decompose import break_even, channels_for_energy, decompose, kept_energy, pays
-
-CLOSE = {"rtol": 1e-9, "atol": 1e-9}
+from basisconv_kernels.testing import tolerances
 
 
 def weight(K: int, C: int, R: int, S: int, seed: int = 0) -> torch.Tensor:
@@ -29,8 +28,8 @@ def test_the_spectrum_is_exact_for_every_shape(groups, K, C, R, S):
     spectrum = decompose(w, groups)
     assert spectrum.singular_values.shape == (groups, min(K, C * R * S))
     assert (spectrum.singular_values.diff() <= 0).all()
-    torch.testing.assert_close((spectrum.mixing @ spectrum.rows).reshape(w.shape), w, **CLOSE)
-    torch.testing.assert_close(spectrum.energies.sum(), w.square().sum(), **CLOSE)
+    torch.testing.assert_close((spectrum.mixing @ spectrum.rows).reshape(w.shape), w, **tolerances.FORMULA)
+    torch.testing.assert_close(spectrum.energies.sum(), w.square().sum(), **tolerances.FORMULA)
     for per_group in range(1, spectrum.cap + 1):
         basis, coefficients = spectrum.truncate(per_group)
         assert basis.shape == (groups * per_group, C, R, S)
@@ -46,8 +45,8 @@ def test_signs_do_not_depend_on_rounding():
         assert row[2] < 0
     first = decompose(weight(6, 2, 3, 3))
     second = decompose(-weight(6, 2, 3, 3))
-    torch.testing.assert_close(first.rows, second.rows, **CLOSE)
-    torch.testing.assert_close(first.mixing, -second.mixing, **CLOSE)
+    torch.testing.assert_close(first.rows, second.rows, **tolerances.FORMULA)
+    torch.testing.assert_close(first.mixing, -second.mixing, **tolerances.FORMULA)
 
 
 def test_energy_rule_at_its_ends():
@@ -92,7 +91,7 @@ def test_patch_correlation_is_the_mean_over_patches(mode):
     rows = conv.weight.detach().reshape(2, 3, -1)
     expected = out.square().mean((0, 2, 3)).reshape(2, 3)
     got = torch.einsum("gkd,gde,gke->gk", rows, gathered.value, rows)
-    torch.testing.assert_close(got, expected, **CLOSE)
+    torch.testing.assert_close(got, expected, **tolerances.FORMULA)
 
 
 # --- orthogonality loss -----------------------------------------------------------------------------------------------
@@ -116,8 +115,8 @@ def test_gradients_are_the_formulas(form, groups):
         excess = rows @ rows.mT - torch.eye(Q, dtype=torch.float64)
         loss = excess.square().sum((1, 2)) / Q**2
         gradient = 4 / Q**2 * excess @ rows
-    torch.testing.assert_close(orthogonality_loss(basis, groups, form), loss.mean(), **CLOSE)
-    torch.testing.assert_close(basis.grad, (gradient / groups).reshape(basis.shape), **CLOSE)
+    torch.testing.assert_close(orthogonality_loss(basis, groups, form), loss.mean(), **tolerances.FORMULA)
+    torch.testing.assert_close(basis.grad, (gradient / groups).reshape(basis.shape), **tolerances.FORMULA)
     assert basis.grad.abs().max() > 0
     torch.autograd.gradcheck(lambda b: orthogonality_loss(b, groups, form), basis)
 
@@ -133,7 +132,7 @@ def test_the_loss_is_zero_for_orthonormal_rows_and_one_filter(form):
 def test_the_cosine_form_is_blind_to_lengths_and_finite_at_zero():
     basis = weight(6, 2, 3, 3)
     scaled = basis * torch.rand(6, 1, 1, 1, dtype=torch.float64)
-    torch.testing.assert_close(orthogonality_loss(basis), orthogonality_loss(scaled), **CLOSE)
+    torch.testing.assert_close(orthogonality_loss(basis), orthogonality_loss(scaled), **tolerances.FORMULA)
     with_zero = torch.cat([basis, torch.zeros(1, 2, 3, 3)]).requires_grad_()
     orthogonality_loss(with_zero).backward()
     assert with_zero.grad.isfinite().all()

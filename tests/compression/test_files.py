@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from basisconv_kernels.compression.config import BasisConfig
-from basisconv_kernels.compression.files import ArchitectureError, load, read_recipe, save
+from basisconv_kernels.compression.files import load, read_recipe, save
 from basisconv_kernels.compression.fold import fold_batchnorm
 from basisconv_kernels.compression.model import compress, network_parameters
+from basisconv_kernels.core.errors import ArchitectureError
 from basisconv_kernels.layers.basis_conv2d import BasisConv2d
 
 from .file_networks import (

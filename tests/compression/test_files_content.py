@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from basisconv_kernels.compression import recipe
 from basisconv_kernels.compression.config import BasisConfig
-from basisconv_kernels.compression.files import ArchitectureError, load, read_recipe, save
+from basisconv_kernels.compression.files import load, read_recipe, save
 from basisconv_kernels.compression.model import compress, network_parameters, to_plain
 from basisconv_kernels.compression.recipe import LayerKind
-from basisconv_kernels.core.errors import FileFormatError
+from basisconv_kernels.core.errors import ArchitectureError, FileFormatError
 from basisconv_kernels.demo.networks import SmallVGG
 from basisconv_kernels.layers.basis_conv2d import BasisConv2d
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from basisconv_kernels.compression.files import ArchitectureError, load, save
+from basisconv_kernels.compression.files import load, save
 from basisconv_kernels.compression.model import compress
+from basisconv_kernels.core.errors import ArchitectureError
 from basisconv_kernels.layers.basis_conv2d import BasisConv2d
 
 from .file_networks import HALF, Small, compressed, folded, refused, snapshot

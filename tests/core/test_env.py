@@ -60,6 +60,24 @@ def test_data_folder(monkeypatch, tmp_path):
     assert env.data_folder() == Path.home() / ".cache" / "basisconv-data"
 
 
+def test_cache_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("BASISCONV_CACHE", str(tmp_path))
+    assert env.cache_folder() == tmp_path
+    monkeypatch.setenv("BASISCONV_CACHE", "~/measured")
+    assert env.cache_folder() == Path.home() / "measured"
+    monkeypatch.delenv("BASISCONV_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert env.cache_folder() == tmp_path / "basisconv"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert env.cache_folder() == Path.home() / ".cache" / "basisconv"
+
+
+@pytest.mark.parametrize(("value", "expected"), [("first-use", True), ("", False), ("1", False), ("off", False)])
+def test_tuning_on_first_use_is_asked_for_by_its_name(monkeypatch, value, expected):
+    monkeypatch.setenv("BASISCONV_TUNE", value)
+    assert env.tunes_on_first_use() is expected
+
+
 def test_as_set_lists_ours_only(monkeypatch):
     monkeypatch.setenv("BASISCONV_LOG", "dispatch")
     monkeypatch.setenv("SECRET", "x")
@@ -72,7 +90,7 @@ def test_every_variable_that_is_read_is_listed():
         node.args[0].value
         for node in ast.walk(ast.parse(inspect.getsource(env)))
         if isinstance(node, ast.Call)
-        and getattr(node.func, "id", "") == "_get"
+        and getattr(node.func, "id", "") in ("_get", "_folder")
         and isinstance(node.args[0], ast.Constant)
     }
     assert {name for name in read if name.startswith("BASISCONV_")} <= listed
@@ -86,6 +104,6 @@ def test_every_variable_is_described():
 def test_every_variable_stands_in_the_documentation():
     page = Path(__file__).parents[2] / "docs" / "env.md"
     if not page.exists():
-        pytest.skip("docs/env.md is not written yet")
+        pytest.skip("the documents are not installed with the package")
     text = page.read_text(encoding="utf-8")
     assert [variable.name for variable in env.VARIABLES if variable.name not in text] == []

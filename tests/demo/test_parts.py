@@ -1,51 +1,18 @@
-"""The small parts of the demo: samples and spreads, progress, weights, charts for many layers."""
+"""The small parts of the demo: progress, weights, charts for many layers."""
 
 from __future__ import annotations
 
 import io
-import itertools
 
 import pytest
 import torch
 from rich.console import Console
 
-from basisconv_kernels.demo import measure, models, plots, results
-from basisconv_kernels.demo.measure import Series, Spread, interleave, speed_up
+from basisconv_kernels.compression.named import load_weights
+from basisconv_kernels.demo import models, plots, results
 from basisconv_kernels.demo.page import count, milliseconds, points, size
 from basisconv_kernels.demo.progress import Stages
 from basisconv_kernels.demo.run import Settings, run_demo
-
-
-def test_spread_interpolates_quartiles():
-    spread = Spread.of([4.0, 1.0, 3.0, 2.0])
-    assert (spread.median, spread.q1, spread.q3, spread.least, spread.samples) == (2.5, 1.75, 3.25, 1.0, 4)
-
-
-def test_interleave_takes_turns():
-    calls = {"a": 0, "b": 0}
-    order = []
-
-    def call_of(name):
-        def call():
-            calls[name] += 1
-            order.append(name)
-
-        return call
-
-    taken = interleave({name: call_of(name) for name in calls}, 0.0, least_rounds=4)
-    assert [len(series.values) for series in taken.values()] == [len(taken["a"].values)] * 2
-    turns = [name for name, _ in itertools.groupby(order)]
-    assert turns[-8:] == ["a", "b"] * 4
-
-
-def test_interrupted_samples_are_left_out_where_enough_remain():
-    calm = [True] * measure.LEAST_CALM + [False] * 5
-    series = Series([1.0] * measure.LEAST_CALM + [9.0] * 5, calm)
-    assert series.spread().q3 == 1.0
-    few = Series([1.0] * 3 + [9.0] * 5, [True] * 3 + [False] * 5)
-    assert few.spread().median == 9.0
-    assert speed_up(series, Series([0.5] * len(calm), [True] * len(calm))).median == 2.0
-    assert measure.disturbed([series]) == pytest.approx(5 / (measure.LEAST_CALM + 5))
 
 
 def test_stages_off_a_terminal_are_lines(capsys):
@@ -95,7 +62,7 @@ def test_networks_and_images_must_fit(tmp_path):
 
 def test_shipped_weights_fit():
     network = models.build("small-vgg", 1)
-    models.load_weights(network, models.weights_file("fashion-mnist", "small-vgg", None))
+    load_weights(network, models.weights_file("fashion-mnist", "small-vgg", None))
     assert torch.isfinite(network.classifier.weight).all()
 
 

@@ -1,4 +1,4 @@
-"""What the layer tests share: a comparison to the digits that a dtype has, and convolutions of every kind."""
+"""What the layer tests share: a comparison up to rounding, and convolutions of every kind."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-# In float64 two ways to compute one convolution agree to this; the other dtypes take the defaults of torch.testing.
-CLOSE_FLOAT64 = {"rtol": 1e-9, "atol": 1e-9}
+from basisconv_kernels import testing
 
 # Every size differs; each line is a way in which a conversion could lose something of the convolution.
 CONVOLUTIONS: dict[str, dict[str, Any]] = {
@@ -70,10 +69,10 @@ def image() -> Callable[..., Tensor]:
 
 @pytest.fixture
 def close() -> Callable[[Tensor, Tensor], None]:
-    """Assert that two tensors are equal up to rounding."""
+    """Assert that two results of a layer are equal up to rounding, and of one dtype."""
 
     def check(got: Tensor, expected: Tensor) -> None:
-        limits = CLOSE_FLOAT64 if expected.dtype == torch.float64 else {}
-        torch.testing.assert_close(got, expected, **limits)
+        assert got.dtype == expected.dtype
+        testing.check_same_layer(got, expected)
 
     return check

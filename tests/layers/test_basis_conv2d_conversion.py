@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
+from basisconv_kernels import testing
 from basisconv_kernels.layers.basis_conv2d import BasisConv2d
 from basisconv_kernels.layers.decompose import decompose
 from basisconv_kernels.layers.folding import expand_compact
+from basisconv_kernels.testing import tolerances
 
 OTHER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -73,17 +75,21 @@ def test_rows_are_unit_and_signs_canonical(conv, correlated, close):
         close(gram, torch.eye(gram.shape[1], dtype=torch.float64).expand_as(gram))
 
 
-def test_the_error_is_the_tail_of_the_spectrum(conv, close):
+def test_the_error_is_the_tail_of_the_spectrum(conv):
     full = BasisConv2d.from_conv(conv)
     spectrum = decompose(conv.weight, conv.groups)
     weight = conv.weight.detach()
     for per_group in range(1, full.basis_channels // conv.groups + 1):
         layer = BasisConv2d.from_conv(conv, basis_channels=per_group * conv.groups)
         error = (layer.to_conv().weight - weight).square().sum()
-        close(error, spectrum.singular_values[:, per_group:].square().sum())
+        tail = spectrum.singular_values[:, per_group:].square().sum()
+        torch.testing.assert_close(error, tail, **tolerances.FORMULA)
         kept = 1 - spectrum.kept_energy(per_group)
-        close(error / weight.square().sum(), torch.tensor(kept, dtype=torch.float64))
-        assert abs(spectrum.relative_error(per_group) - max(kept, 0) ** 0.5) < 1e-6
+        share = error / weight.square().sum()
+        torch.testing.assert_close(share, torch.tensor(kept, dtype=torch.float64), **tolerances.FORMULA)
+        assert spectrum.relative_error(per_group) ** 2 == pytest.approx(
+            max(kept, 0), rel=0, abs=tolerances.FORMULA["atol"]
+        )
 
 
 def test_groups_are_decomposed_one_by_one(convolution, image):
@@ -144,8 +150,7 @@ def test_dtype_device_and_flags_are_kept(dtype, convolution, image):
     assert not layer.coefficients.requires_grad
     assert layer.bias.requires_grad
     exact = copy.deepcopy(conv).double()(image(conv).double())
-    size = exact.abs().max().item()
-    torch.testing.assert_close(layer(image(conv)).double(), exact, rtol=0, atol=8 * torch.finfo(dtype).eps * size)
+    testing.check_same_layer(layer(image(conv)), exact)
 
 
 def test_the_activation_is_applied_last(convolution, image, close):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from basisconv_kernels import testing
 from basisconv_kernels.layers import basis_conv2d as module
 from basisconv_kernels.layers.basis_conv2d import BasisConv2d
 from basisconv_kernels.layers.packing import PreparedWeights
@@ -42,15 +43,13 @@ def layer(request: pytest.FixtureRequest) -> BasisConv2d:
     return made.eval()
 
 
-# Both sides are float32, one of them perhaps by Winograd arithmetic and with a BatchNorm folded in.
-CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 X = torch.randn(2, 6, 8, 9, generator=torch.Generator().manual_seed(0))
 
 
 def agrees(layer: BasisConv2d, x: torch.Tensor = X) -> None:
     """The remembered weights give what the layer's own weights give now."""
     with torch.no_grad():
-        torch.testing.assert_close(layer(x), copy.deepcopy(layer).to_plain().eval()(x), **CLOSE)
+        testing.check_same_layer(layer(x), copy.deepcopy(layer).to_plain().eval()(x))
 
 
 def test_weights_are_packed_once(layer, packs):
@@ -180,8 +179,7 @@ def test_conversion_to_another_dtype(dtype, layer):
         exact = copy.deepcopy(layer).double().to_plain().eval()(X.double())
         got = layer(X.to(dtype))
     assert got.dtype == dtype
-    limit = 8 * torch.finfo(dtype).eps * exact.abs().max().item()
-    torch.testing.assert_close(got.double(), exact, rtol=0, atol=limit)
+    testing.check_same_layer(got, exact)
 
 
 def test_weights_made_in_inference_mode(packs):
@@ -249,7 +247,7 @@ def test_threads_that_share_a_layer(layer):
         thread.join()
     assert len(results) == 80
     for result in results:
-        torch.testing.assert_close(result, expected, **CLOSE)
+        testing.check_same_layer(result, expected)
 
 
 def test_a_source_with_an_equal_address_is_the_same_memory():

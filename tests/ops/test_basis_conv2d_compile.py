@@ -145,7 +145,10 @@ def test_export_round_trip(backend, with_residual):
         assert all(name.startswith(("basisconv.", "aten.")) or "operator" in name or "sym" in name for name in called)
 
 
-NATIVE_CASES = ("odd_sizes", "groups_compact", "asymmetric_padding", "channels_last_stride", "sliced", "empty_batch")
+NATIVE_CASES = (
+    "odd_sizes", "groups_compact", "asymmetric_padding", "channels_last_stride", "sliced", "empty_batch",
+    "one_channel", "one_channel_channels_last", "one_output_channels_last", "one_pixel_channels_last",
+)  # fmt: skip
 native = pytest.mark.skipif("cpu" not in AVAILABLE, reason=f"cpu: {registry.absent('cpu')}")
 
 

@@ -161,9 +161,9 @@ def test_only_wanted_gradients_are_returned(wanted):
         assert torch.equal(one, alone) if asked else alone is None
 
 
-@pytest.mark.parametrize("case", testing.CASES, ids=lambda case: case.name)
+@cases
 def test_memory_format_follows_the_input(case):
-    inputs = testing.make_inputs(case)
-    channels_last = run(case, inputs).stride(1) == 1 and case.problem.K > 1
-    one_pixel = case.problem.output_size == (1, 1)
-    assert channels_last == case.problem.channels_last or one_pixel
+    expected = torch.channels_last if case.problem.channels_last else torch.contiguous_format
+    result = run(case, testing.make_inputs(case))
+    assert reference.memory_format(result) == expected
+    assert result.is_contiguous(memory_format=expected)

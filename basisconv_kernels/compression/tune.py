@@ -1,0 +1,122 @@
+"""``basisconv tune``: which problems to measure, and measuring all of them; the table is that of ``core.tuning``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from basisconv_kernels import testing
+from basisconv_kernels.compression.survey import evaluating, watching
+from basisconv_kernels.core.checks import Pair, Quad
+from basisconv_kernels.core.problem import Conv2dProblem
+from basisconv_kernels.layers.basis_conv2d import BasisConv2d
+from basisconv_kernels.ops.basis_conv2d_tuning import measure
+
+SIZES = ("N", "C", "H", "W", "Q", "K", "R", "S")
+LAYOUTS = ("both", "channels_last", "nchw")
+
+
+def default_problems() -> list[Conv2dProblem]:
+    """The layers by which the package judges its own speed, with a bias."""
+    return [replace(case.problem, bias=True) for case in testing.PERFORMANCE_CASES]
+
+
+def parse_problem(text: str) -> Conv2dProblem:
+    """``N=8,C=64,H=56,W=56,Q=16,K=64,R=3,padding=1`` → a problem; S is R, stride, dilation and groups 1, padding 0.
+
+    Raises:
+        ValueError: another form, an unknown or a missing key.
+    """
+    pairs = [part.partition("=") for part in re.split(r"[,\s]+", text.strip()) if part]
+    values = {}
+    for key, equals, number in pairs:
+        if key not in (*SIZES, "stride", "padding", "dilation", "groups") or not equals or not number.isdecimal():
+            raise ValueError(
+                f"tune: a problem reads N=8,C=64,H=56,W=56,Q=16,K=64,R=3,padding=1, got {text!r} at {key!r}"
+            )
+        values[key] = int(number)
+    values.setdefault("S", values.get("R", 0))
+    lacking = [key for key in SIZES if not values.get(key)]
+    if lacking:
+        raise ValueError(f"tune: the problem {text!r} lacks {', '.join(lacking)}")
+
+    def pair(key: str, default: int) -> Pair:
+        return (values.get(key, default),) * 2
+
+    around: Quad = (values.get("padding", 0),) * 4
+    sizes: dict[str, Any] = {key: values[key] for key in SIZES}
+    problem = Conv2dProblem(
+        **sizes, stride=pair("stride", 1), dilation=pair("dilation", 1), padding=around,
+        groups=values.get("groups", 1), bias=True,
+    )  # fmt: skip
+    if problem.groups < 1 or problem.C % problem.groups or problem.Q % problem.groups:
+        raise ValueError(f"tune: C and Q must be divisible by groups, got {text!r}")
+    if min(*problem.stride, *problem.dilation) < 1:
+        raise ValueError(f"tune: stride and dilation must be at least 1, got {text!r}")
+    _ = problem.output_size  # a ValueError where the map is smaller than the kernel
+    return problem
+
+
+def model_problems(model: nn.Module, example: Tensor) -> list[Conv2dProblem]:
+    """The problems of the ``BasisConv2d`` layers of a network on these images, each once.
+
+    Raises:
+        ValueError: the network has no such layer.
+    """
+    found: dict[Conv2dProblem, None] = {}
+
+    def watcher_for(layer: BasisConv2d) -> Callable[[Tensor, Tensor], None]:
+        return lambda input, output: found.setdefault(_problem_of(layer, input))
+
+    layers: dict[nn.Module, Callable[[Tensor, Tensor], None]] = {
+        module: watcher_for(module) for module in model.modules() if isinstance(module, BasisConv2d)
+    }
+    if not layers:
+        raise ValueError("tune: no layer of the network became a BasisConv2d; raise --fraction, or give --problem")
+    with evaluating(model), watching(layers):
+        model(example)
+    return list(found)
+
+
+def _problem_of(layer: BasisConv2d, input: Tensor) -> Conv2dProblem:
+    Q, _, R, S = layer.basis_weight.shape
+    K, mixed = layer.coefficients.shape
+    N, C, H, W = input.shape
+    padding = layer.pad_amounts
+    if layer.padding_mode != "zeros":  # the layer pads before the op
+        top, bottom, left, right = padding
+        H, W, padding = H + top + bottom, W + left + right, (0, 0, 0, 0)
+    return Conv2dProblem(
+        N=N, C=C, H=H, W=W, Q=Q, K=K, R=R, S=S, stride=layer.stride, padding=padding,
+        dilation=layer.dilation, groups=layer.groups, compact=mixed != Q, dtype=input.dtype, device=input.device.type,
+        bias=layer.bias is not None, activation=layer.activation, precise=layer.precise,
+    )  # fmt: skip
+
+
+def variants(problems: Sequence[Conv2dProblem], layout: str, dtype: torch.dtype) -> list[Conv2dProblem]:
+    """The problems at a dtype and in one memory format, or each in both: the choice of a backend sees both facts."""
+    formats = {"both": (True, False), "channels_last": (True,), "nchw": (False,)}[layout]
+    return [replace(p, dtype=dtype, channels_last=last) for p in dict.fromkeys(problems) for last in formats]
+
+
+def tune(
+    problems: Sequence[Conv2dProblem], seconds: float, progress: Callable[[float], None] | None = None
+) -> list[dict[str, Any]]:
+    """Measure problems; the entries of a table.
+
+    Args:
+        problems: on the CPU.
+        seconds: for each problem.
+        progress: called before each problem with the share done, 0..1.
+    """
+    entries = []
+    for done, problem in enumerate(problems):
+        if progress is not None:
+            progress(done / len(problems))
+        entries.append(measure(problem, seconds))
+    return entries

@@ -1,0 +1,25 @@
+"""The processor that this process runs on, in words: what a measured time belongs to."""
+
+from __future__ import annotations
+
+import functools
+import platform
+from pathlib import Path
+
+from basisconv_kernels.core import extension
+
+
+@functools.cache
+def cpu_name() -> str:
+    """The processor's model as the operating system names it."""
+    path = Path("/proc/cpuinfo")
+    if path.exists():
+        for line in path.read_text("utf-8", "replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def isa() -> str:
+    """The instruction set that the native kernels use; ``none`` where there are none."""
+    return str(extension.facts().get("cpu", {}).get("in_use", "none"))
