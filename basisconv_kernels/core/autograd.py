@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+
+
+def refuse_by_name(op: str) -> NoReturn:
+    """Raise NotImplementedError: second derivatives of ``op`` are not there."""
+    raise NotImplementedError(
+        f"{op}: double backward is not supported; where second derivatives are needed use two "
+        "torch.nn.functional.conv2d calls (to_plain(model) converts a whole model)"
+    )
 
 
 class _NoDoubleBackward(torch.autograd.Function):
@@ -22,10 +30,7 @@ class _NoDoubleBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
-        raise NotImplementedError(
-            f"{ctx.op}: double backward is not supported; where second derivatives are needed use two "
-            "torch.nn.functional.conv2d calls (to_plain(model) converts a whole model)"
-        )
+        refuse_by_name(ctx.op)
 
 
 def refuse_double_backward(

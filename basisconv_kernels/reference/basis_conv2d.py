@@ -130,11 +130,12 @@ def recombine(
 ) -> Tensor:
     """Stage 2 from Z as ``basis_maps`` gives it; dtype and memory format of the result are those of ``input``."""
     basis_channels = maps.shape[1]
-    if maps.dtype != input.dtype and not precise:
-        maps = maps.to(input.dtype).to(maps.dtype)
-    mixing = coefficients.to(maps.dtype)[:, :, None, None]
-    offset = None if bias is None else bias.to(maps.dtype)
-    out = F.conv2d(maps, mixing, offset, groups=coefficient_groups(coefficients, basis_channels, groups))
+    if maps.dtype != input.dtype:  # 16 bits: stage 2 in float32 too
+        maps = maps if precise else maps.to(input.dtype).to(maps.dtype)
+        coefficients = coefficients.to(maps.dtype)
+        bias = None if bias is None else bias.to(maps.dtype)
+    mixing_groups = coefficient_groups(coefficients, basis_channels, groups)
+    out = F.conv2d(maps, coefficients[:, :, None, None], bias, groups=mixing_groups)
     if residual is not None:
         out = out + residual.to(out.dtype)
     if activation == "relu":
