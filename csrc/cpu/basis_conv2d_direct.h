@@ -6,7 +6,8 @@
 namespace basisconv {
 namespace BASISCONV_ISA {
 
-// Taps of output row `oy` that lie inside the image; rows of the kernel outside it are left out.
+// Taps of output row `oy` that lie inside the image; rows of the kernel outside it are left out. Offsets count from the
+// ring, or from the image if it is read in place.
 static int64_t inside_taps(const BasisConv2dParams& params, const CpuPlan& plan, const Ring& ring, int64_t oy,
                            int64_t* offset, int64_t* weight) {
   const BasisConv2dWeights& w = params.weights;
@@ -16,7 +17,8 @@ static int64_t inside_taps(const BasisConv2dParams& params, const CpuPlan& plan,
     const int64_t y = oy * w.stride_h + r * w.dilation_h - params.pad_top;
     if (y < 0 || y >= params.H) continue;
     for (int64_t s = 0; s < w.S; s++) {
-      offset[count] = (y % plan.ring_rows) * ring.row_size + ring.column(s * w.dilation_w);
+      offset[count] = plan.in_place ? y * params.input_stride_h + s * w.dilation_w * params.input_stride_w
+                                    : (y % plan.ring_rows) * ring.row_size + ring.column(s * w.dilation_w);
       weight[count] = (r * w.S + s) * tap_weights;
       count++;
     }
@@ -39,7 +41,9 @@ static void run_direct(const BasisConv2dParams& params, const CpuPlan& plan, flo
   const int64_t all_maps = w.groups * pack.maps;
   const int64_t z_row = params.OW * all_maps;
   const int64_t registers = pack.vectors * kWidth;
-  const Stage1Function* stage1 = stage1_functions(pack.lanes, pack.vectors, pack.block);
+  const Stage1Function* stage1 = stage1_functions(pack.lanes, pack.vectors, pack.block, plan.in_place);
+  const int64_t pixel_stride = plan.in_place ? w.stride_w * params.input_stride_w : pack.block;
+  const int64_t plane = plan.in_place ? pack.block : ring.plane;
   const int64_t tile = even_tile(params.OW, stage1_pixels(pack.vectors));
   const int64_t block_weights = pack.positions * (pack.block / pack.lanes) * registers;
   const int64_t taps = w.R * w.S;
@@ -61,8 +65,11 @@ static void run_direct(const BasisConv2dParams& params, const CpuPlan& plan, flo
     if (n != image) filled = 0;
     if (filled < first) filled = first;
     image = n;
-    for (; filled <= last; filled++) fill_row<T>(params, pack, ring, filled % plan.ring_rows, n, filled);
+    for (; filled <= last && !plan.in_place; filled++)
+      fill_row<T>(params, pack, ring, filled % plan.ring_rows, n, filled);
 
+    const float* source =
+        plan.in_place ? static_cast<const float*>(params.input) + n * params.input_stride_n : ring.rows;
     for (int64_t row = 0; row < rows; row++) {
       count[row] = inside_taps(params, plan, ring, oy + row, offset + row * taps, weight + row * taps);
     }
@@ -79,13 +86,14 @@ static void run_direct(const BasisConv2dParams& params, const CpuPlan& plan, flo
             s.tap_weights = weight + row * taps;
             s.taps = count[row];
             s.blocks = b_end - b;
-            s.plane = ring.plane;
+            s.plane = plane;
+            s.pixel_stride = pixel_stride;
             s.block_weights = block_weights;
             s.z_stride = all_maps;
             s.first = b == 0;
             s.last = b_end == pack.channel_blocks;
             s.times = 1;
-            const float* pixels_here = ring.rows + (group * pack.channel_blocks + b) * ring.plane;
+            const float* pixels_here = source + (group * pack.channel_blocks + b) * plane;
             float* z_here = z + row * z_row + group * pack.maps + f * pack.filters;
             float* waiting = partial + (row * pack.filter_blocks + f) * params.OW * registers;
             for (int64_t x = 0; x < params.OW; x += tile) {
@@ -96,7 +104,7 @@ static void run_direct(const BasisConv2dParams& params, const CpuPlan& plan, flo
                     static_cast<const char*>(params.output) + ((unit + row) * params.OW + x) * pixel_bytes;
                 for (int64_t at = 0; at < pixels * pixel_bytes; at += 64) __builtin_prefetch(lines + at, 1, 2);
               }
-              s.pixels = pixels_here + x * pack.block;
+              s.pixels = pixels_here + x * pixel_stride;
               s.z = z_here + x * all_maps;
               s.partial = waiting + x * registers;
               stage1[pixels](s);

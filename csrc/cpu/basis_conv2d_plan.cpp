@@ -156,6 +156,9 @@ CpuPlan cpu_plan(const BasisConv2dParams& params, const CpuPack& pack, int64_t t
   // z of the last pixel block is read in whole registers.
   const int64_t maps_margin = pack.width * all_maps + pack.width;
   p.turned_size = params.channels_last ? 0 : aligned(2 * pack.width * (pack.slots + pack.width));
+  // Channel blocks of floats that lie in the input as in a copied row.
+  const bool whole_blocks =
+      w.dtype == DType::f32 && params.input_stride_c == 1 && pack.block == 16 && w.C / w.groups % pack.block == 0;
   if (pack.variant == CpuVariant::winograd) {
     p.tile_columns = ceil_div(params.OW, 2);
     p.units = params.N * ceil_div(params.OH, 2);
@@ -166,7 +169,7 @@ CpuPlan cpu_plan(const BasisConv2dParams& params, const CpuPack& pack, int64_t t
     // Whole rows of tiles, where they fit, leave z of several rows in one piece.
     if (p.tile_columns <= most)
       p.tiles = std::min(most, p.tiles + p.tile_columns - 1) / p.tile_columns * p.tile_columns;
-    p.in_place = w.dtype == DType::f32 && params.input_stride_c == 1 && w.C / w.groups % pack.block == 0;
+    p.in_place = whole_blocks;
     p.ring_rows = p.in_place ? 0 : 4 * (p.tiles / p.tile_columns + 2);
     p.ring_columns = 2 * p.tile_columns + 2;
     p.ring_size = aligned(p.ring_rows * p.ring_columns * pixel);
@@ -195,7 +198,10 @@ CpuPlan cpu_plan(const BasisConv2dParams& params, const CpuPack& pack, int64_t t
          (reach + p.rows * w.stride_h) * a_ring_row + (p.rows + 1) * 2 * a_map_row <= kScratchFloats) {
     p.rows++;
   }
-  p.ring_rows = (p.rows - 1) * w.stride_h + reach;
+  // Without columns beside the image nothing needs to be copied: 1x1 above all.
+  p.in_place =
+      whole_blocks && params.pad_left == 0 && (params.OW - 1) * w.stride_w + (w.S - 1) * w.dilation_w < params.W;
+  p.ring_rows = p.in_place ? 0 : (p.rows - 1) * w.stride_h + reach;
   p.ring_size = aligned(p.ring_rows * a_ring_row);
   p.maps_size = aligned(p.rows * a_map_row + maps_margin);
   p.partial_size =

@@ -61,7 +61,8 @@ struct CpuPlan {
   int64_t chunk;         // direct: channel blocks between two visits of a tile; amx: all
   int64_t tiles;         // winograd: tiles in a pass
   int64_t tile_columns;  // winograd: tiles in a row
-  bool in_place;         // winograd: read where the input lies, without a ring: float, channels_last, whole blocks
+  bool in_place;         // read where the input lies, without a ring: float, channels_last, whole blocks;
+                         // direct: and no padding columns
   int64_t ring_rows;     // padded input rows kept
   int64_t ring_columns;  // pixels of one ring row and stride phase
   // Floats of scratch, each a multiple of 16: rows, z, z of one pixel block turned for NCHW, accumulators between

@@ -12,8 +12,10 @@
 namespace basisconv {
 namespace BASISCONV_ISA {
 
-// One run of the stage-1 tile. Pixel x of tap t and channel block b lies at pixels + offset[t] + b*plane + x*BLOCK. The
-// weights of a channel block may be visited in chunks; accumulators wait in `partial` [P][NV][width] in between.
+// One run of the stage-1 tile. Pixel x of tap t and channel block b lies at pixels + offset[t] + b*plane +
+// x*pixel_stride; pixel_stride is BLOCK, the channels of a block, in rows that were copied, and of any size where input
+// is read in place. The weights of a channel block may be visited in chunks; accumulators wait in `partial`
+// [P][NV][width] in between.
 struct Stage1 {
   const float* pixels;
   const int64_t* offset;  // floats, one a tap
@@ -22,6 +24,7 @@ struct Stage1 {
   int64_t taps;
   int64_t blocks;         // channel blocks of this chunk
   int64_t plane;          // floats between channel blocks
+  int64_t pixel_stride;   // floats between pixels, read if IN_PLACE
   int64_t block_weights;  // floats of weights of one channel block
   int64_t ahead;          // floats from a weight in use to the one to fetch
   float* z;
@@ -32,8 +35,9 @@ struct Stage1 {
   int64_t times, next_pixels, next_weights, next_z, next_partial;
 };
 
-template <int P, int NV, int L, int BLOCK>
+template <int P, int NV, int L, int BLOCK, bool IN_PLACE>
 BASISCONV_NOINLINE void stage1_tile(const Stage1& s) {
+  const int64_t pixel_stride = IN_PLACE ? s.pixel_stride : BLOCK;
   const float *pixels = s.pixels, *weights = s.weights;
   float *z = s.z, *partial = s.partial;
   for (int64_t time = 0; time < s.times; time++) {
@@ -61,7 +65,7 @@ BASISCONV_NOINLINE void stage1_tile(const Stage1& s) {
           w += NV * kWidth;
           later += NV * kWidth;
           BASISCONV_UNROLL for (int p = 0; p < P; p++) {
-            const Vec::Reg value = Vec::broadcast<L>(pixel + p * BLOCK + step * L);
+            const Vec::Reg value = Vec::broadcast<L>(pixel + p * pixel_stride + step * L);
             BASISCONV_UNROLL for (int v = 0; v < NV; v++) acc[p][v] = Vec::fma(value, filter[v], acc[p][v]);
           }
         }
@@ -147,14 +151,17 @@ using Stage1Function = void (*)(const Stage1&);
 template <typename T>
 using Stage2Function = void (*)(const Stage2<T>&);
 
+// Pixels of a full tile; one register of filters leaves room for more, but not for more than a pass has.
+static constexpr int stage1_pixels(int vectors) { return vectors == 1 ? 16 : Vec::kAccumulators / vectors; }
+
 // Functions for 1 ... kMost pixels of one register shape, index = pixels.
-template <int NV, int L, int BLOCK>
+template <int NV, int L, int BLOCK, bool IN_PLACE>
 struct Stage1Table {
-  static constexpr int kMost = Vec::kAccumulators / NV;
+  static constexpr int kMost = stage1_pixels(NV);
   Stage1Function function[kMost + 1];
   template <int P>
   constexpr void fill() {
-    function[P] = stage1_tile<P, NV, L, BLOCK>;
+    function[P] = stage1_tile<P, NV, L, BLOCK, IN_PLACE>;
     if constexpr (P > 1) fill<P - 1>();
   }
   constexpr Stage1Table() : function{} { fill<kMost>(); }
@@ -172,38 +179,37 @@ struct Stage2Table {
   constexpr Stage2Table() : function{} { fill<kMost>(); }
 };
 
-template <int NV, int L, int BLOCK>
+template <int NV, int L, int BLOCK, bool IN_PLACE>
 static const Stage1Function* stage1_table() {
-  static constexpr Stage1Table<NV, L, BLOCK> table;
+  static constexpr Stage1Table<NV, L, BLOCK, IN_PLACE> table;
   return table.function;
 }
 
-template <int BLOCK>
+template <int BLOCK, bool IN_PLACE>
 static const Stage1Function* stage1_functions(int lanes, int vectors) {
-  if (lanes == 1 && vectors == 2) return stage1_table<2, 1, BLOCK>();
-  if (lanes == 2 && vectors == 2) return stage1_table<2, 2, BLOCK>();
-  if (lanes == 4 && vectors == 2) return stage1_table<2, 4, BLOCK>();
+  if (lanes == 1 && vectors == 2) return stage1_table<2, 1, BLOCK, IN_PLACE>();
+  if (lanes == 2 && vectors == 2) return stage1_table<2, 2, BLOCK, IN_PLACE>();
+  if (lanes == 4 && vectors == 2) return stage1_table<2, 4, BLOCK, IN_PLACE>();
 #if defined(BASISCONV_AVX512) || defined(BASISCONV_AVX2)
-  if (lanes == 1 && vectors == 3) return stage1_table<3, 1, BLOCK>();
-  if (lanes == 2 && vectors == 3) return stage1_table<3, 2, BLOCK>();
+  if (lanes == 1 && vectors == 3) return stage1_table<3, 1, BLOCK, IN_PLACE>();
+  if (lanes == 2 && vectors == 3) return stage1_table<3, 2, BLOCK, IN_PLACE>();
 #endif
 #if defined(BASISCONV_AVX512)
-  if (lanes == 4 && vectors == 3) return stage1_table<3, 4, BLOCK>();
-  if (lanes == 1 && vectors == 1) return stage1_table<1, 1, BLOCK>();
-  if (lanes == 2 && vectors == 1) return stage1_table<1, 2, BLOCK>();
-  if (lanes == 4 && vectors == 1) return stage1_table<1, 4, BLOCK>();
+  if (lanes == 4 && vectors == 3) return stage1_table<3, 4, BLOCK, IN_PLACE>();
+  if (lanes == 1 && vectors == 1) return stage1_table<1, 1, BLOCK, IN_PLACE>();
+  if (lanes == 2 && vectors == 1) return stage1_table<1, 2, BLOCK, IN_PLACE>();
+  if (lanes == 4 && vectors == 1) return stage1_table<1, 4, BLOCK, IN_PLACE>();
   if constexpr (BLOCK % 8 == 0) {
-    if (lanes == 8 && vectors == 2) return stage1_table<2, 8, BLOCK>();
+    if (lanes == 8 && vectors == 2) return stage1_table<2, 8, BLOCK, IN_PLACE>();
   }
 #endif
   return nullptr;
 }
 
-static inline const Stage1Function* stage1_functions(int lanes, int vectors, int64_t block) {
-  return block == 4 ? stage1_functions<4>(lanes, vectors) : stage1_functions<16>(lanes, vectors);
+static inline const Stage1Function* stage1_functions(int lanes, int vectors, int64_t block, bool in_place = false) {
+  if (in_place) return stage1_functions<16, true>(lanes, vectors);
+  return block == 4 ? stage1_functions<4, false>(lanes, vectors) : stage1_functions<16, false>(lanes, vectors);
 }
-
-static inline int64_t stage1_pixels(int vectors) { return Vec::kAccumulators / vectors; }
 
 // Pixels a tile when `count` pixels are cut into the fewest tiles of at most `most`: equal ones, no small rest.
 static inline int64_t even_tile(int64_t count, int64_t most) {
