@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PYTEST_OPTIONS = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--import-mode=importlib"]
+PYTEST_OPTIONS = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+FACTS = "import json; from basisconv_kernels.core import extension; print(json.dumps(extension.facts()))"
 
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -74,9 +77,16 @@ class Outside:
     def pytest(self, *paths: str, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run copied tests against the installed package."""
         shutil.copytree(ROOT / "tests", self.folder / "tests", dirs_exist_ok=True)
-        markers = "\n    ".join(("gpu", "full", "data"))
-        (self.folder / "pytest.ini").write_text(f"[pytest]\nmarkers =\n    {markers}\n")
+        shutil.copy(ROOT / "pyproject.toml", self.folder)  # options and markers
         return self.python("-m", "pytest", *PYTEST_OPTIONS, *paths, **environment)
+
+    def cpu(self, **environment: str) -> dict[str, Any]:
+        """What the installed native library says about instruction sets; fails where none was built."""
+        told = self.python("-c", FACTS, **environment)
+        assert told.returncode == 0, told.stdout
+        facts = json.loads(told.stdout)
+        assert facts, "the native library does not load"
+        return facts["cpu"]
 
 
 @pytest.fixture(scope="module")
