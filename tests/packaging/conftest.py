@@ -60,8 +60,16 @@ class Outside:
         """Run pip without build isolation: the registry is not asked."""
         return run(sys.executable, "-m", "pip", *arguments, cwd=self.folder, **{**self.environment, **environment})
 
+    def wheel(self, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Build the wheel of the copied sources into the folder ``wheels``."""
+        return self.pip(
+            "wheel", "-v", "--no-build-isolation", "--no-deps", "--no-index", "--wheel-dir", self.folder / "wheels",
+            self.sources, **environment,
+        )  # fmt: skip
+
     def install(self, source: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-        """Install a folder, wheel or sdist into ``site``."""
+        """Install a folder, wheel or sdist into an empty ``site``."""
+        shutil.rmtree(self.site, ignore_errors=True)
         return self.pip(
             "install", "-v", "--no-build-isolation", "--no-deps", "--no-index", "--target", self.site, source,
             **environment,
@@ -73,6 +81,14 @@ class Outside:
         """Run the interpreter with the installed package, in a folder that is not the tree."""
         environment = {**self.environment, "PYTHONPATH": str(self.site), **environment}
         return run(sys.executable, *arguments, cwd=cwd or self.folder, **environment)
+
+    def command(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        """Run the installed command ``basisconv`` as a user would."""
+        return self.run(self.site / "bin" / "basisconv", *arguments, PYTHONPATH=str(self.site), COLUMNS="300")
+
+    def run(self, *command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Run any command in this folder."""
+        return run(*command, cwd=self.folder, **environment)
 
     def pytest(self, *paths: str, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run copied tests against the installed package."""
