@@ -137,7 +137,10 @@ def native() -> dict:
     ]
     link = []
     if sanitizers := os.environ.get("BASISCONV_SANITIZE"):
-        flags += [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"]
+        flags += [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all", "-g1"]
+        # Checks as calls: inline, those of the unrolled kernels take GCC minutes a file.
+        calls = ["--param", "asan-instrumentation-with-call-threshold=0"]
+        flags += calls if complaint("", calls) is None else []
         link += [f"-fsanitize={sanitizers}"]
 
     class BuildKernels(BuildExtension):
@@ -180,4 +183,5 @@ def native() -> dict:
     }
 
 
-setup(**native())
+if __name__ == "__main__":
+    setup(**native())

@@ -1,15 +1,24 @@
 // The CPU kernels of basis_conv2d on seeded geometries against plain loops, in one program without torch or Python: for
-// compilers and processors that no torch is at hand for. Compiled with BASISCONV_ISA=base by test_portable.py.
+// compilers and processors that no torch is at hand for, and for reads and writes that no sanitizer sees. Compiled by
+// test_kernels_without_torch.py.
 //
 // All values are small whole numbers, so float sums are exact in any order, Winograd's halves and quarters included:
-// what remains is the rounding of z and of the result that the contract names, and every bit is compared. Usage:
-// kernels_without_torch SEED GEOMETRIES. Exit status 1 and one line on stderr at the first difference.
+// what remains is the rounding of z and of the result that the contract names, and every bit is compared. Every array
+// that a kernel gets ends or begins at a page that may not be touched, which also stops masked loads and those of the
+// matrix unit, where AddressSanitizer has no eyes; fresh memory holds NaN. Usage: kernels_without_torch ISA SEED
+// GEOMETRIES. Exit status 1 and a line on stderr at the first difference or touch, 3 where the processor lacks the
+// instruction set.
+#include <signal.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
 #include <iostream>
-#include <limits>
-#include <memory>
 #include <random>
+#include <sstream>
+#include <string>
 #include <vector>
 
 #include "../../csrc/cpu/basis_conv2d.h"
@@ -18,7 +27,52 @@ using namespace basisconv;
 
 namespace {
 
-constexpr int64_t kGuard = 64;  // elements before and behind the results that nobody may touch
+std::string current;  // the geometry under test, for the handler of a touched page
+
+void touched(int) {
+  const char text[] = "touched memory beside an array: ";
+  (void)!write(2, text, sizeof(text) - 1);
+  (void)!write(2, current.data(), current.size());
+  _exit(1);
+}
+
+// `count` elements with a forbidden page right behind them, or right before; all bytes in reach are 0xff, a NaN.
+template <typename T>
+class Fenced {
+ public:
+  Fenced(int64_t count, bool fence_behind) : bytes_(static_cast<size_t>(count) * sizeof(T)) {
+    const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+    open_ = (bytes_ + page - 1) / page * page;
+    whole_ = open_ + 2 * page;
+    void* memory = mmap(nullptr, whole_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) std::abort();
+    whole_at_ = static_cast<char*>(memory);
+    open_at_ = whole_at_ + page;
+    if (open_ > 0 && mprotect(open_at_, open_, PROT_READ | PROT_WRITE) != 0) std::abort();
+    if (open_ > 0) std::memset(open_at_, 0xff, open_);
+    data_ = fence_behind ? open_at_ + open_ - bytes_ : open_at_;
+  }
+  Fenced(const std::vector<T>& values, bool fence_behind) : Fenced(static_cast<int64_t>(values.size()), fence_behind) {
+    if (bytes_ > 0) std::memcpy(data_, values.data(), bytes_);
+  }
+  Fenced(const Fenced&) = delete;
+  Fenced& operator=(const Fenced&) = delete;
+  ~Fenced() { munmap(whole_at_, whole_); }
+
+  T* data() { return reinterpret_cast<T*>(data_); }
+
+  // Whether the bytes in reach on the side without a fence are as they were.
+  bool untouched_beside() const {
+    for (const char* byte = open_at_; byte < open_at_ + open_; byte++) {
+      if ((byte < data_ || byte >= data_ + bytes_) && *byte != static_cast<char>(0xff)) return false;
+    }
+    return true;
+  }
+
+ private:
+  size_t bytes_, open_, whole_;
+  char *whole_at_, *open_at_, *data_;
+};
 
 struct Random {
   std::mt19937 bits;
@@ -53,26 +107,6 @@ std::vector<T> whole_numbers(Random& random, int64_t count, int64_t most) {
   std::vector<T> values(count);
   for (T& value : values) value = rounded<T>(static_cast<double>(random.between(-most, most)));
   return values;
-}
-
-template <typename T>
-std::vector<float> as_floats(const std::vector<T>& values) {
-  std::vector<float> floats;
-  for (T value : values) floats.push_back(to_float(value));
-  return floats;
-}
-
-struct Freed {
-  void operator()(void* memory) const { std::free(memory); }
-};
-
-// 64-byte aligned floats, filled with NaN: no kernel may rely on what it did not write.
-std::unique_ptr<float, Freed> aligned_floats(int64_t count) {
-  const size_t bytes = (static_cast<size_t>(count) * 4 + 63) / 64 * 64 + 64;
-  std::unique_ptr<float, Freed> memory(static_cast<float*>(std::aligned_alloc(64, bytes)));
-  if (!memory) std::abort();
-  for (int64_t i = 0; i < count; i++) memory.get()[i] = std::numeric_limits<float>::quiet_NaN();
-  return memory;
 }
 
 BasisConv2dParams draw(Random& random, int64_t& pad_bottom, int64_t& pad_right) {
@@ -170,24 +204,50 @@ void plain_loops(const BasisConv2dParams& p, const std::vector<T>& input, const 
 }
 
 template <typename T>
-bool same(const char* what, const std::vector<T>& found, const std::vector<T>& expected, const T guard) {
-  const int64_t count = static_cast<int64_t>(expected.size());
-  for (int64_t i = 0; i < count + 2 * kGuard; i++) {
-    const bool inside = i >= kGuard && i < count + kGuard;
-    const float got = to_float(found[i]), wanted = to_float(inside ? expected[i - kGuard] : guard);
+bool same(const char* what, Fenced<T>& found, const std::vector<T>& expected) {
+  for (size_t i = 0; i < expected.size(); i++) {
+    const float got = to_float(found.data()[i]), wanted = to_float(expected[i]);
     if (got == wanted) continue;
-    std::cerr << what << "[" << i - kGuard << "] of " << count << ": got " << got << ", expected " << wanted << "\n";
+    std::cerr << what << "[" << i << "] of " << expected.size() << ": got " << got << ", expected " << wanted << ", "
+              << current;
     return false;
   }
-  return true;
+  if (found.untouched_beside()) return true;
+  std::cerr << "written beside " << what << ", " << current;
+  return false;
+}
+
+CpuBasisConv2d kernels_of(Isa isa) {
+  if constexpr (kWidestIsa >= Isa::amx) {
+    if (isa == Isa::amx) return cpu_basis_conv2d_amx();
+  }
+  if constexpr (kWidestIsa >= Isa::avx512) {
+    if (isa == Isa::avx512) return cpu_basis_conv2d_avx512();
+  }
+  if constexpr (kWidestIsa >= Isa::avx2) {
+    if (isa == Isa::avx2) return cpu_basis_conv2d_avx2();
+  }
+  return cpu_basis_conv2d_base();
 }
 
 template <typename T>
-bool check(Random random) {
+bool check(Random random, Isa isa) {
   int64_t pad_bottom, pad_right;
   BasisConv2dParams p = draw(random, pad_bottom, pad_right);
   BasisConv2dWeights& w = p.weights;
   w.dtype = TypeOf<T>::value;
+  const CpuPack pack = cpu_pack(w, isa);
+  const int64_t threads = random.between(1, 3);
+  std::ostringstream words;
+  words << isa_name(isa) << " dtype " << static_cast<int>(w.dtype) << " N" << p.N << " C" << w.C << " H" << p.H << " W"
+        << p.W << " Q" << w.Q << " K" << w.K << " " << w.R << "x" << w.S << " stride " << w.stride_h << ","
+        << w.stride_w << " dilation " << w.dilation_h << "," << w.dilation_w << " padding " << p.pad_top << ","
+        << pad_bottom << "," << p.pad_left << "," << pad_right << " groups " << w.groups << " mixing_groups "
+        << w.mixing_groups << " precise " << w.precise << " channels_last " << p.channels_last << " input strides "
+        << p.input_stride_n << "," << p.input_stride_c << "," << p.input_stride_h << "," << p.input_stride_w
+        << " variant " << static_cast<int>(pack.variant) << " threads " << threads << "\n";
+  current = words.str();
+
   const int64_t span = (p.N - 1) * p.input_stride_n + (w.C - 1) * p.input_stride_c + (p.H - 1) * p.input_stride_h +
                        (p.W - 1) * p.input_stride_w + 1;
   const std::vector<T> input = whole_numbers<T>(random, span, 2);
@@ -195,52 +255,55 @@ bool check(Random random) {
   const std::vector<float> coefficients = whole_numbers<float>(random, w.K * (w.Q / w.mixing_groups), 1);
   const std::vector<float> bias = whole_numbers<float>(random, w.K, 9);
   const std::vector<T> residual = whole_numbers<T>(random, p.N * w.K * p.OH * p.OW, 9);
-  p.input = input.data();
-  p.bias = bias.data();
-  p.residual = random.coin() ? residual.data() : nullptr;
+  const bool behind = random.coin(), add = random.coin(), keep_maps = random.coin();
 
   std::vector<T> expected(p.N * w.K * p.OH * p.OW), expected_maps(p.N * w.Q * p.OH * p.OW);
-  plain_loops(p, input, filters, coefficients, static_cast<const T*>(p.residual), expected, expected_maps);
+  p.bias = bias.data();
+  plain_loops(p, input, filters, coefficients, add ? residual.data() : nullptr, expected, expected_maps);
 
-  const T guard = rounded<T>(-97.0);
-  std::vector<T> output(expected.size() + 2 * kGuard, guard), maps(expected_maps.size() + 2 * kGuard, guard);
-  p.output = output.data() + kGuard;
-  const bool keep_maps = random.coin();
-  p.maps = keep_maps ? maps.data() + kGuard : nullptr;
+  Fenced<T> fenced_input(input, behind), fenced_residual(residual, behind);
+  Fenced<float> fenced_filters(filters, behind), fenced_coefficients(coefficients, behind), fenced_bias(bias, behind);
+  Fenced<T> output(static_cast<int64_t>(expected.size()), behind);
+  Fenced<T> maps(static_cast<int64_t>(expected_maps.size()), behind);
+  Fenced<float> packed(pack.filters_size + pack.coefficients_size + pack.planar_size, behind);
+  p.input = fenced_input.data();
+  p.bias = fenced_bias.data();
+  p.residual = add ? fenced_residual.data() : nullptr;
+  p.output = output.data();
+  p.maps = keep_maps ? maps.data() : nullptr;
+  p.packed = packed.data();
 
-  const CpuPack pack = cpu_pack(w, Isa::base);
-  const int64_t packed_floats = pack.filters_size + pack.coefficients_size + pack.planar_size;
-  const auto packed = aligned_floats(packed_floats);
-  const CpuBasisConv2d kernels = cpu_basis_conv2d_base();
-  kernels.pack(w, pack, filters.data(), coefficients.data(), packed.get());
-  p.packed = packed.get();
-  const int64_t threads = random.between(1, 3);
+  const CpuBasisConv2d kernels = kernels_of(isa_for(w, isa));
+  kernels.pack(w, pack, fenced_filters.data(), fenced_coefficients.data(), packed.data());
   const CpuPlan plan = cpu_plan(p, pack, threads);
   const int64_t share = (plan.units + threads - 1) / threads;
   for (int64_t begin = 0; begin < plan.units; begin += share) {
-    const auto scratch = aligned_floats(plan.scratch());
-    kernels.run(p, plan, scratch.get(), begin, std::min(begin + share, plan.units));
+    Fenced<float> scratch(plan.scratch(), behind);
+    kernels.run(p, plan, scratch.data(), begin, std::min(begin + share, plan.units));
   }
-  if (same("output", output, expected, guard) && (!keep_maps || same("maps", maps, expected_maps, guard))) return true;
-  std::cerr << "dtype " << static_cast<int>(w.dtype) << " N" << p.N << " C" << w.C << " H" << p.H << " W" << p.W << " Q"
-            << w.Q << " K" << w.K << " " << w.R << "x" << w.S << " stride " << w.stride_h << "," << w.stride_w
-            << " dilation " << w.dilation_h << "," << w.dilation_w << " padding " << p.pad_top << "," << pad_bottom
-            << "," << p.pad_left << "," << pad_right << " groups " << w.groups << " mixing_groups " << w.mixing_groups
-            << " precise " << w.precise << " channels_last " << p.channels_last << " variant "
-            << static_cast<int>(pack.variant) << " threads " << threads << "\n";
-  return false;
+  return same("output", output, expected) && (!keep_maps || same("maps", maps, expected_maps));
 }
 
 }  // namespace
 
 int main(int count, char** arguments) {
-  if (count != 3) return 2;
-  const unsigned seed = static_cast<unsigned>(std::strtoul(arguments[1], nullptr, 10));
-  const unsigned geometries = static_cast<unsigned>(std::strtoul(arguments[2], nullptr, 10));
+  if (count != 4) return 2;
+  Isa isa = Isa::base;
+  for (Isa known : {Isa::avx2, Isa::avx512, Isa::amx}) {
+    if (std::strcmp(arguments[1], isa_name(known)) == 0) isa = known;
+  }
+  if (isa > isa_of_processor()) {
+    std::cerr << "this processor has " << isa_name(isa_of_processor()) << "\n";
+    return 3;
+  }
+  signal(SIGSEGV, touched);
+  signal(SIGBUS, touched);
+  const unsigned seed = static_cast<unsigned>(std::strtoul(arguments[2], nullptr, 10));
+  const unsigned geometries = static_cast<unsigned>(std::strtoul(arguments[3], nullptr, 10));
   for (unsigned i = 0; i < geometries; i++) {
     const Random random{std::mt19937(seed + i)};
-    if (!check<float>(random) || !check<bf16>(random) || !check<f16>(random)) return 1;
+    if (!check<float>(random, isa) || !check<bf16>(random, isa) || !check<f16>(random, isa)) return 1;
   }
-  std::cout << geometries << " geometries\n";
+  std::cout << isa_name(isa) << " " << geometries << " geometries\n";
   return 0;
 }

@@ -1,80 +1,14 @@
-"""The kernels on other compilers and processors: without torch where there is none, as a build of the package else."""
+"""The package built by other compilers than the one at hand."""
 
 from __future__ import annotations
 
 import platform
 import shutil
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-PROGRAM = Path(__file__).parent / "kernels_without_torch.cpp"
-SOURCES = [ROOT / "csrc" / "cpu" / name for name in ("basis_conv2d.cpp", "basis_conv2d_plan.cpp", "isa.cpp")]
-STRICT = ["-Wall", "-Wextra", "-Werror", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]
-BASE = ["-DBASISCONV_ISA=base", "-DBASISCONV_WIDEST=base"]
-
 pytestmark = [pytest.mark.full, pytest.mark.xdist_group("portable")]
-
-# Compiler → what runs its programs here, and how many geometries it has time for.
-CROSS = {
-    "g++": ([], 3000),
-    "clang++": ([], 3000),
-    "aarch64-linux-gnu-g++": (["qemu-aarch64-static"], 300),
-}
-
-
-@pytest.mark.parametrize("compiler", CROSS)
-def test_base_kernels_compute_what_plain_loops_do(tmp_path: Path, compiler: str) -> None:
-    """Also a compilation with all warnings as errors, without torch's headers."""
-    runner, geometries = CROSS[compiler]
-    for tool in (compiler, *runner):
-        if shutil.which(tool) is None:
-            pytest.skip(f"no {tool} here")
-    program = tmp_path / "kernels_without_torch"
-    static = ["-static"] if runner else []  # the emulator has no libraries of the other processor
-    built = subprocess.run(
-        [compiler, "-std=c++20", "-O2", *STRICT, *BASE, *static, PROGRAM, *SOURCES, "-o", program],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert built.returncode == 0, built.stderr
-    done = subprocess.run([*runner, program, "1", str(geometries)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [str(geometries), "geometries"]
-
-
-def test_a_difference_is_found(tmp_path: Path) -> None:
-    """The same program with a kernel that forgets the last output of some results."""
-    if shutil.which("g++") is None:
-        pytest.skip("no g++ here")
-    wrong = tmp_path / "csrc" / "cpu"
-    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    tests = tmp_path / "tests" / "packaging"
-    tests.mkdir(parents=True)
-    shutil.copy(PROGRAM, tests)
-    source = (wrong / "basis_conv2d.cpp").read_text(encoding="utf-8")
-    right = "const int64_t k = p * rows + row;"
-    assert right in source
-    (wrong / "basis_conv2d.cpp").write_text(source.replace(right, f"{right} if (k == 30) {{ packed++; continue; }}"))
-    program = tmp_path / "kernels_without_torch"
-    subprocess.run(
-        [
-            "g++",
-            "-std=c++20",
-            "-O1",
-            *BASE,
-            tests / PROGRAM.name,
-            *(wrong / path.name for path in SOURCES),
-            "-o",
-            program,
-        ],
-        check=True,
-    )
-    done = subprocess.run([program, "1", "3000"], capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "expected" in done.stderr
 
 
 @pytest.fixture(scope="module")
