@@ -132,14 +132,17 @@ def test_other_pythons_take_the_wheel(outside: Any, installed: Any, wheel: Any) 
 
 
 def test_the_sdist_builds_the_same(outside: Any, wheel: Any) -> None:
-    """The archive is made where nothing can be compiled, and compiled afterwards."""
+    """Made where nothing can be compiled, built as ``pip install`` does: isolated, with this environment's torch."""
     log = outside.python(
         "setup.py", "-q", "sdist", "--dist-dir", outside.folder / "sdist",
         cwd=outside.sources, BASISCONV_BUILD="none",
     )  # fmt: skip
     assert log.returncode == 0, log.stdout
     (archive,) = (outside.folder / "sdist").glob("*.tar.gz")
-    log = outside.install(archive, BASISCONV_BUILD="cpu")
+    shutil.rmtree(outside.site, ignore_errors=True)
+    log = outside.pip("install", "-v", "--no-deps", "--target", outside.site, archive, BASISCONV_BUILD="cpu")
+    if "No matching distribution found for setuptools" in log.stdout:
+        pytest.skip("an isolated build fetches setuptools and ninja, and no registry answers")
     assert log.returncode == 0, log.stdout[-6000:]
     with zipfile.ZipFile(wheel) as packed:
         expected = {name for name in packed.namelist() if name.startswith("basisconv_kernels/")}
