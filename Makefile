@@ -7,9 +7,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 READY := $(VENV)/.ready
 JOBS ?= 2
+# Tests that share a build run on one worker.
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -q
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full lint format bench build clean
+.PHONY: help demo test test-builds test-full lint format bench build clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -18,10 +20,13 @@ demo: build  ## compress, fine-tune, save, reload and time a real network; write
 	$(BIN)/python -m basisconv_kernels demo --out out/demo
 
 test: build lint  ## all tests of the ordinary run
-	$(BIN)/python -m pytest -n $(JOBS) -q
+	$(PYTEST)
 
-test-full: build lint  ## the long run: fuzzing, sanitizers, wheels
-	$(BIN)/python -m pytest -n $(JOBS) -q --full
+test-builds: build  ## sanitizers, wheel, sdist, other compilers, every instruction set; 1e4 geometries
+	$(PYTEST) --full --geometries 3400 tests/packaging tests/ops/test_basis_conv2d.py::test_any_geometry
+
+test-full: build lint  ## the long run: all of the above, 1e5 geometries, more networks
+	$(PYTEST) --full
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .

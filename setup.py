@@ -1,18 +1,23 @@
 """Builds the native kernels; everything else about the package stands in pyproject.toml.
 
 ``BASISCONV_BUILD`` decides: ``auto`` (what this machine can build), ``cpu``, ``cuda`` (an error where that is
-impossible) or ``none``. One line on stderr says what was chosen and why. ``DEBUG=1`` builds with -O1 -g, and
-``BASISCONV_SANITIZE=address,undefined`` with those sanitizers.
+impossible) or ``none``. One line on stderr says what was chosen and why; an instruction set that the compiler does not
+know is left out and named there. ``DEBUG=1`` builds with -O1 -g, and ``BASISCONV_SANITIZE=address,undefined`` with
+those sanitizers.
 """
 
 import importlib.util
 import os
 import platform
+import shlex
 import shutil
+import subprocess
 import sys
 import sysconfig
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import setup
 
@@ -21,20 +26,54 @@ TORCH_TARGET = "0x020a000000000000"
 CPU_KERNELS = ["csrc/cpu/basis_conv2d.cpp"]
 AMX_KERNELS = ["csrc/cpu/basis_conv2d_amx.cpp"]
 ONCE = ["csrc/ops/basis_conv2d.cpp", "csrc/cpu/basis_conv2d_plan.cpp", "csrc/cpu/isa.cpp"]
-AVX512 = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mprefer-vector-width=512"]
-# name → (sources, compiler options)
-INSTRUCTION_SETS = {"base": (CPU_KERNELS, [])}
-if platform.machine().lower() in ("x86_64", "amd64"):
+
+
+class InstructionSet(NamedTuple):
+    """What is compiled for one set, how, and a few lines that only a compiler which knows the set translates."""
+
+    sources: list[str]
+    options: list[str]
+    probe: str
+
+
+def instruction_sets() -> dict[str, InstructionSet]:
+    """The sets of this kind of processor by name, each wider than the one before."""
+    sets = {"base": InstructionSet(CPU_KERNELS, [], "#include <concepts>\nstd::integral auto probe() { return 1; }")}
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return sets
     avx2 = ["-mavx2", "-mfma", "-mf16c"]
-    INSTRUCTION_SETS["avx2"] = (CPU_KERNELS, ["-DBASISCONV_AVX2", *avx2])
-    INSTRUCTION_SETS["avx512"] = (CPU_KERNELS, ["-DBASISCONV_AVX512", *avx2, *AVX512])
-    amx = ["-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
-    INSTRUCTION_SETS["amx"] = (AMX_KERNELS, ["-DBASISCONV_AVX512", *avx2, *AVX512, *amx])
+    avx512 = [*avx2, "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mprefer-vector-width=512"]
+    amx = [*avx512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
+    for name, sources, options, body in (
+        ("avx2", CPU_KERNELS, ["-DBASISCONV_AVX2", *avx2], "return _mm256_fmadd_ps(v, v, v);"),
+        ("avx512", CPU_KERNELS, ["-DBASISCONV_AVX512", *avx512], "return _mm256_mask_add_ps(v, 1, v, v);"),
+        ("amx", AMX_KERNELS, ["-DBASISCONV_AVX512", *amx], "_tile_dpbf16ps(0, 1, 2); return v;"),
+    ):
+        sets[name] = InstructionSet(sources, options, f"#include <immintrin.h>\n__m256 probe(__m256 v) {{ {body} }}")
+    return sets
 
 
 def say(text: str) -> None:
     """One line about the build, where pip -v and direct builds show it."""
     print(f"basisconv_kernels build: {text}", file=sys.stderr, flush=True)
+
+
+def compiler() -> list[str]:
+    """The command that compiles C++, as torch's extension builder takes it."""
+    return shlex.split(os.environ.get("CXX") or "c++")
+
+
+def complaint(probe: str, options: list[str]) -> str | None:
+    """The compiler's first error on a few lines of C++, None where it translates them all the way to machine code."""
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [*compiler(), "-std=c++20", *options, "-x", "c++", "-c", "-", "-o", os.path.join(folder, "probe.o")],
+            input=probe, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    if done.returncode == 0:
+        return None
+    lines = done.stderr.splitlines()
+    return next((line for line in lines if "error" in line.lower()), lines[0] if lines else "no message").strip()
 
 
 def reason_against_native(mode: str) -> str | None:
@@ -53,11 +92,27 @@ def reason_against_native(mode: str) -> str | None:
         reason = "no native kernels for Windows yet"
     elif importlib.util.find_spec("torch") is None:
         reason = "torch is not importable here; install torch first, or pass --no-build-isolation"
-    elif shutil.which((os.environ.get("CXX") or "c++").split()[0]) is None:
-        reason = f"no C++ compiler ({os.environ.get('CXX') or 'c++'})"
+    elif shutil.which(compiler()[0]) is None:
+        reason = f"no C++ compiler ({compiler()[0]})"
+    elif (error := complaint(instruction_sets()["base"].probe, [])) is not None:
+        reason = f"{compiler()[0]} cannot compile C++20: {error}"
     if reason is not None and mode == "cpu":
         raise SystemExit(f"BASISCONV_BUILD=cpu is impossible: {reason}")
     return reason
+
+
+def sets_that_compile() -> tuple[dict[str, InstructionSet], str]:
+    """The instruction sets up to the first that the compiler does not know, and what it said about that one."""
+    sets = instruction_sets()
+    with ThreadPoolExecutor() as pool:
+        complaints = dict(zip(sets, pool.map(lambda s: complaint(s.probe, s.options), sets.values()), strict=True))
+    first_bad = next((name for name, error in complaints.items() if error is not None), None)
+    if first_bad is None:
+        return sets, ""
+    names = list(sets)
+    left_out = names[names.index(first_bad) :]
+    kept = {name: sets[name] for name in names if name not in left_out}
+    return kept, f"without {', '.join(left_out)} ({compiler()[0]}: {complaints[first_bad]}), "
 
 
 def native() -> dict:
@@ -79,42 +134,48 @@ def native() -> dict:
         "-Wno-uninitialized",
         "-Wno-unknown-warning-option",
         f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
-        *(["-DBASISCONV_X86"] if "avx2" in INSTRUCTION_SETS else []),
     ]
     link = []
     if sanitizers := os.environ.get("BASISCONV_SANITIZE"):
-        flags += [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"]
+        flags += [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all", "-g1"]
+        # Checks as calls: inline, those of the unrolled kernels take GCC minutes a file.
+        calls = ["--param", "asan-instrumentation-with-call-threshold=0"]
+        flags += calls if complaint("", calls) is None else []
         link += [f"-fsanitize={sanitizers}"]
 
     class BuildKernels(BuildExtension):
         """Compiles the CPU kernels once per instruction set, then the rest as usual."""
 
         def build_extension(self, ext):
+            sets, left_out = sets_that_compile()
+            say(f"CPU kernels ({', '.join(sets)}) {left_out}with torch {torch.__version__}")
+            common = [*flags, f"-DBASISCONV_WIDEST={list(sets)[-1]}"]
+
             def compile_for(item):
-                name, (sources, options) = item
+                name, (sources, options, _) = item
                 return self.compiler.compile(
                     sources,
                     output_dir=os.path.join(self.build_temp, name),
                     include_dirs=list(ext.include_dirs),
                     debug=self.debug,
-                    extra_postargs={"cxx": [*flags, f"-DBASISCONV_ISA={name}", *options]},
+                    extra_postargs={"cxx": [*common, f"-DBASISCONV_ISA={name}", *options]},
                     depends=ext.depends,
                 )
 
             with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-                for objects in pool.map(compile_for, INSTRUCTION_SETS.items()):
+                for objects in pool.map(compile_for, sets.items()):
                     ext.extra_objects += objects
+            ext.extra_compile_args["cxx"] += common
             super().build_extension(ext)
 
     extension = CppExtension(
         "basisconv_kernels._C",
         ONCE,
         py_limited_api=True,
-        extra_compile_args={"cxx": flags},
+        extra_compile_args={"cxx": []},
         extra_link_args=link,
         depends=[str(path) for path in Path("csrc").rglob("*.h")],
     )
-    say(f"CPU kernels ({', '.join(INSTRUCTION_SETS)}) with torch {torch.__version__}")
     return {
         "ext_modules": [extension],
         "cmdclass": {"build_ext": BuildKernels.with_options(use_ninja=True)},
@@ -122,4 +183,5 @@ def native() -> dict:
     }
 
 
-setup(**native())
+if __name__ == "__main__":
+    setup(**native())

@@ -21,7 +21,10 @@ from basisconv_kernels.ops import basis_conv2d as op
 from basisconv_kernels.testing import Case
 
 hypothesis.settings.register_profile("default", max_examples=150, deadline=None)
-hypothesis.settings.register_profile("full", max_examples=100_000, deadline=None)
+hypothesis.settings.register_profile("full", max_examples=2_000, deadline=None)
+
+# Geometries that the fuzz test draws for each dtype. In the long run the three dtypes of a native CPU kernel make 1e5.
+GEOMETRIES, GEOMETRIES_OF_THE_LONG_RUN = 150, 33_334
 
 ON_CUDA = ("cuda", "triton")
 _CACHE = pytest.StashKey[tempfile.TemporaryDirectory[str]]()
@@ -47,7 +50,10 @@ class KernelUnderTest:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("basisconv")
-    group.addoption("--full", action="store_true", help="also the long tests, and hypothesis with 1e5 examples")
+    group.addoption(
+        "--full", action="store_true", help="also the long tests, 1e5 geometries and more examples elsewhere"
+    )
+    group.addoption("--geometries", type=int, metavar="N", help="geometries that the fuzz test draws for each dtype")
     group.addoption("--candidate", metavar="package.module:function", help="run the op cases on this kernel alone")
     group.addoption("--candidate-device", default="cpu", help="device of the tensors for --candidate (default: cpu)")
 
@@ -80,6 +86,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if dropped:
         config.hook.pytest_deselected(items=dropped)
         items[:] = kept
+    items.sort(
+        key=lambda item: item.get_closest_marker("full") is None
+    )  # long ones first, so that workers end together
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -106,6 +115,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             name = chosen.name if device == "cpu" or chosen.name in ON_CUDA else f"{chosen.name}-{device}"
             parameters.append(pytest.param(KernelUnderTest(name, device, run, chosen.supports), id=name, marks=marks))
     metafunc.parametrize("kernel", parameters)
+
+
+@pytest.fixture
+def geometries(request: pytest.FixtureRequest) -> int:
+    """How many geometries a fuzz test draws for one dtype."""
+    long = request.config.getoption("--full")
+    return request.config.getoption("--geometries") or (GEOMETRIES_OF_THE_LONG_RUN if long else GEOMETRIES)
 
 
 @pytest.fixture

@@ -1,21 +1,32 @@
 #include "isa.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
 
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
+#endif
 #endif
 
 namespace basisconv {
 namespace {
 
+#if defined(__x86_64__)
+// Conversions from and to float16; not every compiler has a name for it in __builtin_cpu_supports.
+bool has_f16c() {
+  constexpr unsigned kF16c = 1u << 29;
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & kF16c) != 0;
+}
+
 // The matrix unit with bfloat16, and the kernel's leave to use its registers (asked for once a process).
 bool has_amx() {
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__linux__)
   constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
@@ -26,6 +37,7 @@ bool has_amx() {
   return false;
 #endif
 }
+#endif
 
 }  // namespace
 
@@ -45,7 +57,7 @@ const char* isa_name(Isa isa) {
 Isa isa_of_processor() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
   if (avx512 && __builtin_cpu_supports("avx512bf16") && has_amx()) return Isa::amx;
@@ -57,7 +69,7 @@ Isa isa_of_processor() {
 
 Isa isa_in_use() {
   static const Isa chosen = [] {
-    Isa isa = isa_of_processor();
+    Isa isa = std::min(isa_of_processor(), kWidestIsa);
     if (const char* cap = std::getenv("BASISCONV_CPU_ISA")) {
       for (Isa wanted : {Isa::base, Isa::avx2, Isa::avx512, Isa::amx}) {
         if (std::strcmp(cap, isa_name(wanted)) == 0 && wanted < isa) isa = wanted;

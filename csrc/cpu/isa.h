@@ -7,12 +7,15 @@ namespace basisconv {
 // amx: AVX-512 with bfloat16 and the matrix unit; what has no kernel of its own there runs as avx512.
 enum class Isa : int32_t { base = 0, avx2 = 1, avx512 = 2, amx = 3 };
 
+// The widest set that was compiled; setup.py names it, and leaves out those that the compiler does not know.
+constexpr Isa kWidestIsa = Isa::BASISCONV_WIDEST;
+
 const char* isa_name(Isa isa);
 
 // The widest set of this processor.
 Isa isa_of_processor();
 
-// The set in use: the processor's, capped by BASISCONV_CPU_ISA; decided once a process.
+// The set in use: the widest that processor and library have, capped by BASISCONV_CPU_ISA; decided once a process.
 Isa isa_in_use();
 
 }  // namespace basisconv

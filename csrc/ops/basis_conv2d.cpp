@@ -46,12 +46,16 @@ DType dtype_of(const Tensor& t, const char* name) {
 
 CpuBasisConv2d kernels_for(const BasisConv2dWeights& weights) {
   const Isa isa = isa_for(weights, isa_in_use());
-#if defined(BASISCONV_X86)
-  if (isa == Isa::amx) return cpu_basis_conv2d_amx();
-  if (isa == Isa::avx512) return cpu_basis_conv2d_avx512();
-  if (isa == Isa::avx2) return cpu_basis_conv2d_avx2();
-#endif
-  (void)isa;
+  // What was not compiled must not be named: it could not be linked.
+  if constexpr (kWidestIsa >= Isa::amx) {
+    if (isa == Isa::amx) return cpu_basis_conv2d_amx();
+  }
+  if constexpr (kWidestIsa >= Isa::avx512) {
+    if (isa == Isa::avx512) return cpu_basis_conv2d_avx512();
+  }
+  if constexpr (kWidestIsa >= Isa::avx2) {
+    if (isa == Isa::avx2) return cpu_basis_conv2d_avx2();
+  }
   return cpu_basis_conv2d_base();
 }
 
@@ -286,9 +290,9 @@ std::tuple<Tensor, Tensor> forward_maps(Tensor input, Tensor basis_weight, Tenso
 std::string build_facts() {
   std::string facts = "{\"compiler\": \"" __VERSION__ "\", \"pack_format\": " + std::to_string(kCpuPackVersion) +
                       ", \"cpu\": {\"built\": [\"base\"";
-#if defined(BASISCONV_X86)
-  facts += ", \"avx2\", \"avx512\", \"amx\"";
-#endif
+  for (Isa isa : {Isa::avx2, Isa::avx512, Isa::amx}) {
+    if (isa <= kWidestIsa) facts += ", \"" + std::string(isa_name(isa)) + "\"";
+  }
   facts += "], \"processor\": \"" + std::string(isa_name(isa_of_processor()));
   facts += "\", \"in_use\": \"" + std::string(isa_name(isa_in_use())) + "\"}}";
   return facts;

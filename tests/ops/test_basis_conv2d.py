@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,9 +18,11 @@ from basisconv_kernels.core.problem import Conv2dProblem
 from basisconv_kernels.ops.basis_conv2d import CANDIDATES
 
 OP = "basis_conv2d"
+NATIVE = ("cpu", "cuda")
 AVAILABLE = [candidate.name for candidate in CANDIDATES if registry.absent(candidate.name) is None]
 
 dtypes = pytest.mark.parametrize("dtype", testing.DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+EPILOGUE = {"bias": True, "residual": True, "activation": "relu"}
 
 
 def parameters(cases, above=float("inf")):
@@ -82,9 +84,14 @@ def problems(draw):
 
 
 @dtypes
-@given(case=problems(), seed=st.integers(0, 2**31))
-def test_any_geometry(kernel, dtype, case, seed):
-    testing.check(kernel.case(case, dtype), kernel.run, seed=seed)
+def test_any_geometry(kernel, dtype, geometries):
+    # The number asked for is that of a native kernel; plain PyTorch, and kernels that are interpreted, draw fewer.
+    @settings(max_examples=geometries if kernel.name in NATIVE else min(geometries, 500))
+    @given(case=problems(), seed=st.integers(0, 2**31))
+    def check(case, seed):
+        testing.check(kernel.case(case, dtype), kernel.run, seed=seed)
+
+    check()
 
 
 @pytest.mark.parametrize("precise", [False, True])
@@ -102,20 +109,41 @@ def test_nan_spreads_as_in_plain_pytorch(kernel, name, activation, precise):
         tensor[middle] = kept
 
 
-@pytest.mark.parametrize("name", ["whole_epilogue", "channels_last_stride", "past_a_block", "groups_compact"])
-def test_number_of_threads_does_not_change_a_bit(kernel, name, threads):
+# Cases of so much work that the native kernel shares it among threads, and what is special about the sharing. Small
+# ones run on the thread that called, whatever the number of threads.
+SHARED = {
+    "n1_64to64_at56_q12": "Winograd, some tile rows a thread",
+    "n1_512to512_at7_q128": "weights beyond the cache, fewer rows than threads could take",
+    "n1_128to256_at28_q64_stride2": "direct, with a stride",
+    "n1_32to96_at28_q24_5x5": "direct, rows that two threads both read",
+}
+WORTH_A_THREAD = 2**19  # multiply-accumulates; kMacsWorthAThread of csrc/ops/basis_conv2d.cpp
+
+
+@pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "nchw"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", SHARED)
+def test_number_of_threads_does_not_change_a_bit(kernel, name, dtype, channels_last, threads):
     if kernel.name.startswith("reference"):
         pytest.skip("PyTorch's convolutions choose their algorithm by the number of threads")
-    inputs = testing.make_inputs(kernel.case(testing.case(name), torch.float32))
+    case = kernel.case(testing.case(name).at(channels_last=channels_last, **EPILOGUE), dtype)
+    assert case.problem.macs() >= 3 * WORTH_A_THREAD
+    inputs = testing.make_inputs(case)
     results = []
-    for count in (1, 2):
+    for count in (1, 2, 3):
         threads(count)
-        results.append(call(kernel.run, inputs))
-    assert torch.equal(*results)
+        with testing.poisoned_allocations():
+            results.append(call(kernel.run, inputs))
+    assert not results[0].isnan().any()
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
 
 
-def test_two_threads_at_once(kernel):
-    names = ("odd_sizes", "channels_last", "whole_epilogue", "large_kernel")
+@pytest.mark.parametrize("count", [1, 2])
+def test_two_threads_at_once(kernel, count, threads):
+    """Calls of several sizes at the same time, each on one or two threads of torch, give what they give alone."""
+    threads(count)
+    names = ("odd_sizes", "channels_last", "whole_epilogue", "large_kernel", "n1_128to256_at28_q64_stride2")
     made = [testing.make_inputs(kernel.case(testing.case(name), torch.float32)) for name in names]
     alone = [call(kernel.run, inputs) for inputs in made]
     with ThreadPoolExecutor(2) as pool:

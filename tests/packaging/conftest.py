@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PYTEST_OPTIONS = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--import-mode=importlib"]
+PYTEST_OPTIONS = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+FACTS = "import json; from basisconv_kernels.core import extension; print(json.dumps(extension.facts()))"
 
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -57,8 +60,16 @@ class Outside:
         """Run pip without build isolation: the registry is not asked."""
         return run(sys.executable, "-m", "pip", *arguments, cwd=self.folder, **{**self.environment, **environment})
 
+    def wheel(self, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Build the wheel of the copied sources into the folder ``wheels``."""
+        return self.pip(
+            "wheel", "-v", "--no-build-isolation", "--no-deps", "--no-index", "--wheel-dir", self.folder / "wheels",
+            self.sources, **environment,
+        )  # fmt: skip
+
     def install(self, source: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-        """Install a folder, wheel or sdist into ``site``."""
+        """Install a folder, wheel or sdist into an empty ``site``."""
+        shutil.rmtree(self.site, ignore_errors=True)
         return self.pip(
             "install", "-v", "--no-build-isolation", "--no-deps", "--no-index", "--target", self.site, source,
             **environment,
@@ -71,12 +82,27 @@ class Outside:
         environment = {**self.environment, "PYTHONPATH": str(self.site), **environment}
         return run(sys.executable, *arguments, cwd=cwd or self.folder, **environment)
 
+    def command(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        """Run the installed command ``basisconv`` as a user would."""
+        return self.run(self.site / "bin" / "basisconv", *arguments, PYTHONPATH=str(self.site), COLUMNS="300")
+
+    def run(self, *command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Run any command in this folder."""
+        return run(*command, cwd=self.folder, **environment)
+
     def pytest(self, *paths: str, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run copied tests against the installed package."""
         shutil.copytree(ROOT / "tests", self.folder / "tests", dirs_exist_ok=True)
-        markers = "\n    ".join(("gpu", "full", "data"))
-        (self.folder / "pytest.ini").write_text(f"[pytest]\nmarkers =\n    {markers}\n")
+        shutil.copy(ROOT / "pyproject.toml", self.folder)  # options and markers
         return self.python("-m", "pytest", *PYTEST_OPTIONS, *paths, **environment)
+
+    def cpu(self, **environment: str) -> dict[str, Any]:
+        """What the installed native library says about instruction sets; fails where none was built."""
+        told = self.python("-c", FACTS, **environment)
+        assert told.returncode == 0, told.stdout
+        facts = json.loads(told.stdout)
+        assert facts, "the native library does not load"
+        return facts["cpu"]
 
 
 @pytest.fixture(scope="module")

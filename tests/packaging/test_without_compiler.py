@@ -15,6 +15,9 @@ print("sum:", out.sum().item())
 """
 
 
+pytestmark = pytest.mark.xdist_group("without_compiler")
+
+
 @pytest.fixture(scope="module")
 def installed(outside: Any) -> Any:
     outside.log = outside.install(outside.sources, CXX="no-such-compiler")
@@ -24,6 +27,18 @@ def installed(outside: Any) -> Any:
 def test_install_succeeds_and_says_why_nothing_native_was_built(installed: Any) -> None:
     assert installed.log.returncode == 0, installed.log.stdout
     assert "no C++ compiler (no-such-compiler)" in " ".join(installed.log.stdout.split())
+
+
+def test_a_compiler_of_an_older_language_counts_as_none(outside: Any) -> None:
+    older = outside.folder / "older"
+    older.write_text("#!/bin/sh\necho 'error: unrecognized command-line option -std=c++20' >&2\nexit 1\n")
+    older.chmod(0o755)
+    log = outside.wheel(CXX=str(older))
+    assert log.returncode == 0, log.stdout
+    reason = f"no native kernels ({older} cannot compile C++20: error: unrecognized command-line option -std=c++20)"
+    assert reason in " ".join(log.stdout.split())
+    (built,) = (outside.folder / "wheels").glob("*.whl")
+    assert "py3-none-any" in built.name
 
 
 def test_it_runs_on_the_reference(installed: Any) -> None:
@@ -53,6 +68,6 @@ def test_data_files_and_licences_travel(installed: Any) -> None:
 
 @pytest.mark.parametrize("mode", ["cpu", "cuda", "nonsense"])
 def test_an_explicit_wish_that_cannot_be_met_fails(outside: Any, mode: str) -> None:
-    log = outside.install(outside.sources, CXX="no-such-compiler", BASISCONV_BUILD=mode)
+    log = outside.wheel(CXX="no-such-compiler", BASISCONV_BUILD=mode)
     assert log.returncode != 0
     assert "BASISCONV_BUILD" in log.stdout

@@ -1,0 +1,127 @@
+"""The kernels in a program of their own, by other compilers and processors too, with pages that may not be touched."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = Path("tests/packaging/kernels_without_torch.cpp")
+ONCE = (PROGRAM, Path("csrc/cpu/basis_conv2d_plan.cpp"), Path("csrc/cpu/isa.cpp"))
+# GCC warns about its own AVX-512 headers.
+STRICT = [
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-Wno-maybe-uninitialized",
+    "-Wno-uninitialized",
+    "-Wno-unknown-warning-option",
+]
+LACKS_THE_SET = 3  # exit status of the program
+
+pytestmark = [pytest.mark.full, pytest.mark.xdist_group("kernels_without_torch")]
+
+
+def instruction_sets() -> dict[str, Any]:
+    """Sources and options of each set, as the package is built."""
+    spec = importlib.util.spec_from_file_location("basisconv_setup", ROOT / "setup.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.instruction_sets()
+
+
+SETS = instruction_sets()
+
+
+def build(folder: Path, compiler: str, sets: list[str], *options: str, root: Path = ROOT) -> Path:
+    """Compile the program with the kernels of these sets, with all warnings as errors."""
+    if shutil.which(compiler) is None:
+        pytest.skip(f"no {compiler} here")
+    widest = f"-DBASISCONV_WIDEST={sets[-1]}"
+    jobs = [(path, path.stem, []) for path in ONCE]
+    for name in sets:
+        sources, own, _ = SETS[name]
+        jobs += [(Path(path), f"{name}_{Path(path).stem}", [f"-DBASISCONV_ISA={name}", *own]) for path in sources]
+
+    def compiled(job: tuple[Path, str, list[str]]) -> Path:
+        source, name, own = job
+        made = folder / f"{name}.o"
+        done = subprocess.run(
+            [compiler, "-std=c++20", "-O2", *STRICT, *options, widest, *own, "-c", root / source, "-o", made],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return made
+
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or 1)) as pool:
+        objects = list(pool.map(compiled, jobs))
+    program = folder / "kernels_without_torch"
+    subprocess.run([compiler, *options, *objects, "-o", program], check=True)
+    return program
+
+
+def run(program: Path, instruction_set: str, geometries: int, *runner: str) -> subprocess.CompletedProcess[str]:
+    command = [*runner, program, instruction_set, "1", str(geometries)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == LACKS_THE_SET:
+        pytest.skip(done.stderr.strip())
+    return done
+
+
+def agrees(program: Path, instruction_set: str, geometries: int, *runner: str) -> None:
+    done = run(program, instruction_set, geometries, *runner)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [instruction_set, str(geometries), "geometries"]
+
+
+@pytest.fixture(scope="module", params=["g++", "clang++"])
+def native_program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("native"), request.param, list(SETS))
+
+
+@pytest.mark.parametrize("instruction_set", SETS)
+def test_every_bit_is_that_of_plain_loops(native_program: Path, instruction_set: str, geometries: int) -> None:
+    agrees(native_program, instruction_set, min(geometries, 5_000))
+
+
+@pytest.mark.parametrize(("compiler", "emulator"), [("aarch64-linux-gnu-g++", "qemu-aarch64-static")])
+def test_on_another_processor(tmp_path: Path, compiler: str, emulator: str, geometries: int) -> None:
+    if shutil.which(emulator) is None:
+        pytest.skip(f"no {emulator} here")
+    program = build(tmp_path, compiler, ["base"], "-static")  # the emulator has no libraries of the other processor
+    agrees(program, "base", min(geometries, 300), emulator)
+
+
+MIXED_UP = "const int64_t k = p * rows + row;"
+LOAD_OF_N = "static BASISCONV_INLINE Reg load_n(const T* p, int64_t n) {"
+PLANTED = {
+    "an output forgotten": (
+        "basis_conv2d.cpp", MIXED_UP, f"{MIXED_UP} if (k == 30) {{ packed++; continue; }}", "expected",
+    ),
+    "a read past the end": (
+        "simd.h", LOAD_OF_N, f"{LOAD_OF_N} (void)*reinterpret_cast<const volatile char*>(p + kWidth - 1);", "touched",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "right", "wrong", "report"), PLANTED.values(), ids=PLANTED)
+def test_a_planted_fault_is_found(tmp_path: Path, name: str, right: str, wrong: str, report: str) -> None:
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    (tmp_path / PROGRAM).parent.mkdir(parents=True)
+    shutil.copy(ROOT / PROGRAM, tmp_path / PROGRAM)
+    source = tmp_path / "csrc" / "cpu" / name
+    text = source.read_text(encoding="utf-8")
+    assert right in text
+    source.write_text(text.replace(right, wrong), encoding="utf-8")
+    done = run(build(tmp_path, "g++", ["base"], "-O1", root=tmp_path), "base", 3_000)
+    assert done.returncode == 1
+    assert report in done.stderr
