@@ -78,7 +78,7 @@ def _git(*arguments: str) -> str | None:
 
 def commit() -> dict[str, Any]:
     """The commit and whether the tree differs from it; None outside a repository and before the first commit."""
-    status = _git("status", "--porcelain")
+    status = _git("status", "--porcelain", "--", ".", ":!bench/results")  # where the rows themselves are written
     return {"commit": _git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
 
 
