@@ -1,5 +1,7 @@
 """Convolutions with shared filter bases: fused kernels, drop-in layers, conversion and training."""
 
+from pathlib import Path as _Path
+
 from basisconv_kernels.compression.basis import orthogonality_loss
 from basisconv_kernels.compression.config import BasisConfig, Sensitivity
 from basisconv_kernels.compression.files import load, read_recipe, save
@@ -37,3 +39,8 @@ __all__ = [
     "trainable_parameters",
     "use_backend",
 ]
+
+# A plain checkout has the Triton kernels beside the package, an installation inside.
+_root = _Path(__file__).resolve().parents[1]
+if not (_Path(__path__[0]) / "triton_kernels").exists() and (_root / "pyproject.toml").exists():
+    __path__.append(str(_root))

@@ -55,18 +55,18 @@ def refuse_double_backward(
 _libraries: list[torch.library.Library] = []  # registrations live as long as these
 
 
-def refuse_gradients(native: str, op: str) -> None:
-    """Make the torch op ``basisconv::<native>`` raise when it is called on tensors that need a gradient.
+def refuse_gradients(native: str, op: str, namespace: str = "basisconv") -> None:
+    """Make the torch op ``<namespace>::<native>`` raise when it is called on tensors that need a gradient.
 
     The public function of the op goes through its autograd Function; the raw op would lose the gradient silently.
     """
-    library = torch.library.Library("basisconv", "FRAGMENT")
-    raw = getattr(torch.ops.basisconv, native).default
+    library = torch.library.Library(namespace, "FRAGMENT")
+    raw = getattr(getattr(torch.ops, namespace), native).default
 
     def below_autograd(*args: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
             raise RuntimeError(
-                f"torch.ops.basisconv.{native} has no gradient of its own: for training call basisconv_kernels.{op}, "
+                f"torch.ops.{namespace}.{native} has no gradient of its own: for training call basisconv_kernels.{op}, "
                 "for inference (an exported program, say) run it under torch.no_grad()"
             )
         with torch._C._AutoDispatchBelowAutograd():

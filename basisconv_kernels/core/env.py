@@ -53,6 +53,11 @@ def tunes_on_first_use() -> bool:
     return _get("BASISCONV_TUNE") == "first-use"
 
 
+def triton_interprets() -> bool:
+    """Whether Triton runs its kernels on the CPU, for tests: its own variable ``TRITON_INTERPRET``, as it reads it."""
+    return (_get("TRITON_INTERPRET") or "").lower() in ("1", "true", "yes", "on")
+
+
 def cache_folder() -> Path:
     """The folder of what is measured on this machine: ``BASISCONV_CACHE``, or ``basisconv`` in the user's cache folder.
 

@@ -70,7 +70,7 @@ def absent(backend: str) -> str | None:
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:
             return "Triton is not installed: pip install basisconv_kernels[triton]"
-        return None if torch.cuda.is_available() else "no CUDA device"
+        return None if torch.cuda.is_available() or env.triton_interprets() else "no CUDA device"
     if backend == "cuda":
         return extension.load() or (None if torch.cuda.is_available() else "no CUDA device")
     return f"no backend has the name {backend!r}"

@@ -15,6 +15,7 @@ from basisconv_kernels.core.checks import Pair, Quad
 from basisconv_kernels.core.problem import Conv2dProblem
 from basisconv_kernels.core.registry import Candidate
 from basisconv_kernels.ops import basis_conv2d_native as native
+from basisconv_kernels.ops import basis_conv2d_triton as triton
 from basisconv_kernels.ops.basis_conv2d_arguments import normal_form
 from basisconv_kernels.reference import basis_conv2d as reference
 
@@ -51,6 +52,7 @@ def _reference_supports(problem: Conv2dProblem) -> list[str]:
 
 CANDIDATES = (
     Candidate("cpu", "basisconv_kernels.ops.basis_conv2d_native:forward", _cpu_supports),
+    Candidate("triton", "basisconv_kernels.ops.basis_conv2d_triton:forward", triton.supports),
     Candidate("reference", "basisconv_kernels.ops.basis_conv2d:_reference_forward", _reference_supports),
 )
 

@@ -84,7 +84,7 @@ def basis_conv2d_pack(
     )
 
 
-def _fake_forward(
+def fake_forward(
     input: Tensor,
     basis_weight: Tensor,
     coefficients: Tensor,
@@ -110,7 +110,7 @@ def _fake_forward(
 
 
 def _fake_forward_maps(input: Tensor, basis_weight: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    out = _fake_forward(input, basis_weight, *arguments)
+    out = fake_forward(input, basis_weight, *arguments)
     size = (out.shape[0], basis_weight.shape[0], *out.shape[2:])
     return out, torch.empty(size, dtype=out.dtype, device=out.device, memory_format=reference.memory_format(input))
 
@@ -129,7 +129,7 @@ def _fake_pack(
     return basis_weight.new_empty(size, dtype=torch.uint8)
 
 
-def _flops(
+def flops(
     input: Sequence[int],
     basis_weight: Sequence[int],
     coefficients: Sequence[int],
@@ -146,14 +146,14 @@ def _flops(
 def _register() -> None:
     """Teach torch what the native op does to shapes, gradients and FLOP counts."""
     for native, fake in (
-        ("basis_conv2d", _fake_forward),
+        ("basis_conv2d", fake_forward),
         ("basis_conv2d_maps", _fake_forward_maps),
         ("basis_conv2d_pack", _fake_pack),
     ):
         torch.library.register_fake(f"basisconv::{native}", fake)
         refuse_gradients(native, OP)
-    register_flop_formula(torch.ops.basisconv.basis_conv2d)(_flops)
-    register_flop_formula(torch.ops.basisconv.basis_conv2d_maps)(_flops)
+    register_flop_formula(torch.ops.basisconv.basis_conv2d)(flops)
+    register_flop_formula(torch.ops.basisconv.basis_conv2d_maps)(flops)
 
 
 if PRESENT:

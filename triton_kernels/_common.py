@@ -1,0 +1,67 @@
+"""What the Triton kernels of all ops share: the epilogue, and what a launch must know of arithmetic and alignment."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+WIDEST = 16  # bytes of the widest load of a thread, and what tensor maps ask of bases and strides
+
+
+@triton.jit
+def activated(y, ACTIVATION: tl.constexpr):
+    """Relu or relu6 by comparisons that a NaN fails, so that it stays."""
+    if ACTIVATION is not None:
+        y = tl.where(y < 0.0, 0.0, y)
+    if ACTIVATION == "relu6":
+        y = tl.where(y > 6.0, 6.0, y)
+    return y
+
+
+@triton.jit
+def store_outputs(
+    y,  # [BM, BL] float32
+    k,  # [BL] output filters
+    live_k,  # [BL]
+    live,  # [BM] pixels inside the result
+    rows,  # [BM] offsets of the pixels in out, int64
+    out,
+    out_k,
+    bias,
+    bias_k,
+    residual,
+    residual_rows,  # [BM] offsets of the pixels in residual, int64
+    residual_k,
+    ACTIVATION: tl.constexpr,
+):
+    """``act(y + bias + residual)`` in float32, rounded once and stored. ``bias`` and ``residual`` may be None."""
+    inside = live[:, None] & live_k[None, :]
+    if bias is not None:
+        y += tl.load(bias + k * bias_k, mask=live_k, other=0.0).to(tl.float32)[None, :]
+    if residual is not None:
+        at = residual + residual_rows[:, None] + (k.to(tl.int64) * residual_k)[None, :]
+        y += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    y = activated(y, ACTIVATION)
+    tl.store(out + rows[:, None] + (k.to(tl.int64) * out_k)[None, :], y.to(out.dtype.element_ty), mask=inside)
+
+
+def vector(tensor: Tensor, *strides: int) -> int:
+    """Elements of ``tensor`` that one load may take: the largest power of two dividing base and strides, at most 16 B.
+
+    Triton itself looks for multiples of 16 only, which C = 24 or C = 40 have in bytes, not in elements.
+    """
+    size = tensor.element_size()
+    count = WIDEST // size
+    while count > 1 and (tensor.data_ptr() % (count * size) or any(stride % count for stride in strides)):
+        count //= 2
+    return count
+
+
+def dot_precision(dtype: torch.dtype, precise: bool) -> str:
+    """``input_precision`` of the dots of float32 operands: TF32 exactly where cuDNN's convolutions would use it."""
+    if dtype == torch.float32 and not precise and torch.backends.cudnn.conv.fp32_precision == "tf32":
+        return "tf32"
+    return "ieee"

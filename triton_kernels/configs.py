@@ -1,0 +1,221 @@
+"""Which tile a call of ``basis_conv2d`` runs on: a table as data, and pure functions that choose from it.
+
+Nothing here needs Triton or a GPU. Sizes are powers of two: BM pixels, BQ ≥ Q basis filters on chip, BK channels a
+step, BL outputs a chunk of the second stage. Registers, shared memory and instructions of every row, compiled ahead of
+time, stand in ``tests/triton/compiled.json``; no row may spill.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+SMALLEST = 16  # side of a matrix instruction's operand
+MOST_BASIS = 256  # basis filters whose maps fit the registers of one program
+PROGRAMS_A_CORE = 2  # below that many tiles a multiprocessor, smaller ones
+
+
+class Tile(NamedTuple):
+    """One row of the table."""
+
+    BM: int
+    BQ: int
+    BK: int
+    BL: int
+    warps: int
+    stages: int
+
+
+class Device(NamedTuple):
+    """What the choice sees of a GPU: its compute capability and its multiprocessors."""
+
+    capability: tuple[int, int]
+    cores: int
+
+
+HOPPER = Device((9, 0), 132)  # H100 SXM, H200
+
+# Arithmetic of the two products: 16-bit operands, TF32, or exact float32 without matrix instructions.
+HALF, TF32, FLOAT32 = "half", "tf32", "float32"
+
+# Each list: the largest BM first; where tiles are too few for the device, the next smaller one is taken.
+POINTERS: dict[str, tuple[Tile, ...]] = {
+    HALF: (
+        Tile(128, 16, 64, 64, 4, 4),
+        Tile(64, 16, 64, 64, 4, 4),
+        Tile(128, 32, 64, 64, 4, 3),
+        Tile(64, 32, 64, 64, 4, 4),
+        Tile(128, 64, 64, 64, 4, 3),
+        Tile(64, 64, 64, 64, 4, 4),
+        Tile(64, 128, 64, 64, 4, 3),
+        Tile(64, 256, 32, 32, 4, 3),
+    ),
+    TF32: (
+        Tile(128, 16, 32, 32, 4, 3),
+        Tile(64, 16, 32, 32, 4, 3),
+        Tile(128, 32, 32, 32, 4, 3),
+        Tile(64, 32, 32, 32, 4, 3),
+        Tile(64, 64, 32, 32, 4, 3),
+        Tile(64, 128, 32, 32, 4, 3),
+    ),
+    FLOAT32: (
+        Tile(64, 16, 16, 32, 4, 2),
+        Tile(64, 32, 16, 32, 4, 2),
+        Tile(32, 64, 16, 32, 4, 2),
+    ),
+}
+
+
+def power_of_two(size: int, least: int = SMALLEST) -> int:
+    """The smallest power of two that is at least ``size`` and ``least``."""
+    return max(least, 1 << (size - 1).bit_length())
+
+
+def pointer_tile(arithmetic: str, Q: int, C: int, K: int, pixels: int, device: Device) -> tuple[Tile, bool]:
+    """The tile of the pointer kernel for Q basis filters and C channels of a group, and whether Z is computed in parts.
+
+    Args:
+        pixels: N·OH·OW.
+    """
+    rows = POINTERS[arithmetic]
+    BQ = power_of_two(Q)
+    fitting = [row for row in rows if BQ == row.BQ]
+    split = not fitting
+    if split:
+        widest = max(row.BQ for row in rows if row.BQ <= BQ)
+        fitting = [row for row in rows if widest == row.BQ]
+    tile = largest_that_fills(fitting, pixels, device)
+    return tile._replace(BK=min(tile.BK, power_of_two(C)), BL=min(tile.BL, power_of_two(K))), split
+
+
+def largest_that_fills(rows: Sequence[Tile], pixels: int, device: Device) -> Tile:
+    """The first row whose tiles keep every multiprocessor busy, else the last: the one with the smallest BM."""
+    for row in rows:
+        if -(-pixels // row.BM) >= PROGRAMS_A_CORE * device.cores:
+            return row
+    return rows[-1]
+
+
+# --- the descriptor path ----------------------------------------------------------------------------------------------
+
+DESCRIPTORS_FROM = (9, 0)  # compute capability of the first tensor memory unit
+DESCRIPTOR_BYTES = 16  # bases and strides are multiples of it
+
+DESCRIPTORS: dict[str, tuple[Tile, ...]] = {
+    HALF: (
+        Tile(128, 16, 64, 64, 4, 4),
+        Tile(64, 16, 64, 64, 4, 4),
+        Tile(128, 32, 64, 64, 4, 4),
+        Tile(64, 32, 64, 64, 4, 4),
+        Tile(128, 64, 64, 64, 4, 4),
+        Tile(64, 64, 64, 64, 4, 4),
+        Tile(128, 128, 64, 128, 8, 3),
+        Tile(64, 128, 64, 64, 4, 4),
+        Tile(64, 256, 64, 64, 4, 3),
+    ),
+    TF32: (
+        Tile(128, 16, 32, 32, 4, 4),
+        Tile(64, 16, 32, 32, 4, 4),
+        Tile(128, 32, 32, 32, 4, 4),
+        Tile(64, 32, 32, 32, 4, 4),
+        Tile(64, 64, 32, 64, 4, 4),
+        Tile(64, 128, 32, 32, 4, 3),
+    ),
+}
+
+
+class Box(NamedTuple):
+    """Output pixels of one program: images × rows × columns."""
+
+    BN: int
+    TH: int
+    TW: int
+
+
+def unrolled(tile: Tile) -> bool:
+    """Whether the tap loop is unrolled: with more than four warps, where GPUs have computed a flattened one wrongly."""
+    return tile.warps > 4
+
+
+def against_descriptors(
+    arithmetic: str,
+    C: int,
+    Q: int,
+    map_size: tuple[int, int],
+    stride: tuple[int, int],
+    groups: int,
+    capability: tuple[int, int],
+) -> str | None:
+    """Why a call cannot take the descriptor path, apart from how its tensors lie in memory; None where it can."""
+    if capability < DESCRIPTORS_FROM:
+        return "no tensor memory unit before compute capability {}.{}".format(*DESCRIPTORS_FROM)
+    rows = DESCRIPTORS.get(arithmetic)
+    if rows is None:
+        return "exact float32 products use no matrix instructions"
+    if groups > 1:
+        return "the basis has groups"
+    if all(row.BQ < Q for row in rows):
+        return f"more than {max(row.BQ for row in rows)} basis filters"
+    aligned = DESCRIPTOR_BYTES // (2 if arithmetic == HALF else 4)
+    if C % aligned:
+        return f"C is no multiple of {aligned}"
+    if stride == (1, 1):
+        return None
+    if stride != (2, 2):
+        return "a stride that is neither 1 nor 2"
+    if C % SMALLEST:
+        return f"stride 2 with C no multiple of {SMALLEST}"
+    if map_size[0] % 2 or map_size[1] % 2:
+        return "stride 2 on an odd map"
+    return None
+
+
+def descriptor_tile(arithmetic: str, Q: int, C: int, K: int, pixels: int, stride: int, device: Device) -> Tile:
+    """The tile of the descriptor kernel where ``against_descriptors`` has nothing against it."""
+    BQ = power_of_two(Q)
+    tile = largest_that_fills([row for row in DESCRIPTORS[arithmetic] if BQ == row.BQ], pixels, device)
+    BK = min(tile.BK, power_of_two(C))
+    if stride == 2:  # a block must not reach into the other plane's channels
+        BK = min(BK, C & -C)
+    return tile._replace(BK=BK, BL=min(tile.BL, power_of_two(K)))
+
+
+def box(BM: int, N: int, OH: int, OW: int) -> Box:
+    """The box of BM pixels whose grid computes the fewest pixels in vain; among equals the squarest, of few images."""
+    found = []
+    for high in range(BM.bit_length()):
+        for wide in range(BM.bit_length() - high):
+            TH, TW = 1 << high, 1 << wide
+            BN = BM // (TH * TW)
+            covered = -(-N // BN) * BN * -(-OH // TH) * TH * -(-OW // TW) * TW
+            found.append((covered, BN, abs(high - wide), -TW, Box(BN, TH, TW)))
+    return min(found)[-1]
+
+
+# --- gradients --------------------------------------------------------------------------------------------------------
+
+# Blocks of the gradient kernels: pixels, basis filters, channels or outputs.
+GRADIENTS: dict[str, tuple[int, int, int]] = {HALF: (64, 64, 64), TF32: (32, 64, 32), FLOAT32: (32, 32, 32)}
+SPLITS_A_CORE = 4  # parts of a sum over pixels, for all blocks of its result together
+
+
+def splits(blocks: int, tiles: int, device: Device) -> tuple[int, int]:
+    """(parts of a sum over ``tiles`` tiles of pixels, tiles a part); each part has ``blocks`` blocks of results."""
+    wanted = max(1, SPLITS_A_CORE * device.cores // blocks)
+    each = -(-tiles // min(wanted, tiles))
+    return -(-tiles // each), each
+
+
+def gradient_route(arithmetic: str, Q: int, groups: int, stride: tuple[int, int], cudnn: bool) -> dict[str, str]:
+    """Which library computes which gradient: "triton", or "aten", PyTorch's own convolution, on a GPU cuDNN's.
+
+    d coefficients and d bias are ours wherever Z fits: Z is never stored. The other two are what cuDNN has long been
+    tuned for; until a table shows ours to be faster there, cuDNN keeps them.
+    """
+    if groups > 1 or (arithmetic == FLOAT32 and cudnn) or Q > MOST_BASIS:
+        return dict.fromkeys(("input", "basis_weight", "coefficients"), "aten")
+    return {
+        "input": "aten" if cudnn else "triton",
+        "basis_weight": "aten" if cudnn else "triton",
+        "coefficients": "triton",
+    }
