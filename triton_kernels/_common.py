@@ -1,13 +1,11 @@
-"""What the Triton kernels of all ops share: the epilogue, and what a launch must know of arithmetic and alignment."""
+"""What the Triton kernels of all ops share: the epilogue, and what a launch must know of alignment."""
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 WIDEST = 16  # bytes of the widest load of a thread, and what tensor maps ask of bases and strides
 
 
@@ -58,10 +56,3 @@ def vector(tensor: Tensor, *strides: int) -> int:
     while count > 1 and (tensor.data_ptr() % (count * size) or any(stride % count for stride in strides)):
         count //= 2
     return count
-
-
-def dot_precision(dtype: torch.dtype, precise: bool) -> str:
-    """``input_precision`` of the dots of float32 operands: TF32 exactly where cuDNN's convolutions would use it."""
-    if dtype == torch.float32 and not precise and torch.backends.cudnn.conv.fp32_precision == "tf32":
-        return "tf32"
-    return "ieee"

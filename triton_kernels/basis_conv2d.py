@@ -17,7 +17,7 @@ from basisconv_kernels.core import checks
 from basisconv_kernels.core.checks import Pair, Quad
 from basisconv_kernels.reference.basis_conv2d import HALF, memory_format
 from basisconv_kernels.triton_kernels import configs
-from basisconv_kernels.triton_kernels._common import dot_precision, vector
+from basisconv_kernels.triton_kernels._common import vector
 from basisconv_kernels.triton_kernels.basis_conv2d_descriptors import basis_conv2d_forward_descriptors
 from basisconv_kernels.triton_kernels.basis_conv2d_pointers import basis_conv2d_forward_pointers
 
@@ -31,13 +31,6 @@ def device_of(index: int | None) -> configs.Device:
         return configs.HOPPER._replace(cores=1)
     properties = torch.cuda.get_device_properties(index)
     return configs.Device((properties.major, properties.minor), properties.multi_processor_count)
-
-
-def arithmetic_of(dtype: torch.dtype, precise: bool) -> str:
-    """Which rows of the tile table a call uses."""
-    if dtype in HALF:
-        return configs.FLOAT32 if precise else configs.HALF
-    return configs.TF32 if dot_precision(dtype, precise) == "tf32" else configs.FLOAT32
 
 
 def channels_fastest(tensor: Tensor) -> Tensor:
@@ -74,7 +67,7 @@ def forward(
     if out.numel() == 0:
         return out
     device = device_of(input.device.index)
-    arithmetic = arithmetic_of(input.dtype, precise)
+    arithmetic = configs.arithmetic_of(input.dtype, precise)
     input, basis_weight = channels_fastest(input), channels_fastest(basis_weight)
     against = configs.against_descriptors(arithmetic, C, Q, (H, W), stride, groups, device.capability)
     against = against or _against_memory(input, stride)
@@ -122,7 +115,8 @@ def _through_pointers(
         BM=tile.BM, BQ=tile.BQ, BK=tile.BK, BL=tile.BL,
         VECTOR=min(vector(input, *starts), vector(basis_weight, basis_q, basis_r, basis_s)),
         SPLIT=split, COMPACT=compact, ACTIVATION=activation, PRECISE=precise and input.dtype in HALF,
-        PRECISION=dot_precision(input.dtype, precise), num_warps=tile.warps, num_stages=tile.stages,
+        PRECISION=configs.input_precision(arithmetic),
+        num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -168,6 +162,7 @@ def _through_descriptors(
         pixels, filters, coefficients, bias, residual, out, N, C, Q, K, OH, OW, padding[0], padding[2], *dilation,
         *_epilogue_strides(coefficients, bias, residual, out),
         R=R, S=S, STRIDE=stride[0], BN=BN, TH=TH, TW=TW, BQ=tile.BQ, BK=tile.BK, BL=tile.BL,
-        UNROLLED=configs.unrolled(tile), ACTIVATION=activation, PRECISION=dot_precision(input.dtype, False),
-        num_warps=tile.warps, num_stages=tile.stages,
+        UNROLLED=configs.unrolled(tile), ACTIVATION=activation,
+        PRECISION=configs.input_precision(arithmetic),
+        num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip

@@ -79,7 +79,7 @@ def basis_conv2d_backward_coefficients(
 ):  # fmt: skip
     """A part of d coefficients [BL, Q] and d bias [BL]; one program a chunk of outputs and a range of pixel tiles."""
     chunks = tl.cdiv(K, BL)
-    split = tl.program_id(0) // chunks
+    split = (tl.program_id(0) // chunks).to(tl.int64)
     k = tl.program_id(0) % chunks * BL + tl.arange(0, BL)
     live_k = k < K
     wide_k = k.to(tl.int64)[None, :]
@@ -88,7 +88,7 @@ def basis_conv2d_backward_coefficients(
     part = tl.zeros((BL, BQ), tl.float32)
     bias_part = tl.zeros((BL,), tl.float32)
     for tile in range(split * tiles, (split + 1) * tiles):
-        pixel = tile.to(tl.int64) * BM + tl.arange(0, BM)
+        pixel = tile * BM + tl.arange(0, BM).to(tl.int64)
         live = pixel < pixels
         ox = pixel % OW
         oy = pixel // OW % OH
@@ -106,10 +106,10 @@ def basis_conv2d_backward_coefficients(
         )  # fmt: skip
         part = tl.dot(tl.trans(g), z.to(g.dtype), part, input_precision=PRECISION)
         bias_part += tl.sum(g.to(tl.float32), 0)
-    at = parts + (split.to(tl.int64) * K + k[:, None]) * Q + q[None, :]
+    at = parts + (split * K + k[:, None]) * Q + q[None, :]
     tl.store(at, part, mask=live_k[:, None] & live_q[None, :])
     if bias_parts is not None:
-        tl.store(bias_parts + split.to(tl.int64) * K + k, bias_part, mask=live_k)
+        tl.store(bias_parts + split * K + k, bias_part, mask=live_k)
 
 
 @triton.jit
@@ -171,12 +171,12 @@ def basis_conv2d_backward_basis(
     q = program % filter_blocks * BQ + tl.arange(0, BQ)
     program = program // filter_blocks
     tap = program % (R * S)
-    split = program // (R * S)
+    split = (program // (R * S)).to(tl.int64)
     live_c = c < C
     live_q = q < Q
     part = tl.zeros((BQ, BC), tl.float32)
     for tile in range(split * tiles, (split + 1) * tiles):
-        pixel = tile.to(tl.int64) * BM + tl.arange(0, BM)
+        pixel = tile * BM + tl.arange(0, BM).to(tl.int64)
         live = pixel < pixels
         y = pixel // OW % OH * stride_y - top + tap // S * dilation_y
         x = pixel % OW * stride_x - left + tap % S * dilation_x
@@ -186,5 +186,5 @@ def basis_conv2d_backward_basis(
         at = d_maps + pixel[None, :] * Q + q[:, None]
         dz = tl.load(at, mask=live[None, :] & live_q[:, None], other=0.0)
         part = tl.dot(dz, values, part, input_precision=PRECISION)
-    at = parts + ((split.to(tl.int64) * Q + q[:, None]) * (R * S) + tap) * C + c[None, :]
+    at = parts + ((split * Q + q[:, None]) * (R * S) + tap) * C + c[None, :]
     tl.store(at, part, mask=live_q[:, None] & live_c[None, :])

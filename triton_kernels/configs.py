@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
+
 SMALLEST = 16  # side of a matrix instruction's operand
 MOST_BASIS = 256  # basis filters whose maps fit the registers of one program
 PROGRAMS_A_CORE = 2  # below that many tiles a multiprocessor, smaller ones
@@ -37,6 +39,20 @@ HOPPER = Device((9, 0), 132)  # H100 SXM, H200
 
 # Arithmetic of the two products: 16-bit operands, TF32, or exact float32 without matrix instructions.
 HALF, TF32, FLOAT32 = "half", "tf32", "float32"
+
+
+def arithmetic_of(dtype: torch.dtype, precise: bool) -> str:
+    """The arithmetic of a call: TF32 for float32 exactly where cuDNN's convolutions would use it."""
+    if dtype != torch.float32:
+        return FLOAT32 if precise else HALF
+    tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    return TF32 if tf32 and not precise else FLOAT32
+
+
+def input_precision(arithmetic: str) -> str:
+    """What Triton's products of float32 operands are asked for; 16-bit operands are exact in any case."""
+    return "tf32" if arithmetic == TF32 else "ieee"
+
 
 # Each list: the largest BM first; where tiles are too few for the device, the next smaller one is taken.
 POINTERS: dict[str, tuple[Tile, ...]] = {
@@ -206,7 +222,7 @@ def splits(blocks: int, tiles: int, device: Device) -> tuple[int, int]:
     return -(-tiles // each), each
 
 
-def gradient_route(arithmetic: str, Q: int, groups: int, stride: tuple[int, int], cudnn: bool) -> dict[str, str]:
+def gradient_route(arithmetic: str, Q: int, groups: int, cudnn: bool) -> dict[str, str]:
     """Which library computes which gradient: "triton", or "aten", PyTorch's own convolution, on a GPU cuDNN's.
 
     d coefficients and d bias are ours wherever Z fits: Z is never stored. The other two are what cuDNN has long been

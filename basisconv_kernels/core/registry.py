@@ -30,11 +30,13 @@ class Candidate:
         name: the backend's name, as users say it.
         target: ``"module:function"``, imported when first chosen.
         supports: problem → reasons against, empty when the backend can run it.
+        backward: ``"module:function"`` of its gradients; None where they are the reference's.
     """
 
     name: str
     target: str
     supports: Callable[[Any], Sequence[str]]
+    backward: str | None = None
 
 
 _NOTHING: Mapping[str, str] = MappingProxyType({})
@@ -145,5 +147,10 @@ def _refusal(op: str, problem: Any, asked: str | None, against: dict[str, tuple[
 
 def resolve(candidate: Candidate) -> Callable[..., Any]:
     """Import the candidate's target."""
-    module, _, attribute = candidate.target.partition(":")
+    return load(candidate.target)
+
+
+def load(target: str) -> Callable[..., Any]:
+    """Import ``"module:function"``."""
+    module, _, attribute = target.partition(":")
     return getattr(importlib.import_module(module), attribute)

@@ -52,7 +52,12 @@ def _reference_supports(problem: Conv2dProblem) -> list[str]:
 
 CANDIDATES = (
     Candidate("cpu", "basisconv_kernels.ops.basis_conv2d_native:forward", _cpu_supports),
-    Candidate("triton", "basisconv_kernels.ops.basis_conv2d_triton:forward", triton.supports),
+    Candidate(
+        "triton",
+        "basisconv_kernels.ops.basis_conv2d_triton:forward",
+        triton.supports,
+        backward="basisconv_kernels.ops.basis_conv2d_triton:backward",
+    ),
     Candidate("reference", "basisconv_kernels.ops.basis_conv2d:_reference_forward", _reference_supports),
 )
 
@@ -80,6 +85,11 @@ def _forward(backend: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         candidate = next(c for c in CANDIDATES if c.name == backend)
         target = _targets[backend] = registry.resolve(candidate)
     return target
+
+
+def _backward(backend: str) -> Callable[..., reference.Gradients]:
+    candidate = next(c for c in CANDIDATES if c.name == backend)
+    return reference.backward if candidate.backward is None else registry.load(candidate.backward)
 
 
 def _choose(
@@ -160,11 +170,11 @@ class BasisConv2dFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, _: Any) -> tuple[Any, ...]:
-        """The formulas of ``reference.basis_conv2d.backward``."""
+        """The formulas of ``reference.basis_conv2d.backward``, by the backend's own kernels where it has some."""
         input, basis_weight, coefficients, output, maps = ctx.saved_tensors
-        stride, padding, dilation, groups, activation, _, _ = ctx.settings
+        stride, padding, dilation, groups, activation, _, backend = ctx.settings
         with _without_graph():
-            gradients = reference.backward(
+            gradients = _backward(backend)(
                 grad_output,
                 output,
                 input,

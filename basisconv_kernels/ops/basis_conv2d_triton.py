@@ -6,6 +6,8 @@ test them without a GPU.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,8 +16,10 @@ from torch.utils.flop_counter import register_flop_formula
 
 from basisconv_kernels.core import env
 from basisconv_kernels.core.autograd import refuse_gradients
+from basisconv_kernels.core.checks import Pair, Quad
 from basisconv_kernels.core.problem import Conv2dProblem, dtype_name
 from basisconv_kernels.ops.basis_conv2d_native import fake_forward, flops
+from basisconv_kernels.reference import basis_conv2d as reference
 
 OP = "basis_conv2d"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -64,9 +68,7 @@ def forward(
 def _launch(input: Tensor, *arguments: Any) -> Tensor:
     from basisconv_kernels.triton_kernels import basis_conv2d as kernels
 
-    if input.device.type == "cpu":
-        return kernels.forward(input, *arguments)
-    with torch.cuda.device(input.device):  # Triton launches on the current device
+    with torch.cuda.device(input.device) if input.is_cuda else nullcontext():  # Triton launches on the current device
         return kernels.forward(input, *arguments)
 
 
@@ -81,12 +83,101 @@ def _fake(
     return fake_forward(input, basis_weight, coefficients, bias, residual, None, *arguments)
 
 
+# --- gradients --------------------------------------------------------------------------------------------------------
+
+
+def backward(
+    grad_output: Tensor,
+    output: Tensor | None,
+    input: Tensor,
+    basis_weight: Tensor,
+    coefficients: Tensor,
+    stride: Pair,
+    padding: Quad,
+    dilation: Pair,
+    groups: int,
+    activation: str | None,
+    wanted: tuple[bool, bool, bool, bool, bool],
+    maps: Tensor | None = None,
+) -> reference.Gradients:
+    """``reference.backward`` by our kernels: Z is computed again tile by tile; without them the reference itself."""
+    from basisconv_kernels.triton_kernels import configs
+
+    arguments = (grad_output, output, input, basis_weight, coefficients, stride, padding, dilation)
+    arithmetic = configs.arithmetic_of(input.dtype, False)
+    route = configs.gradient_route(arithmetic, basis_weight.shape[0], groups, input.is_cuda)
+    if route["coefficients"] != "triton":
+        return reference.backward(*arguments, groups, activation, wanted, maps)
+    found = torch.ops.basisconv_triton.basis_conv2d_backward.default(*arguments, activation, wanted[:4])
+    d_input, d_basis, d_coefficients, d_bias = (
+        gradient if want else None for gradient, want in zip(found, wanted, strict=False)
+    )
+    d_residual = reference.sloped(grad_output, output, activation) if wanted[4] else None
+    return reference.Gradients(d_input, d_basis, d_coefficients, d_bias, d_residual)
+
+
+def _launch_backward(
+    grad_output: Tensor,
+    output: Tensor | None,
+    input: Tensor,
+    basis_weight: Tensor,
+    coefficients: Tensor,
+    stride: Pair,
+    padding: Quad,
+    dilation: Pair,
+    activation: str | None,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    from basisconv_kernels.triton_kernels import basis_conv2d_gradients as kernels
+
+    with torch.cuda.device(input.device) if input.is_cuda else nullcontext():
+        found = kernels.backward(
+            grad_output, output, input, basis_weight, coefficients, stride, padding, dilation, activation, wanted
+        )
+    shaped = (input, basis_weight)
+    laid_out = [
+        gradient if gradient is None else reference.laid_out(gradient, reference.memory_format(like))
+        for gradient, like in zip(found, shaped, strict=False)
+    ]
+    return tuple(input.new_empty(0) if gradient is None else gradient for gradient in (*laid_out, *found[2:]))
+
+
+def _fake_backward(
+    grad_output: Tensor,
+    output: Tensor | None,
+    input: Tensor,
+    basis_weight: Tensor,
+    coefficients: Tensor,
+    stride: Pair,
+    padding: Quad,
+    dilation: Pair,
+    activation: str | None,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    def like(tensor: Tensor) -> Tensor:
+        layout = reference.memory_format(tensor) if tensor.dim() == 4 else torch.contiguous_format
+        return torch.empty(tensor.shape, dtype=input.dtype, device=input.device, memory_format=layout)
+
+    shapes = (input, basis_weight, coefficients, coefficients[:, 0])
+    return tuple(like(t) if want else input.new_empty(0) for t, want in zip(shapes, wanted, strict=True))
+
+
+# --- registration -----------------------------------------------------------------------------------------------------
+
 _library = torch.library.Library("basisconv_triton", "DEF")  # registrations live as long as this
 _library.define(
     "basis_conv2d(Tensor input, Tensor basis_weight, Tensor coefficients, Tensor? bias, Tensor? residual, "
     "int[] stride, int[] padding, int[] dilation, int groups, str? activation, bool precise) -> Tensor"
 )
-_library.impl("basis_conv2d", _launch, "CPU" if INTERPRETED else "CUDA")
-torch.library.register_fake("basisconv_triton::basis_conv2d", _fake, lib=_library)
-refuse_gradients("basis_conv2d", OP, "basisconv_triton")
+_library.define(
+    "basis_conv2d_backward(Tensor grad_output, Tensor? output, Tensor input, Tensor basis_weight, Tensor coefficients, "
+    "int[] stride, int[] padding, int[] dilation, str? activation, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+for _name, _run, _shapes in (
+    ("basis_conv2d", _launch, _fake),
+    ("basis_conv2d_backward", _launch_backward, _fake_backward),
+):
+    _library.impl(_name, _run, "CPU" if INTERPRETED else "CUDA")
+    torch.library.register_fake(f"basisconv_triton::{_name}", _shapes, lib=_library)
+    refuse_gradients(_name, OP, "basisconv_triton")
 register_flop_formula(torch.ops.basisconv_triton.basis_conv2d)(flops)

@@ -145,6 +145,15 @@ def recombine(
     return laid_out(out.to(input.dtype), memory_format(input))
 
 
+def sloped(grad_output: Tensor, output: Tensor | None, activation: str | None) -> Tensor:
+    """``grad_output`` where the activation's slope is 1, else 0; the slope is read off the op's result."""
+    if activation == "relu":
+        return torch.ops.aten.threshold_backward(grad_output, output, 0)
+    if activation == "relu6":
+        return torch.ops.aten.hardtanh_backward(grad_output, output, 0.0, 6.0)
+    return grad_output
+
+
 def backward(
     grad_output: Tensor,
     output: Tensor | None,
@@ -173,10 +182,7 @@ def backward(
         wanted: which of input, basis_weight, coefficients, bias, residual need a gradient.
         maps (Tensor[N, Q, OH, OW] or None): Z if the forward kept it; else it is computed again.
     """
-    if activation == "relu":
-        grad_output = torch.ops.aten.threshold_backward(grad_output, output, 0)
-    elif activation == "relu6":
-        grad_output = torch.ops.aten.hardtanh_backward(grad_output, output, 0.0, 6.0)
+    grad_output = sloped(grad_output, output, activation)
     mixing = coefficients[:, :, None, None]
     mixing_groups = coefficient_groups(coefficients, basis_weight.shape[0], groups)
     padded, pad = symmetric(input, padding)

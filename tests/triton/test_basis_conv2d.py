@@ -17,3 +17,9 @@ dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["
 @pytest.mark.parametrize("case", testing.CASES, ids=lambda case: case.name)
 def test_result(interpreter, case, dtype):
     interpreter(interpreted.check, case.at(dtype=dtype))
+
+
+@dtypes
+@pytest.mark.parametrize("case", testing.CASES, ids=lambda case: case.name)
+def test_gradients(interpreter, case, dtype):
+    interpreter(interpreted.check_gradients, case.at(dtype=dtype))
