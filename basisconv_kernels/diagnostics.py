@@ -14,7 +14,7 @@ import os
 import pkgutil
 import platform
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
@@ -24,7 +24,7 @@ import torch
 
 from basisconv_kernels import ops as ops_package
 from basisconv_kernels import testing
-from basisconv_kernels.core import checks, env, extension, machine, registry, tuning
+from basisconv_kernels.core import checks, env, extension, machine, registry, selfcheck, tuning
 from basisconv_kernels.core.problem import Conv2dProblem, dtype_name
 from basisconv_kernels.core.version import __version__
 from basisconv_kernels.layers.decompose import break_even
@@ -33,6 +33,7 @@ from basisconv_kernels.ops.basis_conv2d import basis_conv2d
 EXTRAS = {"cli": ("typer", "rich"), "report": ("matplotlib", "jinja2"), "triton": ("triton",)}
 OTHERS = ("torch", "numpy", "safetensors", "torchvision")
 PACKAGE = Path(__file__).resolve().parent
+PASSED = "passed on this device"
 DEVICES = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}  # any other backend follows its tensors
 
 
@@ -140,7 +141,8 @@ def explain(op: str, problem: Conv2dProblem, asked: str | None) -> dict[str, Any
 
     Returns:
         dict: JSON values; ``candidates`` are the reasons why each cannot run, ``slower`` why automatic choice passes
-        over some, ``measured`` the entries of ``tables`` for these weights, at whatever batch and map size.
+        over some, ``self_checks`` what is known of the variants that would run on a GPU, ``measured`` the
+            entries of ``tables`` for these weights, at whatever batch and map size.
 
     Raises:
         ValueError: an unknown op, or a problem that has no output.
@@ -148,7 +150,13 @@ def explain(op: str, problem: Conv2dProblem, asked: str | None) -> dict[str, Any
     candidates = op_module(op).CANDIDATES
     against = registry.reasons(candidates, problem)
     wished = asked or registry.wish()
-    slower = {} if wished else tuning.slower(op, problem)
+    slower_than_plain = getattr(op_module(op), "slower_than_plain", functools.partial(tuning.slower, op))
+    slower = {} if wished else slower_than_plain(problem)
+    checks_made = _self_checks(candidates, problem, against)
+    if wished is None:
+        for name, verdict in checks_made.items():
+            if verdict not in (PASSED, selfcheck.NOT_YET):
+                against[name] = (verdict,)
     first = registry.first(candidates, against, wished, slower)
     chosen = first.name if first else None
     Q_star = break_even(problem.K, problem.taps, problem.groups if problem.compact else 1)
@@ -164,6 +172,7 @@ def explain(op: str, problem: Conv2dProblem, asked: str | None) -> dict[str, Any
         "candidates": {name: list(reasons) for name, reasons in against.items()},
         "slower": slower,
         "tables": [str(table.path) for table in tuning.tables() if table.unused is None],
+        "self_checks": checks_made,
         "measured": tuning.entries_for(op, problem),
         "unknown_backend": wished if wished is not None and wished not in against else None,
         "macs_dense": problem.dense_macs(),
@@ -173,6 +182,18 @@ def explain(op: str, problem: Conv2dProblem, asked: str | None) -> dict[str, Any
         "break_even": Q_star,
         "pays": problem.Q * problem.taps + mixing < problem.K * problem.taps,
     }
+
+
+def _self_checks(
+    candidates: Sequence[registry.Candidate], problem: Conv2dProblem, against: Mapping[str, Sequence[str]]
+) -> dict[str, str]:
+    """{backend: PASSED, the reason against it, or that it was not checked yet} of those that could run on a GPU."""
+    found = {}
+    for candidate in candidates:
+        check = None if against[candidate.name] else registry.check_of(candidate, problem)
+        if check is not None:
+            found[candidate.name] = selfcheck.known(check.variant) or PASSED
+    return found
 
 
 # --- doctor -----------------------------------------------------------------------------------------------------------

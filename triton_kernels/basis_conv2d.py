@@ -30,7 +30,8 @@ def device_of(index: int | None) -> configs.Device:
     if index is None:
         return configs.HOPPER._replace(cores=1)
     properties = torch.cuda.get_device_properties(index)
-    return configs.Device((properties.major, properties.minor), properties.multi_processor_count)
+    shared = getattr(properties, "shared_memory_per_block_optin", 99 * 1024)
+    return configs.Device((properties.major, properties.minor), properties.multi_processor_count, shared)
 
 
 def channels_fastest(tensor: Tensor) -> Tensor:

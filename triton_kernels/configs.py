@@ -29,13 +29,14 @@ class Tile(NamedTuple):
 
 
 class Device(NamedTuple):
-    """What the choice sees of a GPU: its compute capability and its multiprocessors."""
+    """What the choice sees of a GPU; ``cores`` are multiprocessors, ``shared`` bytes of shared memory a program."""
 
     capability: tuple[int, int]
     cores: int
+    shared: int
 
 
-HOPPER = Device((9, 0), 132)  # H100 SXM, H200
+HOPPER = Device((9, 0), 132, 227 * 1024)  # H100 SXM, H200
 
 # Arithmetic of the two products: 16-bit operands, TF32, or exact float32 without matrix instructions.
 HALF, TF32, FLOAT32 = "half", "tf32", "float32"
@@ -82,6 +83,14 @@ POINTERS: dict[str, tuple[Tile, ...]] = {
 }
 
 
+def fitted(tile: Tile, C: int, K: int, arithmetic: str, device: Device) -> Tile:
+    """The tile no wider than its problem, with as many stages as the shared memory of the device holds."""
+    tile = tile._replace(BK=min(tile.BK, power_of_two(C)), BL=min(tile.BL, power_of_two(K)))
+    size = 2 if arithmetic == HALF else 4
+    stage = max((tile.BM + tile.BQ) * tile.BK, tile.BL * tile.BQ) * size
+    return tile._replace(stages=max(2, min(tile.stages, device.shared // stage)))
+
+
 def power_of_two(size: int, least: int = SMALLEST) -> int:
     """The smallest power of two that is at least ``size`` and ``least``."""
     return max(least, 1 << (size - 1).bit_length())
@@ -101,7 +110,7 @@ def pointer_tile(arithmetic: str, Q: int, C: int, K: int, pixels: int, device: D
         widest = max(row.BQ for row in rows if row.BQ <= BQ)
         fitting = [row for row in rows if widest == row.BQ]
     tile = largest_that_fills(fitting, pixels, device)
-    return tile._replace(BK=min(tile.BK, power_of_two(C)), BL=min(tile.BL, power_of_two(K))), split
+    return fitted(tile, C, K, arithmetic, device), split
 
 
 def largest_that_fills(rows: Sequence[Tile], pixels: int, device: Device) -> Tile:
@@ -190,10 +199,9 @@ def descriptor_tile(arithmetic: str, Q: int, C: int, K: int, pixels: int, stride
     """The tile of the descriptor kernel where ``against_descriptors`` has nothing against it."""
     BQ = power_of_two(Q)
     tile = largest_that_fills([row for row in DESCRIPTORS[arithmetic] if BQ == row.BQ], pixels, device)
-    BK = min(tile.BK, power_of_two(C))
     if stride == 2:  # a block must not reach into the other plane's channels
-        BK = min(BK, C & -C)
-    return tile._replace(BK=BK, BL=min(tile.BL, power_of_two(K)))
+        tile = tile._replace(BK=min(tile.BK, C & -C))
+    return fitted(tile, C, K, arithmetic, device)
 
 
 def box(BM: int, N: int, OH: int, OW: int) -> Box:

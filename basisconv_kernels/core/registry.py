@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from basisconv_kernels.core import env, extension, log
+from basisconv_kernels.core import env, extension, log, selfcheck
 from basisconv_kernels.core.errors import BackendUnavailable
 
 
@@ -31,12 +31,15 @@ class Candidate:
         target: ``"module:function"``, imported when first chosen.
         supports: problem → reasons against, empty when the backend can run it.
         backward: ``"module:function"`` of its gradients; None where they are the reference's.
+        check: ``"module:function"``, problem → ``selfcheck.Check`` of what would run on a GPU; automatic choice on a
+            CUDA device passes over a candidate whose check fails. None where there is nothing to check.
     """
 
     name: str
     target: str
     supports: Callable[[Any], Sequence[str]]
     backward: str | None = None
+    check: str | None = None
 
 
 _NOTHING: Mapping[str, str] = MappingProxyType({})
@@ -107,6 +110,13 @@ def first(
     return next(iter(fast or able), None)
 
 
+def check_of(candidate: Candidate, problem: Any) -> selfcheck.Check | None:
+    """What must have passed before automatic choice takes this candidate for the problem; None where nothing must."""
+    if candidate.check is None or problem.device != "cuda":
+        return None
+    return load(candidate.check)(problem)
+
+
 def select(
     op: str,
     candidates: Sequence[Candidate],
@@ -128,6 +138,12 @@ def select(
     """
     against = reasons(candidates, problem)
     chosen = first(candidates, against, asked, slower)
+    while asked is None and chosen is not None and (check := check_of(chosen, problem)):
+        distrust = selfcheck.against(check)
+        if distrust is None:
+            break
+        against[chosen.name] = (distrust,)
+        chosen = first(candidates, against, asked, slower)
     if chosen is None:
         raise BackendUnavailable(_refusal(op, problem, asked, against))
     if asked is None:

@@ -228,6 +228,10 @@ def explanation_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
     for name, reasons in found["candidates"].items():
         able = "chosen" if name == found["chosen"] else found["slower"].get(name, "could run")
         rows.append((f"  {name}", "; ".join(reasons) or able))
+        if reasons and name in found["slower"]:
+            rows.append(("    besides", found["slower"][name]))
+        if name in found["self_checks"]:
+            rows.append(("    self-check", found["self_checks"][name]))
     if found["unknown_backend"]:
         rows.append((f"  {found['unknown_backend']}", "not a backend of this op"))
     rows.append(("tuned tables", ", ".join(found["tables"]) or "none for this processor: run `basisconv tune`"))

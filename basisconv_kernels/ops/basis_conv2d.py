@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from basisconv_kernels.core import env, registry, tuning
+from basisconv_kernels.core import env, registry, selfcheck
 from basisconv_kernels.core.autograd import refuse_by_name, refuse_double_backward
 from basisconv_kernels.core.checks import Pair, Quad
 from basisconv_kernels.core.problem import Conv2dProblem
@@ -17,6 +17,7 @@ from basisconv_kernels.core.registry import Candidate
 from basisconv_kernels.ops import basis_conv2d_native as native
 from basisconv_kernels.ops import basis_conv2d_triton as triton
 from basisconv_kernels.ops.basis_conv2d_arguments import normal_form
+from basisconv_kernels.ops.basis_conv2d_model import slower_than_plain
 from basisconv_kernels.reference import basis_conv2d as reference
 
 OP = "basis_conv2d"
@@ -57,6 +58,7 @@ CANDIDATES = (
         "basisconv_kernels.ops.basis_conv2d_triton:forward",
         triton.supports,
         backward="basisconv_kernels.ops.basis_conv2d_triton:backward",
+        check="basisconv_kernels.ops.basis_conv2d_selfcheck:triton",
     ),
     Candidate("reference", "basisconv_kernels.ops.basis_conv2d:_reference_forward", _reference_supports),
 )
@@ -98,7 +100,7 @@ def _choose(
     """Name of the backend. It looks only at what stays when batch and map size change: a constant in a graph."""
     problem = problem_of(device, dtype, layout, sizes, Settings._make((*fixed, "")))
     asked = asked or registry.wish()
-    slower = {} if asked else tuning.slower(OP, problem)
+    slower = {} if asked else slower_than_plain(problem)
     chosen = registry.select(OP, CANDIDATES, problem, asked, slower)
     _forward(chosen.name)
     return chosen.name
@@ -253,7 +255,8 @@ def _plan(tensors: tuple[Any, ...], arguments: tuple[Any, ...]) -> Settings:
             found = _normal_form(*tensors, *arguments)
         if len(_plans) >= _PLANS_KEPT:
             _plans.clear()
-        _plans[key] = found
+        if not selfcheck.capturing():  # what was not checked only because a graph is captured may be chosen later
+            _plans[key] = found
     return found
 
 

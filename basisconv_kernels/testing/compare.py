@@ -54,10 +54,13 @@ def plain(case: Case, tensors: tuple[Tensor, Tensor, Tensor, Tensor | None, Tens
 
 
 @contextlib.contextmanager
-def full_float32() -> Iterator[None]:
-    """No TF32 in this block: an oracle, and a candidate that is compared with one, must not lose digits unasked."""
+def full_float32(tf32: bool = False) -> Iterator[None]:
+    """No TF32 in this block: an oracle, and a candidate that is compared with one, must not lose digits unasked.
+
+    With ``tf32`` it is allowed instead, to check a candidate that uses it.
+    """
     matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     try:
         yield
     finally:
@@ -147,7 +150,7 @@ def _beside_plain(head: str, dtype: torch.dtype, error: Tensor, plain_error: Ten
             raise Mismatch(f"{head}: {what} error {found:.3g}, of plain PyTorch {beside:.3g}; {limit:.3g} is allowed")
 
 
-def check(case: Case, candidate: Kernel, *, seed: int = 0) -> Report:
+def check(case: Case, candidate: Kernel, *, seed: int = 0, tf32: bool = False) -> Report:
     """Run a kernel on a case and compare all of its contract; see the package's docstring for what that is.
 
     Args:
@@ -155,6 +158,7 @@ def check(case: Case, candidate: Kernel, *, seed: int = 0) -> Report:
         candidate (Callable): takes ``(input, basis_weight, coefficients, bias, *, stride, padding, dilation, groups,
             activation, residual, precise)`` and returns the result.
         seed (int): of the values.
+        tf32 (bool): let float32 products use TF32, and allow its errors; rule 2 and whole numbers are left out then.
 
     Returns:
         Report: the errors of a candidate that passed.
@@ -164,7 +168,7 @@ def check(case: Case, candidate: Kernel, *, seed: int = 0) -> Report:
     """
     inputs = make_inputs(case, seed)
     on_grid = make_inputs(case, seed, values="grid")
-    with torch.no_grad(), full_float32():
+    with torch.no_grad(), full_float32(tf32):
         with poisoned_allocations():
             got = _call(candidate, inputs)
             _form(case, inputs, got)
@@ -172,12 +176,13 @@ def check(case: Case, candidate: Kernel, *, seed: int = 0) -> Report:
             again = _call(candidate, inputs)
         _untouched(case, inputs)
         _own_memory(case, inputs, got, again)
-        bound = tolerances.forward_bound(case.problem, *inputs.tensors)
+        bound = tolerances.forward_bound(case.problem, *inputs.tensors, tf32=tf32)
         error = _elements(str(case), first, bound.expected, bound.allowed)
         plain_error = (plain(case, inputs.tensors).double() - bound.expected).abs()
-        _beside_plain(str(case), case.problem.dtype, error, plain_error, bound)
+        if not tf32:
+            _beside_plain(str(case), case.problem.dtype, error, plain_error, bound)
         _same_bits(case, "the results of two runs", first, again)
-        if not tolerances.winograd_allowed(case.problem) and _exact_in_float32(on_grid):
+        if not (tf32 or tolerances.winograd_allowed(case.problem)) and _exact_in_float32(on_grid):
             check_rounding(case, candidate, seed=seed)
     if not error.numel():
         return Report(case, 0.0, 0.0, 0.0)
@@ -232,10 +237,11 @@ def _rounded_once(
     return out.to(p.dtype)
 
 
-def check_gradients(case: Case, candidate: Kernel, *, seed: int = 0) -> None:
+def check_gradients(case: Case, candidate: Kernel, *, seed: int = 0, tf32: bool = False) -> None:
     """Compare the gradients of all tensors of a case with the explicit formulas in float64.
 
     The slope of the activation is read off the candidate's own result: near the kink it may lie on either side.
+    ``tf32`` is as for ``check``.
 
     Raises:
         Mismatch: a gradient is missing or wrong, or its shape or dtype is not that of its tensor.
@@ -245,7 +251,7 @@ def check_gradients(case: Case, candidate: Kernel, *, seed: int = 0) -> None:
     names = ("input", "basis_weight", "coefficients", "bias", "residual")
     leaves = [None if t is None else t.detach().requires_grad_() for t in inputs.tensors]
     present = [(name, leaf) for name, leaf in zip(names, leaves, strict=True) if leaf is not None]
-    with full_float32():
+    with full_float32(tf32):
         out = candidate(*leaves[:4], residual=leaves[4], **case.arguments())
         _form(case, inputs, out)
         if not out.requires_grad:
@@ -255,7 +261,7 @@ def check_gradients(case: Case, candidate: Kernel, *, seed: int = 0) -> None:
         # Straight from the graph, so that nothing but the candidate's own backward shapes the gradients.
         got = torch.autograd.grad(out, [leaf for _, leaf in present], grad_output, allow_unused=True)
         _untouched(case, inputs)
-        bounds = tolerances.backward_bound(p, grad_output, out.detach(), *inputs.tensors[:3])
+        bounds = tolerances.backward_bound(p, grad_output, out.detach(), *inputs.tensors[:3], tf32)
         beside = _plain_gradients(case, inputs, grad_output, out.detach())
     for (name, leaf), gradient in zip(present, got, strict=True):
         head = f"{case}: gradient of {name}"
@@ -268,7 +274,8 @@ def check_gradients(case: Case, candidate: Kernel, *, seed: int = 0) -> None:
         bound = bounds[name]
         letters = {4: "abcd", 2: "kq", 1: "k"}[gradient.dim()] if name != "input" else "nchw"
         error = _elements(head, gradient, bound.expected, bound.allowed, letters)
-        _beside_plain(head, p.dtype, error, (beside[name].double() - bound.expected).abs(), bound)
+        if not tf32:
+            _beside_plain(head, p.dtype, error, (beside[name].double() - bound.expected).abs(), bound)
 
 
 def _plain_gradients(case: Case, inputs: Inputs, grad_output: Tensor, output: Tensor) -> dict[str, Tensor]:

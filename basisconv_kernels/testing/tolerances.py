@@ -37,6 +37,8 @@ MEAN_SCATTER = 8.0
 
 # Winograd F(2×2, 3×3): absolute sums of its transforms over those of the nine products, (1·2 + 1.5·2 + 1.5·2)² / 3².
 WINOGRAD_GROWTH = 64.0 / 9.0
+# TF32 cuts each operand of a product to 10 bits behind the leading one; four operands lie between input and result.
+TF32_SHARE = 4 * 2.0**-10
 # Bias, residual, the two roundings between the stages and Winograd's eight additions a direction.
 EXTRA_ADDITIONS = 20
 # The products of rounding errors that rule 1 leaves out.
@@ -94,8 +96,9 @@ def forward_bound(
     coefficients: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
+    tf32: bool = False,
 ) -> Bound:
-    """Rule 1 for the op's result, in float64 on the same rounded inputs."""
+    """Rule 1 for the op's result, in float64 on the same rounded inputs; ``tf32`` where float32 products may use it."""
     x, f, a = input.double(), basis_weight.double(), coefficients.double()
     b, r = (None if t is None else t.double() for t in (bias, residual))
     geometry = _geometry(problem)
@@ -115,6 +118,8 @@ def forward_bound(
         growth = WINOGRAD_GROWTH
     sums = mixed(reference.basis_maps(magnitude, f.abs(), *geometry), b, r)
     allowed = lost_in_sums(problem.dtype, problem.taps + problem.mixed + EXTRA_ADDITIONS) * growth * sums
+    if tf32 and problem.dtype == torch.float32:
+        allowed += TF32_SHARE * sums
     u = UNIT_ROUNDOFF[problem.dtype]
     allowed += u * expected.abs()
     smallest = torch.finfo(problem.dtype).smallest_normal * torch.finfo(problem.dtype).eps
@@ -131,6 +136,7 @@ def backward_bound(
     input: Tensor,
     basis_weight: Tensor,
     coefficients: Tensor,
+    tf32: bool = False,
 ) -> dict[str, Bound]:
     """The same rule for the five gradients; the slope of the activation is read off ``output``.
 
@@ -147,6 +153,8 @@ def backward_bound(
     growth = WINOGRAD_GROWTH if winograd_allowed(problem) else 1.0
     u = UNIT_ROUNDOFF[problem.dtype]
     share = lost_in_sums(problem.dtype, additions) * growth
+    if tf32 and problem.dtype == torch.float32:
+        share += TF32_SHARE
     smallest = torch.finfo(problem.dtype).smallest_normal * torch.finfo(problem.dtype).eps
     bounds = {}
     for name, expected, total in zip(exact._fields, exact, sums, strict=True):

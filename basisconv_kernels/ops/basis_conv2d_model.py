@@ -1,0 +1,94 @@
+"""What a call of ``basis_conv2d`` should take on a GPU, fused and as two library kernels, where nothing was measured.
+
+The choice sees no batch and no map size, so this is the time an output pixel takes when there are many, in nanoseconds.
+A kernel takes the longest of three: its products at the rate of the arithmetic, what it moves to and from memory, and
+what it fetches from the second-level cache, where a convolution reads each input pixel once a tap for each tile::
+
+    refill = (BM + filters of a tile) · R·S·C · bytes / BM
+
+Two library kernels are the R×S convolution with tiles of 128 pixels × 256 filters and the 1×1 convolution, the maps
+between them written and read. Ours pads Q to a power of two and C to a block, computes Z anew for each chunk of outputs
+where it works in parts, and reaches a share of what the formulas say. Only the ratio of the two times matters; it
+hardly depends on the device, so one row of rates serves all.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from basisconv_kernels.core import tuning
+from basisconv_kernels.core.problem import Conv2dProblem
+
+OP = "basis_conv2d"
+
+# Of one H200: operations and bytes a nanosecond. The 16-bit and memory rates were measured, the others are from data
+# sheets, the cache from a public measurement.
+OPERATIONS = {"half": 790e3, "tf32": 395e3, "float32": 60e3}
+MEMORY = 4300.0
+CACHE = 8000.0
+# The share that our kernel reaches: 30 % of the floor where a refill-bound kernel stops at 33 %, and alike above.
+# Products without matrix instructions are not what Triton is good at.
+REACHED = {"half": 0.9, "tf32": 0.9, "float32": 0.5}
+LIBRARY_TILE = (128, 256)  # pixels × filters
+
+
+def two_kernels(p: Conv2dProblem, arithmetic: str) -> float:
+    """Nanoseconds an output pixel of the two convolutions of a library."""
+    size = _bytes(p)
+    pixels, filters = LIBRARY_TILE
+    fetched = (pixels + min(p.Q // p.groups, filters)) * p.taps * p.groups * size / pixels
+    moved = (p.C * p.stride[0] * p.stride[1] + p.Q) * size
+    first = max(2 * p.Q * p.taps / OPERATIONS[arithmetic], moved / MEMORY, fetched / CACHE)
+    second = max(2 * p.K * p.mixed / OPERATIONS[arithmetic], (p.Q + p.K) * size / MEMORY)
+    return first + second
+
+
+def triton(p: Conv2dProblem, arithmetic: str) -> float:
+    """Nanoseconds an output pixel of our kernel, on the widest tile of the path that the weights allow."""
+    from basisconv_kernels.triton_kernels import configs
+
+    size = _bytes(p)
+    Q, C, K = p.Q // p.groups, p.C // p.groups, p.K // p.groups if p.compact else p.K
+    many = 2**24
+    even = (2, 2)  # the sizes are open: the better case
+    capability = configs.HOPPER.capability
+    if configs.against_descriptors(arithmetic, C, Q, even, p.stride, p.groups, capability) is None:
+        tile, split = configs.descriptor_tile(arithmetic, Q, C, K, many, p.stride[0], configs.HOPPER), False
+    else:
+        tile, split = configs.pointer_tile(arithmetic, Q, C, K, many, configs.HOPPER)
+    split = split or p.groups > 1
+    blocks = -(-Q // tile.BQ) * (1 if p.compact else p.groups)  # of basis filters that an output mixes
+    again = -(-K // tile.BL) * (p.groups if p.compact else 1) if split else 1
+    length = p.R * p.S * -(-C // tile.BK) * tile.BK
+    mixing = 2 * (-(-K // tile.BL) * tile.BL) * tile.BQ * blocks * (p.groups if p.compact else 1)
+    products = 2 * length * tile.BQ * blocks * again + mixing
+    fetched = (tile.BM + tile.BQ) * length * blocks * again * size / tile.BM
+    moved = (p.C * p.stride[0] * p.stride[1] + p.K) * size
+    return max(max(products / OPERATIONS[arithmetic], fetched / CACHE) / REACHED[arithmetic], moved / MEMORY)
+
+
+def slower_than_plain(problem: Conv2dProblem) -> dict[str, str]:
+    """{backend: by how much, in words} of those slower than plain PyTorch: as measured, else on a GPU as predicted."""
+    return tuning.slower(OP, problem) if tuning.entries_for(OP, problem) else predicted_slower(problem)
+
+
+def predicted_slower(p: Conv2dProblem) -> dict[str, str]:
+    """{backend: by how much, in words} of those that should be slower than two library kernels on a GPU."""
+    from basisconv_kernels.triton_kernels import configs
+
+    if p.device != "cuda" or p.dtype == torch.float64:
+        return {}
+    ours_in, theirs_in = (configs.arithmetic_of(dtype, p.precise) for dtype in (p.dtype, _library_dtype(p)))
+    ours, theirs = triton(p, ours_in), two_kernels(p, theirs_in)
+    if ours <= theirs:
+        return {}
+    words = f"predicted slower than two library kernels, {ours:.3f} ns an output pixel against {theirs:.3f} (a model)"
+    return {"triton": words}
+
+
+def _library_dtype(p: Conv2dProblem) -> torch.dtype:
+    return torch.float32 if p.precise else p.dtype
+
+
+def _bytes(p: Conv2dProblem) -> int:
+    return 4 if p.dtype == torch.float32 else 2

@@ -1,0 +1,61 @@
+"""What must pass on a GPU before ``basis_conv2d`` chooses a backend there by itself; see ``core.selfcheck``."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from basisconv_kernels.core.problem import Conv2dProblem, dtype_name
+from basisconv_kernels.core.selfcheck import Check
+
+PIXELS_A_CORE = 256  # two tiles of the largest kind
+
+
+def triton(problem: Conv2dProblem) -> Check:
+    """The variant that Triton would compile for a problem: its dtype, tile and path."""
+    from basisconv_kernels.triton_kernels import configs
+
+    arithmetic = configs.arithmetic_of(problem.dtype, problem.precise)
+    Q, C = problem.Q // problem.groups, problem.C // problem.groups
+    K = problem.K // problem.groups if problem.compact else problem.K
+    tile, split = configs.pointer_tile(arithmetic, Q, C, K, 1, configs.HOPPER)
+    words = [
+        f"basis_conv2d triton {dtype_name(problem.dtype)}",
+        *(["precise"] if problem.precise else ["TF32"] if arithmetic == configs.TF32 else []),
+        f"{problem.R}×{problem.S} stride {problem.stride[0]},{problem.stride[1]}",
+        f"C≤{configs.power_of_two(C)}" if C <= tile.BK else f"C%{C & -C}",
+        f"Q≤{configs.power_of_two(Q)} K≤{configs.power_of_two(K)}",
+        *(["in parts"] if split or problem.groups > 1 else []),
+        *(["compact"] if problem.compact else []),
+    ]
+    return Check(" ".join(words), functools.partial(against_reference, "triton", problem))
+
+
+def against_reference(backend: str, problem: Conv2dProblem) -> None:
+    """Run the weights and the geometry of a problem at three sizes, each with another epilogue; once the gradients.
+
+    Raises:
+        AssertionError, RuntimeError, ...: a result is wrong, or the kernel does not compile or run.
+    """
+    from basisconv_kernels import testing
+    from basisconv_kernels.ops.basis_conv2d import basis_conv2d
+    from basisconv_kernels.triton_kernels import configs
+
+    kernel = functools.partial(basis_conv2d, backend=backend)
+    tf32 = configs.arithmetic_of(problem.dtype, problem.precise) == configs.TF32
+    cores = torch.cuda.get_device_properties(None).multi_processor_count if torch.cuda.is_available() else 1
+    side = math.isqrt(PIXELS_A_CORE * cores) + 1
+    # Odd sizes; even ones, which alone take the descriptor path at stride 2; pixels enough for the largest tile.
+    sizes = (2, 9, 13), (3, 8, 10), (1, side * problem.stride[0] // 2 * 2, side * problem.stride[1] // 2 * 2)
+    for (N, H, W), activation in zip(sizes, ("relu6", "relu", None), strict=True):
+        reach = [(n - 1) * apart // 2 * 2 for n, apart in zip((problem.R, problem.S), problem.dilation, strict=True)]
+        size: dict[str, Any] = {"N": N, "H": H + reach[0], "W": W + reach[1], "activation": activation}
+        problem = replace(problem, **size, bias=activation != "relu", residual=activation is not None)
+        case = testing.Case("selfcheck", "before the first use", problem)
+        testing.check(case, kernel, tf32=tf32)
+        if activation == "relu6":
+            testing.check_gradients(case, kernel, tf32=tf32)
