@@ -54,11 +54,13 @@ def forward(
     activation: str | None,
     precise: bool,
     path: str | None = None,
+    tile: configs.Tile | None = None,
 ) -> Tensor:
     """``act(coefficients · conv2d(input, basis_weight) + bias + residual)``, arguments in normal form.
 
     Args:
         path: "descriptors" or "pointers", for tests; None chooses.
+        tile: a row of that path's table, for tests; None chooses.
     """
     N, C, H, W = input.shape
     Q, _, R, S = basis_weight.shape
@@ -74,16 +76,11 @@ def forward(
     against = against or _against_memory(input, stride)
     if path == "descriptors" and against:
         raise ValueError(f"{OP}: no descriptor path: {against}")
+    tensors = (input, basis_weight, coefficients, bias, residual, out)
     if against or path == "pointers":
-        _through_pointers(
-            input, basis_weight, coefficients, bias, residual, out, stride, padding, dilation, groups, activation,
-            precise, arithmetic, device,
-        )  # fmt: skip
+        _through_pointers(*tensors, stride, padding, dilation, groups, activation, precise, arithmetic, device, tile)
     else:
-        _through_descriptors(
-            input, basis_weight, coefficients, bias, residual, out, stride, padding, dilation, activation,
-            arithmetic, device,
-        )  # fmt: skip
+        _through_descriptors(*tensors, stride, padding, dilation, activation, arithmetic, device, tile)
     return out
 
 
@@ -95,7 +92,7 @@ def _epilogue_strides(coefficients: Tensor, bias: Tensor | None, residual: Tenso
 def _through_pointers(
     input: Tensor, basis_weight: Tensor, coefficients: Tensor, bias: Tensor | None, residual: Tensor | None,
     out: Tensor, stride: Pair, padding: Quad, dilation: Pair, groups: int, activation: str | None, precise: bool,
-    arithmetic: str, device: configs.Device,
+    arithmetic: str, device: configs.Device, given: configs.Tile | None,
 ) -> None:  # fmt: skip
     (Q, C, R, S), (K, mixed) = basis_weight.shape, coefficients.shape
     N, _, OH, OW = out.shape
@@ -103,6 +100,7 @@ def _through_pointers(
     compact = groups > 1 and mixed != Q
     own_K = K // groups if compact else K
     tile, split = configs.pointer_tile(arithmetic, Q // groups, C, own_K, pixels, device)
+    tile = given or tile
     split = split or groups > 1
     chunks = -(-own_K // tile.BL) * (groups if compact else 1) if split else 1
     input_n, _, input_y, input_x = input.stride()
@@ -140,13 +138,13 @@ def _against_memory(input: Tensor, stride: Pair) -> str | None:
 def _through_descriptors(
     input: Tensor, basis_weight: Tensor, coefficients: Tensor, bias: Tensor | None, residual: Tensor | None,
     out: Tensor, stride: Pair, padding: Quad, dilation: Pair, activation: str | None,
-    arithmetic: str, device: configs.Device,
+    arithmetic: str, device: configs.Device, given: configs.Tile | None,
 ) -> None:  # fmt: skip
     (N, C, H, W), (Q, _, R, S), K = input.shape, basis_weight.shape, coefficients.shape[0]
     OH, OW = out.shape[2:]
     if not basis_weight.is_contiguous(memory_format=torch.channels_last) or basis_weight.data_ptr() % 16:
         basis_weight = basis_weight.clone(memory_format=torch.channels_last)
-    tile = configs.descriptor_tile(arithmetic, Q, C, K, N * OH * OW, stride[0], device)
+    tile = given or configs.descriptor_tile(arithmetic, Q, C, K, N * OH * OW, stride[0], device)
     BN, TH, TW = configs.box(tile.BM, N, OH, OW)
     # A dimension of size 1 may have any stride; a descriptor wants a multiple of 16 bytes.
     x = input.stride(3) if W > 1 else C

@@ -38,15 +38,17 @@ def basis_conv2d_backward_maps(
     gradient_n, gradient_k, gradient_y, gradient_x, output_n, output_k, output_y, output_x, mix_k, mix_q,
     BM: tl.constexpr, BQ: tl.constexpr, BL: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """DZ [pixels, Q]; one program BM pixels."""
-    pixel = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    """The maps' gradient dZ [pixels, Q]; one program BM pixels and BQ basis filters."""
+    filter_blocks = tl.cdiv(Q, BQ)
+    program = tl.program_id(0).to(tl.int64)
+    pixel = program // filter_blocks * BM + tl.arange(0, BM)
     live = pixel < pixels
     ox = pixel % OW
     oy = pixel // OW % OH
     n = pixel // OW // OH
     gradient_rows = n * gradient_n + oy * gradient_y + ox * gradient_x
     output_rows = n * output_n + oy * output_y + ox * output_x
-    q = tl.arange(0, BQ)
+    q = (program % filter_blocks).to(tl.int32) * BQ + tl.arange(0, BQ)
     live_q = q < Q
     dz = tl.zeros((BM, BQ), tl.float32)
     for start in range(0, K, BL):
@@ -77,13 +79,17 @@ def basis_conv2d_backward_coefficients(
     BM: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, BL: tl.constexpr, VECTOR: tl.constexpr,
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A part of d coefficients [BL, Q] and d bias [BL]; one program a chunk of outputs and a range of pixel tiles."""
+    """A part of d coefficients [BL, BQ] and d bias [BL]; one program a block of both and a range of pixel tiles."""
     chunks = tl.cdiv(K, BL)
-    split = (tl.program_id(0) // chunks).to(tl.int64)
-    k = tl.program_id(0) % chunks * BL + tl.arange(0, BL)
+    filter_blocks = tl.cdiv(Q, BQ)
+    program = tl.program_id(0)
+    filter_block = program % filter_blocks
+    program = program // filter_blocks
+    split = (program // chunks).to(tl.int64)
+    k = program % chunks * BL + tl.arange(0, BL)
     live_k = k < K
     wide_k = k.to(tl.int64)[None, :]
-    q = tl.arange(0, BQ)
+    q = filter_block * BQ + tl.arange(0, BQ)
     live_q = q < Q
     part = tl.zeros((BL, BQ), tl.float32)
     bias_part = tl.zeros((BL,), tl.float32)
@@ -109,7 +115,7 @@ def basis_conv2d_backward_coefficients(
     at = parts + (split * K + k[:, None]) * Q + q[None, :]
     tl.store(at, part, mask=live_k[:, None] & live_q[None, :])
     if bias_parts is not None:
-        tl.store(bias_parts + split * K + k, bias_part, mask=live_k)
+        tl.store(bias_parts + split * K + k, bias_part, mask=k < tl.where(filter_block == 0, K, 0))
 
 
 @triton.jit

@@ -117,8 +117,8 @@ def basis_conv2d_forward_descriptors(
 
     m = tl.arange(0, BM)
     image = (n + m // (TH * TW)).to(tl.int64)
-    y = oy + m // TW % TH
-    x = ox + m % TW
+    y = (oy + m // TW % TH).to(tl.int64)
+    x = (ox + m % TW).to(tl.int64)
     live = (image < N) & (y < OH) & (x < OW)
     out_rows = image * out_n + y * out_y + x * out_x
     residual_rows = image * residual_n + y * residual_y + x * residual_x

@@ -35,7 +35,7 @@ def backward(
     wanted: Sequence[bool],
     route: dict[str, str] | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of input, basis weight, coefficients and bias for one group and Q up to ``MOST_BASIS``.
+    """The gradients of input, basis weight, coefficients and bias for one group.
 
     Args:
         output: the op's result; needed with an activation only.
@@ -44,7 +44,7 @@ def backward(
     """
     if route is None:
         arithmetic = configs.arithmetic_of(input.dtype, False)
-        route = configs.gradient_route(arithmetic, basis_weight.shape[0], 1, input.is_cuda)
+        route = configs.gradient_route(arithmetic, 1, input.is_cuda)
     call = _Call(grad_output, output, input, basis_weight, coefficients, stride, padding, dilation, activation)
     d_coefficients, d_bias = call.coefficients_and_bias(wanted[2], wanted[3])
     if not (wanted[0] or wanted[1]):
@@ -93,17 +93,17 @@ class _Call:
         if not coefficients or not self.pixels:
             d_mix = torch.zeros_like(self.coefficients, memory_format=torch.contiguous_format) if coefficients else None
             return d_mix, (sloped(self.gradient, self.output, self.activation).sum((0, 2, 3)) if bias else None)
-        BM, _, most = self.blocks
-        BL = min(most, configs.power_of_two(self.K))
-        chunks = -(-self.K // BL)
-        parts, tiles = configs.splits(chunks, -(-self.pixels // BM), self.device)
+        BM, most_Q, most = self.blocks
+        BQ, BL = min(most_Q, configs.power_of_two(self.Q)), min(most, configs.power_of_two(self.K))
+        blocks = -(-self.K // BL) * -(-self.Q // BQ)
+        parts, tiles = configs.splits(blocks, -(-self.pixels // BM), self.device)
         mix_parts = self.new(parts, self.K, self.Q)
         bias_parts = self.new(parts, self.K) if bias else None
-        basis_conv2d_backward_coefficients[(parts * chunks,)](
+        basis_conv2d_backward_coefficients[(parts * blocks,)](
             self.gradient, self.output, self.input, self.basis, mix_parts, bias_parts,
             self.pixels, self.C, self.Q, self.K, self.H, self.W, self.OH, self.OW, *self.geometry, *self.upstream,
             *self.input_strides, *self.basis_strides, tiles,
-            BM=BM, BQ=configs.power_of_two(self.Q), BK=min(self.blocks[2], configs.power_of_two(self.C)), BL=BL,
+            BM=BM, BQ=BQ, BK=min(self.blocks[2], configs.power_of_two(self.C)), BL=BL,
             VECTOR=min(vector(self.input, *self.input_strides), vector(self.basis, *self.basis_strides)),
             ACTIVATION=self.activation, PRECISION=self.precision, **WARPS,
         )  # fmt: skip
@@ -114,11 +114,12 @@ class _Call:
         """The gradient dZ [N, Q, OH, OW] in channels_last memory."""
         dense = self.new(self.N, self.OH, self.OW, self.Q, dtype=self.given.dtype)
         if self.pixels:
-            BM, _, most = self.blocks
-            basis_conv2d_backward_maps[(-(-self.pixels // BM),)](
+            BM, most_Q, most = self.blocks
+            BQ = min(most_Q, configs.power_of_two(self.Q))
+            basis_conv2d_backward_maps[(-(-self.pixels // BM) * -(-self.Q // BQ),)](
                 self.gradient, self.output, self.coefficients, dense, self.pixels, self.Q, self.K, self.OH, self.OW,
                 *self.upstream, *self.coefficients.stride(),
-                BM=BM, BQ=configs.power_of_two(self.Q), BL=min(most, configs.power_of_two(self.K)),
+                BM=BM, BQ=BQ, BL=min(most, configs.power_of_two(self.K)),
                 ACTIVATION=self.activation, PRECISION=self.precision, **WARPS,
             )  # fmt: skip
         return dense.permute(0, 3, 1, 2)

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 
 SMALLEST = 16  # side of a matrix instruction's operand
-MOST_BASIS = 256  # basis filters whose maps fit the registers of one program
 PROGRAMS_A_CORE = 2  # below that many tiles a multiprocessor, smaller ones
 
 
@@ -58,19 +57,15 @@ def input_precision(arithmetic: str) -> str:
 # Each list: the largest BM first; where tiles are too few for the device, the next smaller one is taken.
 POINTERS: dict[str, tuple[Tile, ...]] = {
     HALF: (
-        Tile(128, 16, 64, 64, 4, 4),
+        Tile(128, 16, 64, 32, 4, 4),
         Tile(64, 16, 64, 64, 4, 4),
-        Tile(128, 32, 64, 64, 4, 3),
         Tile(64, 32, 64, 64, 4, 4),
-        Tile(128, 64, 64, 64, 4, 3),
         Tile(64, 64, 64, 64, 4, 4),
         Tile(64, 128, 64, 64, 4, 3),
         Tile(64, 256, 32, 32, 4, 3),
     ),
     TF32: (
-        Tile(128, 16, 32, 32, 4, 3),
         Tile(64, 16, 32, 32, 4, 3),
-        Tile(128, 32, 32, 32, 4, 3),
         Tile(64, 32, 32, 32, 4, 3),
         Tile(64, 64, 32, 32, 4, 3),
         Tile(64, 128, 32, 32, 4, 3),
@@ -136,12 +131,11 @@ DESCRIPTORS: dict[str, tuple[Tile, ...]] = {
         Tile(64, 64, 64, 64, 4, 4),
         Tile(128, 128, 64, 128, 8, 3),
         Tile(64, 128, 64, 64, 4, 4),
-        Tile(64, 256, 64, 64, 4, 3),
+        Tile(64, 256, 64, 32, 4, 3),
     ),
     TF32: (
         Tile(128, 16, 32, 32, 4, 4),
         Tile(64, 16, 32, 32, 4, 4),
-        Tile(128, 32, 32, 32, 4, 4),
         Tile(64, 32, 32, 32, 4, 4),
         Tile(64, 64, 32, 64, 4, 4),
         Tile(64, 128, 32, 32, 4, 3),
@@ -230,13 +224,13 @@ def splits(blocks: int, tiles: int, device: Device) -> tuple[int, int]:
     return -(-tiles // each), each
 
 
-def gradient_route(arithmetic: str, Q: int, groups: int, cudnn: bool) -> dict[str, str]:
+def gradient_route(arithmetic: str, groups: int, cudnn: bool) -> dict[str, str]:
     """Which library computes which gradient: "triton", or "aten", PyTorch's own convolution, on a GPU cuDNN's.
 
-    d coefficients and d bias are ours wherever Z fits: Z is never stored. The other two are what cuDNN has long been
+    d coefficients and d bias are ours: Z is never stored. The other two are what cuDNN has long been
     tuned for; until a table shows ours to be faster there, cuDNN keeps them.
     """
-    if groups > 1 or (arithmetic == FLOAT32 and cudnn) or Q > MOST_BASIS:
+    if groups > 1 or (arithmetic == FLOAT32 and cudnn):
         return dict.fromkeys(("input", "basis_weight", "coefficients"), "aten")
     return {
         "input": "aten" if cudnn else "triton",

@@ -24,7 +24,7 @@ VARIABLES = (
     Variable(
         "BASISCONV_CPU_ISA", "caps the instruction set of the CPU kernels; read once a process", "base|avx2|avx512|amx"
     ),
-    Variable("BASISCONV_CACHE", "folder of what is measured on this machine: tuned/<device>.json", "a path"),
+    Variable("BASISCONV_CACHE", "folder of what is measured on this machine: tuned/, selfcheck/", "a path"),
     Variable("BASISCONV_DATA", "folder with data sets (cifar10.npz, fashion-mnist/)", "a path"),
     Variable("BASISCONV_LOG", "what to log on stderr", "dispatch"),
     Variable("BASISCONV_TUNE", "time the backends of weights that no table knows, when first used", "first-use"),

@@ -105,7 +105,7 @@ def backward(
 
     arguments = (grad_output, output, input, basis_weight, coefficients, stride, padding, dilation)
     arithmetic = configs.arithmetic_of(input.dtype, False)
-    route = configs.gradient_route(arithmetic, basis_weight.shape[0], groups, input.is_cuda)
+    route = configs.gradient_route(arithmetic, groups, input.is_cuda)
     if route["coefficients"] != "triton":
         return reference.backward(*arguments, groups, activation, wanted, maps)
     found = torch.ops.basisconv_triton.basis_conv2d_backward.default(*arguments, activation, wanted[:4])

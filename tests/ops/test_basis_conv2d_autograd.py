@@ -8,11 +8,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from basisconv_kernels import basis_conv2d, testing
 from basisconv_kernels.core import registry
+from basisconv_kernels.core.problem import Conv2dProblem
 from basisconv_kernels.ops.basis_conv2d import CANDIDATES
 from basisconv_kernels.testing import tolerances
 
 OP = "basis_conv2d"
-AVAILABLE = [candidate.name for candidate in CANDIDATES if registry.absent(candidate.name) is None]
+# The backends that run on CPU tensors here.
+AVAILABLE = [name for name, why in registry.reasons(CANDIDATES, Conv2dProblem(C=8, Q=4, K=8)).items() if not why]
 NAMES = ("input", "basis_weight", "coefficients", "bias", "residual")
 
 dtypes = pytest.mark.parametrize("dtype", testing.DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))

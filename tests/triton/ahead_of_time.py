@@ -13,10 +13,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from basisconv_kernels.triton_kernels import configs
+from basisconv_kernels.triton_kernels import basis_conv2d_backward, configs
 from basisconv_kernels.triton_kernels.basis_conv2d_descriptors import basis_conv2d_forward_descriptors
 from basisconv_kernels.triton_kernels.basis_conv2d_pointers import basis_conv2d_forward_pointers
 from basisconv_kernels.triton_kernels.configs import Tile
+from tests.triton.rows import Row
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 INSTRUCTIONS = ("HGMMA", "HMMA", "UTCHMMA", "UTCQMMA", "UTMALDG", "LDSM", "LDGSTS", "LDL", "STL", "FFMA")
@@ -111,3 +112,42 @@ def forward_descriptors(arithmetic: str, tile: Tile, capability: int, stride: in
     }  # fmt: skip
     arguments = {**sizes, **multiples, **pointers, **_EPILOGUE, **constants, **changes}
     return compile_for(capability, basis_conv2d_forward_descriptors, arguments, tile.warps, tile.stages)
+
+
+def forward(row: Row, capability: int) -> Compiled:
+    """The kernel of a row of the table, with as many stages as that device has shared memory for."""
+    device = configs.Device((capability // 10, capability % 10), 132, SHARED[capability])
+    tile = configs.fitted(row.tile, row.tile.BK, row.tile.BL, row.arithmetic, device)
+    if row.path == "pointers":
+        return forward_pointers(row.arithmetic, tile, capability)
+    return forward_descriptors(row.arithmetic, tile, capability, 2 if row.path == "descriptors2" else 1)
+
+
+# What changes the code of a forward kernel beside its tile.
+FORMS: dict[str, dict[str, Any]] = {
+    "bare": {"bias": None, "residual": None, "ACTIVATION": None},
+    "relu6": {"ACTIVATION": "relu6"},
+    "nchw": {"out_k": "i32", "out_x": 1, "residual_k": "i32", "residual_x": 1},
+    "split": {"SPLIT": True, "GROUPS": "i32"},
+    "compact": {"SPLIT": True, "COMPACT": True, "GROUPS": "i32"},
+    "precise": {"PRECISE": True},
+    "unaligned": {"VECTOR": 1, "C": "i32", "input_x": "i32", "input_y": "i32", "input_n": "i32"},
+}
+
+GRADIENTS = ("maps", "coefficients", "input", "basis")
+
+
+def gradient(name: str, arithmetic: str, capability: int, **changes: Any) -> Compiled:
+    """One gradient kernel of 64 channels, basis filters and outputs, behind a relu."""
+    kernel = getattr(basis_conv2d_backward, f"basis_conv2d_backward_{name}")
+    of = TYPES[arithmetic]
+    BM, BQ, BC = configs.GRADIENTS[arithmetic]
+    pointers = ("gradient", "output", "input", "basis", "coefficients", "d_maps", "d_input")
+    blocks = {"BM": BM, "BQ": BQ, "BC": BC, "BK": BC, "BL": BC, "VECTOR": 8 if of == "fp16" else 4}
+    arguments = {
+        **dict.fromkeys(kernel.arg_names, "i32"), **dict.fromkeys(pointers, f"*{of}"), "parts": "*fp32",
+        "bias_parts": "*fp32", **dict.fromkeys(("C", "Q", "K", "input_x", "input_y", "input_n"), "i32:16"), **blocks,
+        "gradient_k": 1, "output_k": 1, "mix_q": 1, "d_input_c": 1, "ACTIVATION": "relu",
+        "PRECISION": configs.input_precision(arithmetic), **changes,
+    }  # fmt: skip
+    return compile_for(capability, kernel, arguments, 4, 2)

@@ -6,15 +6,22 @@ import functools
 from typing import Any
 
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
-from basisconv_kernels import basis_conv2d, testing
+from basisconv_kernels import BackendUnavailable, basis_conv2d, testing
+from basisconv_kernels.core import registry
+from basisconv_kernels.core.problem import Conv2dProblem
+from basisconv_kernels.ops import basis_conv2d_selfcheck
+from basisconv_kernels.ops.basis_conv2d import CANDIDATES
 from basisconv_kernels.testing import Case
+from basisconv_kernels.triton_kernels import basis_conv2d as kernels
+from tests.triton import rows
 
 kernel = functools.partial(basis_conv2d, backend="triton")
 
 
 def start() -> bool:
-    """Settle the process; whether kernels are interpreted here."""
+    """Settle the process, and say whether kernels are interpreted here."""
     torch.set_num_threads(1)
     from triton import knobs
 
@@ -46,3 +53,76 @@ def nan_maps(case: Case) -> list[tuple[str, Any, Any]]:
             found.append((f"{value} in {name}", got.isnan(), testing.plain(case, inputs.tensors).isnan()))
             tensor[middle] = kept
     return found
+
+
+def check_row(row: rows.Row, dtype: torch.dtype) -> None:
+    """The forward pass on one row of the tile table."""
+    rows.check(row, dtype, "cpu")
+
+
+def self_check(problem: Conv2dProblem, wrong: bool) -> str | None:
+    """What the check before automatic choice says of the kernel, or of one whose result is off by a little."""
+    own = kernels.forward
+    if wrong:
+        kernels.forward = lambda *arguments: own(*arguments) * 1.01
+    try:
+        basis_conv2d_selfcheck.against_reference("triton", problem)
+    except testing.Mismatch as error:
+        return str(error)
+    finally:
+        kernels.forward = own
+    return None
+
+
+def opcheck(case: Case) -> dict[str, str]:
+    """Fake, schema and dispatch of the torch op, by torch's own tests."""
+    inputs = testing.make_inputs(case)
+    settings = [list(value) if isinstance(value, tuple) else value for value in case.arguments().values()]
+    return torch.library.opcheck(torch.ops.basisconv_triton.basis_conv2d.default, (*inputs.tensors, *settings))
+
+
+def compiled(case: Case) -> int:
+    """One graph for two sizes, forward and backward, as eager computes them; how many graphs there were."""
+    counter = CompileCounterWithBackend("aot_eager")
+    step = torch.compile(functools.partial(kernel, **case.arguments()), backend=counter, fullgraph=True, dynamic=True)
+    for width in (9, 12):
+        inputs = testing.make_inputs(case.at(W=width))
+        leaves = [t.detach().requires_grad_() for t in inputs.tensors[:4]]
+        out = step(*leaves)
+        expected = kernel(*leaves, **case.arguments())
+        assert torch.equal(out, expected)
+        assert out.stride() == expected.stride()
+        grad_output = torch.ones_like(out)
+        pairs = zip(torch.autograd.grad(out, leaves, grad_output), torch.autograd.grad(expected, leaves, grad_output),
+                    strict=True)  # fmt: skip
+        assert all(torch.equal(a, b) for a, b in pairs)
+    return counter.frame_count
+
+
+def same_gradients_twice(case: Case) -> bool:
+    """Whether two backward passes give the same bits, and frozen tensors change no other's gradient."""
+    runs = []
+    for frozen in (None, None, 1):
+        inputs = testing.make_inputs(case)
+        leaves = [t.detach().requires_grad_(i != frozen) for i, t in enumerate(inputs.tensors)]
+        out = kernel(*leaves[:4], residual=leaves[4], **case.arguments())
+        out.backward(torch.ones_like(out))
+        runs.append([t.grad for t in leaves])
+    assert runs[2][1] is None
+    return all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True) if b is not None)
+
+
+def refused(case: Case) -> str:
+    """The error of a call that the backend cannot run."""
+    inputs = testing.make_inputs(case)
+    try:
+        kernel(*inputs.tensors[:3], **case.arguments())
+    except BackendUnavailable as error:
+        return str(error)
+    return "nothing was refused"
+
+
+def chosen_by_itself(case: Case) -> str:
+    """The backend of a call that names none."""
+    p = case.problem
+    return registry.select("basis_conv2d", CANDIDATES, p, None).name

@@ -1,0 +1,126 @@
+"""Every kernel compiled for GPUs that are not there: no spills, the right instructions, the reviewed resources.
+
+``compiled.json`` holds registers and shared memory by version of Triton; a change is a change to review. Write it with
+``python -m tests.triton.test_ahead_of_time``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
+import triton
+
+from basisconv_kernels.triton_kernels import configs
+from tests.triton import ahead_of_time
+from tests.triton.rows import ROWS, Row
+
+REVIEWED = Path(__file__).with_name("compiled.json")
+# One of each path and device in the ordinary run: a compilation takes seconds.
+SHORT = {
+    ("descriptors half 64×64×64×64 4 warps 4 stages", 90),
+    ("descriptors half 128×128×64×128 8 warps 3 stages", 90),
+    ("descriptors2 half 64×16×64×64 4 warps 4 stages", 90),
+    ("pointers half 64×64×64×64 4 warps 4 stages", 80),
+    ("pointers tf32 64×16×32×32 4 warps 3 stages", 89),
+}
+
+
+def targets(row: Row) -> list[int]:
+    """The devices that a row is compiled for: with and without a tensor memory unit."""
+    return {"pointers": [80, 89, 90], "descriptors": [90, 100], "descriptors2": [90]}[row.path]
+
+
+EVERYTHING = [(row, capability) for row in ROWS for capability in targets(row)]
+
+
+def parameters():
+    return [
+        pytest.param(row, at, id=f"{row} sm_{at}", marks=[] if (str(row), at) in SHORT else [pytest.mark.full])
+        for row, at in EVERYTHING
+    ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """Compile here and now, into a folder of this run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        yield
+
+
+@pytest.mark.parametrize(("row", "capability"), parameters())
+def test_compiled(row, capability):
+    made = ahead_of_time.forward(row, capability)
+    counts = made.instructions
+    assert made.stack == 0
+    assert "LDL" not in counts
+    assert "STL" not in counts
+    assert made.registers * 32 * row.tile.warps <= ahead_of_time.REGISTERS
+    assert made.shared <= ahead_of_time.SHARED[capability]
+    if row.arithmetic == configs.FLOAT32:
+        assert counts["FFMA"] > 0
+    elif capability == 90 and row.path != "pointers":
+        assert counts["HGMMA"] > 0
+        assert counts["UTMALDG"] > 0
+        assert "HMMA" not in counts
+    elif capability in (80, 89):
+        assert counts["HMMA"] > 0
+        assert counts["LDSM"] > 0
+    reviewed = json.loads(REVIEWED.read_text("utf-8")).get(triton.__version__, {})
+    if reviewed:
+        assert reviewed[f"{row} sm_{capability}"] == {"registers": made.registers, "shared": made.shared}
+
+
+def short(name, names):
+    return pytest.param(name, id=name, marks=[] if name in names else [pytest.mark.full])
+
+
+@pytest.mark.parametrize("form", [short(form, ("compact",)) for form in ahead_of_time.FORMS])
+def test_every_form_of_the_forward_kernel_compiles(form):
+    tile = configs.Tile(64, 16, 32, 32, 4, 3)
+    made = ahead_of_time.forward_pointers(configs.HALF, tile, 90, **ahead_of_time.FORMS[form])
+    assert made.stack == 0
+
+
+@pytest.mark.parametrize("arithmetic", [short(kind, (configs.HALF,)) for kind in configs.GRADIENTS])
+@pytest.mark.parametrize("name", [short(name, ("coefficients", "basis")) for name in ahead_of_time.GRADIENTS])
+@pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.full), 90])
+def test_every_gradient_kernel_compiles(name, arithmetic, capability):
+    made = ahead_of_time.gradient(name, arithmetic, capability)
+    assert made.stack == 0
+    assert made.shared <= ahead_of_time.SHARED[89]
+    if arithmetic != configs.FLOAT32:
+        assert made.instructions["HGMMA" if capability == 90 and arithmetic == configs.HALF else "HMMA"] > 0
+
+
+def test_the_reviewed_file_names_every_row_and_no_other():
+    for version, rows in json.loads(REVIEWED.read_text("utf-8")).items():
+        assert set(rows) == {f"{row} sm_{capability}" for row, capability in EVERYTHING}, version
+
+
+def test_the_short_ones_exist():
+    assert {(str(row), capability) for row, capability in EVERYTHING} >= SHORT
+
+
+def write() -> None:
+    """Compile everything with the Triton that is installed, and put its numbers into the reviewed file."""
+    reviewed = json.loads(REVIEWED.read_text("utf-8")) if REVIEWED.exists() else {}
+    found = {}
+    for row, capability in EVERYTHING:
+        made = ahead_of_time.forward(row, capability)
+        found[f"{row} sm_{capability}"] = {"registers": made.registers, "shared": made.shared}
+        print(f"{row} sm_{capability}: {made}", flush=True)
+    reviewed[triton.__version__] = found
+    REVIEWED.write_text(json.dumps(reviewed, indent=1, ensure_ascii=False) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    write()
