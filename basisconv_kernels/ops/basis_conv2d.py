@@ -330,8 +330,9 @@ def basis_conv2d(
 
     All five tensors have gradients; that of ``basis_weight`` is skipped when it needs none. Double backward and
     ``torch.vmap`` are refused. Under autocast the tensors are cast to the autocast dtype. float32 and float64 compute
-    in their own dtype; bfloat16 and float16 accumulate in float32, round the basis maps once to the dtype and the
-    result once. Two runs give the same bits; in the native kernel the number of threads does not matter either.
+    in their own dtype, float32 on a GPU in TF32 where cuDNN's convolutions may; bfloat16 and float16 accumulate in
+    float32, round the basis maps once to the dtype and the result once. Two runs give the same bits; in the native
+    kernel the number of threads does not matter either.
 
     Raises:
         TypeError: a dtype that is not float32, bfloat16, float16 or float64, mixed dtypes, or a wrong kind of argument.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import multiprocessing
 from collections.abc import Callable, Iterator
@@ -13,6 +14,10 @@ import pytest
 LONGEST = 600  # seconds of one call; a lost child must not hold the run
 
 
+def _version(distribution: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in importlib.metadata.version(distribution).split(".")[:2])
+
+
 @pytest.fixture(scope="session")
 def interpreter() -> Iterator[Callable[..., Any]]:
     """Call a function of ``tests.triton.interpreted`` in a process of its own under ``TRITON_INTERPRET=1``.
@@ -22,6 +27,8 @@ def interpreter() -> Iterator[Callable[..., Any]]:
     """
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")
+    if _version("triton") < (3, 7) and _version("numpy") >= (2, 4):
+        pytest.skip("the interpreter of Triton before 3.7 does not run with NumPy 2.4 or newer")
     context = multiprocessing.get_context("spawn")
     with pytest.MonkeyPatch.context() as patch, ProcessPoolExecutor(1, context) as pool:
         patch.setenv("TRITON_INTERPRET", "1")

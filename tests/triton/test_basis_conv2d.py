@@ -20,28 +20,30 @@ from tests.triton import interpreted, rows
 pytestmark = pytest.mark.xdist_group("triton_interpreter")  # one interpreting process, not one a worker
 
 HALF, FULL = torch.float16, torch.float32
-dtypes = pytest.mark.parametrize("dtype", [FULL, HALF], ids=["float32", "float16"])
-# In float32, and with gradients, these stand for all in the ordinary run: each path, each kind of geometry and layout.
-SHORT = (
-    "odd_sizes", "one_basis_filter", "stride_past_kernel", "stride_and_dilation", "asymmetric_padding", "groups",
-    "groups_compact", "channels_last", "sliced_channels_last", "transposed", "whole_epilogue", "residual_relu",
-    "precise", "empty_batch",
-)  # fmt: skip
-SHORT_GRADIENTS = (
-    "one_basis_filter",
-    "stride_and_dilation",
-    "groups",
-    "sliced_channels_last",
-    "whole_epilogue",
-    "empty_batch",
-)
+# The ordinary run: each path, each kind of geometry, layout and epilogue in one dtype at least; the long run has all.
+SHORT = {
+    HALF: (
+        "odd_sizes", "past_a_block", "one_basis_filter", "one_channel_channels_last", "one_output", "empty_batch",
+        "even_kernel", "stride", "stride_past_kernel", "stride_and_dilation", "asymmetric_padding",
+        "padding_past_kernel", "one_pixel", "groups", "depthwise", "channels_last_stride", "offset", "transposed",
+        "mixed_formats", "residual_relu", "whole_epilogue",
+    ),
+    FULL: ("pointwise", "dilation", "groups_compact", "sliced_channels_last", "expanded", "bias", "precise"),
+}  # fmt: skip
+SHORT_GRADIENTS = {
+    HALF: ("whole_epilogue", "stride_and_dilation", "groups"),
+    FULL: ("residual_relu", "sliced_channels_last", "empty_batch"),
+}
 
 
 def cases(short):
-    """All cases; those that are not among the short ones belong to the long run."""
+    """All cases in both dtypes; those that are not among the short ones belong to the long run."""
     return [
-        pytest.param(case, id=case.name, marks=[] if case.name in short else [pytest.mark.full])
+        pytest.param(
+            case.at(dtype=dtype), id=f"{case.name}-{name}", marks=[] if case.name in some else [pytest.mark.full]
+        )
         for case in testing.CASES
+        for (dtype, some), name in zip(short.items(), ("float16", "float32"), strict=True)
     ]
 
 
@@ -52,20 +54,14 @@ def a_case(sizes, **flags):
     return Case("made here", "", Conv2dProblem(N=N, C=C, H=H, W=W, Q=Q, K=K, R=R, S=S, **flags))
 
 
-@pytest.mark.parametrize("case", cases([case.name for case in testing.CASES]))
-def test_result(interpreter, case):
-    interpreter(interpreted.check, case.at(dtype=HALF))
-
-
 @pytest.mark.parametrize("case", cases(SHORT))
-def test_result_in_float32(interpreter, case):
-    interpreter(interpreted.check, case.at(dtype=FULL))
+def test_result(interpreter, case):
+    interpreter(interpreted.check, case)
 
 
-@dtypes
 @pytest.mark.parametrize("case", cases(SHORT_GRADIENTS))
-def test_gradients(interpreter, case, dtype):
-    interpreter(interpreted.check_gradients, case.at(dtype=dtype))
+def test_gradients(interpreter, case):
+    interpreter(interpreted.check_gradients, case)
 
 
 # What the descriptor path has of its own: shifted boxes, planes of two parities, dilation, channels past a block.
