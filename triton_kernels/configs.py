@@ -171,6 +171,8 @@ def against_descriptors(
     rows = DESCRIPTORS.get(arithmetic)
     if rows is None:
         return "exact float32 products use no matrix instructions"
+    if arithmetic == TF32 and capability >= (10, 0):
+        return "TF32 through descriptors spills registers there"
     if groups > 1:
         return "the basis has groups"
     if all(row.BQ < Q for row in rows):

@@ -78,20 +78,17 @@ def _reference_forward(
     return reference.forward_with_maps(*arguments) if keep_maps else (reference.forward(*arguments), None)
 
 
-_targets: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {}
+_targets: dict[str, tuple[Callable[..., tuple[Tensor, Tensor | None]], Callable[..., reference.Gradients]]] = {}
 
 
-def _forward(backend: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    target = _targets.get(backend)
-    if target is None:
+def _targets_of(backend: str) -> tuple[Callable[..., tuple[Tensor, Tensor | None]], Callable[..., reference.Gradients]]:
+    """The functions of a backend, forward and backward."""
+    found = _targets.get(backend)
+    if found is None:
         candidate = next(c for c in CANDIDATES if c.name == backend)
-        target = _targets[backend] = registry.resolve(candidate)
-    return target
-
-
-def _backward(backend: str) -> Callable[..., reference.Gradients]:
-    candidate = next(c for c in CANDIDATES if c.name == backend)
-    return reference.backward if candidate.backward is None else registry.load(candidate.backward)
+        backward = reference.backward if candidate.backward is None else registry.load(candidate.backward)
+        found = _targets[backend] = registry.resolve(candidate), backward
+    return found
 
 
 def _choose(
@@ -102,7 +99,7 @@ def _choose(
     asked = asked or registry.wish()
     slower = {} if asked else slower_than_plain(problem)
     chosen = registry.select(OP, CANDIDATES, problem, asked, slower)
-    _forward(chosen.name)
+    _targets_of(chosen.name)  # imported here, since a graph that is traced cannot
     return chosen.name
 
 
@@ -157,7 +154,7 @@ class BasisConv2dFunction(torch.autograd.Function):
         keep_maps: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """Run the backend that ``settings`` names; the second result is Z, kept for d coefficients if ``keep_maps``."""
-        run = _forward(settings.backend)
+        run, _ = _targets_of(settings.backend)
         return run(input, basis_weight, coefficients, bias, residual, packed, settings, keep_maps)
 
     @staticmethod
@@ -176,7 +173,7 @@ class BasisConv2dFunction(torch.autograd.Function):
         input, basis_weight, coefficients, output, maps = ctx.saved_tensors
         stride, padding, dilation, groups, activation, _, backend = ctx.settings
         with _without_graph():
-            gradients = _backward(backend)(
+            gradients = _targets_of(backend)[1](
                 grad_output,
                 output,
                 input,
@@ -397,4 +394,4 @@ def _run(tensors: tuple[Any, ...], packed: Tensor | None, arguments: tuple[Any, 
             return _unfused(tensors, settings)
         keep_maps = needs_gradient and tensors[2].requires_grad
         return _apply(*tensors, packed, settings, keep_maps)[0]
-    return _forward(settings.backend)(*tensors, packed, settings)[0]
+    return _targets_of(settings.backend)[0](*tensors, packed, settings)[0]

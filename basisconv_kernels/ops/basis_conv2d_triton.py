@@ -101,12 +101,8 @@ def backward(
     maps: Tensor | None = None,
 ) -> reference.Gradients:
     """``reference.backward`` by our kernels: Z is computed again tile by tile; without them the reference itself."""
-    from basisconv_kernels.triton_kernels import configs
-
     arguments = (grad_output, output, input, basis_weight, coefficients, stride, padding, dilation)
-    arithmetic = configs.arithmetic_of(input.dtype, False)
-    route = configs.gradient_route(arithmetic, groups, input.is_cuda)
-    if route["coefficients"] != "triton":
+    if not _has_gradients(input.dtype, groups, input.device.type):
         return reference.backward(*arguments, groups, activation, wanted, maps)
     found = torch.ops.basisconv_triton.basis_conv2d_backward.default(*arguments, activation, wanted[:4])
     d_input, d_basis, d_coefficients, d_bias = (
@@ -114,6 +110,16 @@ def backward(
     )
     d_residual = reference.sloped(grad_output, output, activation) if wanted[4] else None
     return reference.Gradients(d_input, d_basis, d_coefficients, d_bias, d_residual)
+
+
+def _has_gradients(dtype: torch.dtype, groups: int, device: str) -> bool:
+    from basisconv_kernels.triton_kernels import configs
+
+    route = configs.gradient_route(configs.arithmetic_of(dtype, False), groups, device == "cuda")
+    return route["coefficients"] == "triton"
+
+
+_has_gradients._dynamo_marked_constant = True  # type: ignore[attr-defined]  # it reads flags that no graph can trace
 
 
 def _launch_backward(

@@ -123,6 +123,7 @@ def test_a_box_always_has_its_pixels():
     [
         ({"capability": (8, 9)}, "no tensor memory unit"),
         ({"arithmetic": FLOAT32}, "exact float32"),
+        ({"arithmetic": TF32, "capability": (10, 0)}, "TF32 through descriptors spills"),
         ({"groups": 2}, "the basis has groups"),
         ({"Q": 257}, "more than 256 basis filters"),
         ({"C": 20}, "C is no multiple of 8"),

@@ -51,7 +51,9 @@ def ran(monkeypatch) -> list[str]:
 
         return noting
 
-    monkeypatch.setattr(op, "_targets", {candidate.name: note(candidate.name) for candidate in op.CANDIDATES})
+    monkeypatch.setattr(
+        op, "_targets", {candidate.name: (note(candidate.name), op.reference.backward) for candidate in op.CANDIDATES}
+    )
     return called
 
 

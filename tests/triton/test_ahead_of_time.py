@@ -34,10 +34,14 @@ SHORT = {
 
 def targets(row: Row) -> list[int]:
     """The devices that a row is compiled for: with and without a tensor memory unit."""
-    return {"pointers": [80, 89, 90], "descriptors": [90, 100], "descriptors2": [90]}[row.path]
+    if row.path == "pointers":
+        return [80, 89, 90]
+    return [90, 100] if row.path == "descriptors" and row.arithmetic == configs.HALF else [90]
 
 
 EVERYTHING = [(row, capability) for row in ROWS for capability in targets(row)]
+# Stride 2 differs in the addresses of a load alone: it has to compile and to hold the rules, its numbers are not kept.
+KEPT = [(row, capability) for row, capability in EVERYTHING if row.path != "descriptors2"]
 
 
 def parameters():
@@ -75,7 +79,7 @@ def test_compiled(row, capability):
         assert counts["HMMA"] > 0
         assert counts["LDSM"] > 0
     reviewed = json.loads(REVIEWED.read_text("utf-8")).get(triton.__version__, {})
-    if reviewed:
+    if reviewed and (row, capability) in KEPT:
         assert reviewed[f"{row} sm_{capability}"] == {"registers": made.registers, "shared": made.shared}
 
 
@@ -103,7 +107,7 @@ def test_every_gradient_kernel_compiles(name, arithmetic, capability):
 
 def test_the_reviewed_file_names_every_row_and_no_other():
     for version, rows in json.loads(REVIEWED.read_text("utf-8")).items():
-        assert set(rows) == {f"{row} sm_{capability}" for row, capability in EVERYTHING}, version
+        assert set(rows) == {f"{row} sm_{capability}" for row, capability in KEPT}, version
 
 
 def test_the_short_ones_exist():
@@ -114,7 +118,7 @@ def write() -> None:
     """Compile everything with the Triton that is installed, and put its numbers into the reviewed file."""
     reviewed = json.loads(REVIEWED.read_text("utf-8")) if REVIEWED.exists() else {}
     found = {}
-    for row, capability in EVERYTHING:
+    for row, capability in KEPT:
         made = ahead_of_time.forward(row, capability)
         found[f"{row} sm_{capability}"] = {"registers": made.registers, "shared": made.shared}
         print(f"{row} sm_{capability}: {made}", flush=True)
