@@ -170,13 +170,14 @@ def run(
     threads: Annotated[int, typer.Option(min=1, help="Threads of every engine.")] = 1,
     rounds: Annotated[int, typer.Option(min=1, help="Samples of each engine, taken in turn.")] = 15,
     sample_ms: Annotated[float, typer.Option(min=0.1, help="Aimed length of a sample.")] = 20.0,
+    patience: Annotated[float, typer.Option(min=0, help="Seconds a sample may wait for the core's full speed.")] = 0.5,
     out: Annotated[Path | None, typer.Option(help="Append the rows to this JSONL file.")] = None,
     save: Annotated[bool, typer.Option("--save", help="Append the rows to bench/results/<device>/.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 if a must is not reached.")] = False,
     as_json: Json = False,
 ) -> None:
     """Check, measure and judge."""
-    options = Options(rounds, sample_ms / 1e3, threads)
+    options = Options(rounds, sample_ms / 1e3, threads, patience)
     try:
         chosen = [(s, _cases(s, case or []), _engines_of(s, engine or [], candidate or [])) for s in _suites(suite)]
     except UnknownNameError as error:
