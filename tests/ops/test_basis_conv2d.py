@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
-import importlib
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -273,8 +271,3 @@ def test_a_map_without_rows_is_all_padding(backend):
     inputs = testing.make_inputs(testing.case("bias"))
     out = basis_conv2d(inputs.input[:, :, :0], *inputs.tensors[1:4], padding=2, backend=backend)
     assert torch.equal(out, inputs.bias[:, None, None].expand_as(out))
-
-
-@pytest.mark.parametrize("module", ["basisconv_kernels.testing", "basisconv_kernels.ops.basis_conv2d"])
-def test_the_examples_of_the_documentation_run(module):
-    assert doctest.testmod(importlib.import_module(module)).failed == 0
