@@ -213,6 +213,16 @@ def test_flop_counter_counts_two_a_multiply_add(backend):
         assert counter.get_total_flops() == 2 * case.problem.macs()
 
 
+@pytest.mark.skipif("cpu" not in AVAILABLE, reason=f"cpu: {registry.absent('cpu')}")
+def test_the_profiler_shows_the_op_and_its_gradient_by_name():
+    inputs = testing.make_inputs(testing.case("odd_sizes"))
+    coefficients = inputs.coefficients.clone().requires_grad_()
+    with torch.profiler.profile() as profile:
+        basis_conv2d(inputs.input, inputs.basis_weight, coefficients, backend="cpu").sum().backward()
+    names = {event.key for event in profile.key_averages()}
+    assert {"basisconv::basis_conv2d_maps", "BasisConv2dFunction", "BasisConv2dFunctionBackward"} <= names
+
+
 @pytest.mark.parametrize("backend", AVAILABLE)
 def test_use_backend_is_the_same_as_the_argument(backend):
     inputs = testing.make_inputs(testing.case("channels_last"))
