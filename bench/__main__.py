@@ -21,7 +21,7 @@ from rich.text import Text
 
 from bench import basis_conv2d
 from bench.harness import compare as comparing
-from bench.harness import engines, machine, report, roofline, rows, tables
+from bench.harness import engines, machine, readme, report, roofline, rows, tables
 from bench.harness.case import Case, Suite
 from bench.harness.errors import UnknownNameError
 from bench.harness.rows import Row
@@ -252,11 +252,20 @@ def compare(
 def report_(
     files: Annotated[list[Path], typer.Argument(help="JSONL files.")],
     out: Annotated[Path | None, typer.Option(help="Write report.md and SVG plots into this folder.")] = None,
+    readme_: Annotated[
+        Path | None, typer.Option("--readme", help="Make the table between the marks of this document anew.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """A Markdown document on stdout, or with plots in a folder."""
     found = _read(files)
     suites = basis_conv2d.suites()
+    if readme_ is not None:
+        try:
+            readme_.write_text(readme.updated(readme_.read_text(encoding="utf-8"), found, suites), encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise _usage(error) from None
+        return
     if as_json:
         by_suite = {name: outcomes(found, s) for name, s in suites.items() if any(r.suite == name for r in found)}
         print(json.dumps({name: [asdict(o) for o in got] for name, got in by_suite.items()}, ensure_ascii=False))

@@ -59,7 +59,8 @@ def compress(
         (Module, CompressionReport): the network, and for every convolution what was done and why.
 
     Raises:
-        ValueError: an unknown layer name, NaN or infinite weights, or a rule that cannot be met; nothing was changed.
+        ValueError: an unknown layer name, NaN or infinite weights, example inputs that the network does not take, or a
+            rule that cannot be met; nothing was changed.
         TypeError: arguments of a wrong kind.
 
     Source: Tayyab, Mahalanobis 2019, arXiv 1906.04509; Tayyab, Khan, Mahalanobis 2021, arXiv 2105.10436.
@@ -117,6 +118,8 @@ def to_plain(model: nn.Module, *, collapse: bool = False, inplace: bool = False)
     Returns:
         Module: the network, without any class of this package; a layer that was shared stays shared.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"to_plain: model must be a torch.nn.Module, got {type(model).__name__}")
     target = model if inplace else copy.deepcopy(model)
     separate_residuals(target)
     layers = [m for m in target.modules() if isinstance(m, BasisConv2d)]

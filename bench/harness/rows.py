@@ -117,14 +117,15 @@ def parse(line: str, where: str = "row") -> Row:
 
 
 def read(paths: Iterable[Path]) -> list[Row]:
-    """All rows of some files, in order; a later row replaces an earlier one of the same key."""
+    """All rows of some files, in order; a later row replaces an earlier one of the same key on the same processor."""
     found: dict[tuple[Any, ...], Row] = {}
     for path in paths:
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
             if line.strip():
                 row = parse(line, f"{path}:{number}")
-                found.pop(row.key, None)
-                found[row.key] = row
+                key = (row.context.get("device", {}).get("cpu"), *row.key)
+                found.pop(key, None)
+                found[key] = row
     return list(found.values())
 
 

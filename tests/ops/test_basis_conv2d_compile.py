@@ -160,8 +160,14 @@ def native_arguments(case):
 
 
 @native
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", NATIVE_CASES)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        pytest.param(name, dtype, id=f"{name}-{dtype}", marks=pytest.mark.full if half and i else [])
+        for i, name in enumerate(NATIVE_CASES)
+        for half, dtype in enumerate((torch.float32, torch.bfloat16))
+    ],
+)
 def test_opcheck(name, dtype):
     op = torch.ops.basisconv.basis_conv2d.default
     result = torch.library.opcheck(op, native_arguments(testing.case(name).at(dtype=dtype)))
