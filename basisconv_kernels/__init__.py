@@ -11,8 +11,11 @@ from basisconv_kernels.core.errors import ArchitectureError, BackendUnavailable,
 from basisconv_kernels.core.registry import use_backend
 from basisconv_kernels.core.version import __version__ as __version__
 from basisconv_kernels.layers.basis_conv2d import BasisConv2d
+from basisconv_kernels.layers.tucker_conv2d import TuckerConv2d
 from basisconv_kernels.ops.basis_conv2d import BasisConv2dFunction, basis_conv2d
 from basisconv_kernels.ops.basis_conv2d_native import basis_conv2d_pack
+from basisconv_kernels.ops.tucker_conv2d import TuckerConv2dFunction, tucker_conv2d
+from basisconv_kernels.ops.tucker_conv2d_native import tucker_conv2d_pack
 
 __all__ = [
     "ArchitectureError",
@@ -24,6 +27,8 @@ __all__ = [
     "FileFormatError",
     "LayerReport",
     "Sensitivity",
+    "TuckerConv2d",
+    "TuckerConv2dFunction",
     "basis_conv2d",
     "basis_conv2d_pack",
     "compress",
@@ -35,5 +40,7 @@ __all__ = [
     "save",
     "to_plain",
     "trainable_parameters",
+    "tucker_conv2d",
+    "tucker_conv2d_pack",
     "use_backend",
 ]

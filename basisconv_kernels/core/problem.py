@@ -100,3 +100,30 @@ class Conv2dProblem:
         if self.activation:
             flags.append(self.activation)
         return " ".join([text, *flags])
+
+
+@dataclass(frozen=True)
+class TuckerConv2dProblem(Conv2dProblem):
+    """Shapes and flags of a call of ``tucker_conv2d``: Q is ``rank_out``, and ``rank_in`` channels reach the core.
+
+    One channel group, no compact coefficients.
+    """
+
+    rank_in: int = 1
+
+    @property
+    def taps(self) -> int:
+        """rank_in·R·S, the length of one filter of the core."""
+        return self.rank_in * self.R * self.S
+
+    def macs(self) -> int:
+        """``N·(H·W·C·rank_in + OH·OW·(Q·rank_in·R·S + K·Q))``: the first 1×1 runs on all pixels of the input."""
+        return self.N * self.H * self.W * self.C * self.rank_in + super().macs()
+
+    def dense_macs(self) -> int:
+        """Multiply-accumulates of the dense convolution that this call replaces, ``N·OH·OW·K·C·R·S``."""
+        oh, ow = self.output_size
+        return self.N * oh * ow * self.K * self.C * self.R * self.S
+
+    def __str__(self) -> str:
+        return super().__str__().replace(f"{self.C}→{self.Q}→", f"{self.C}→{self.rank_in}→{self.Q}→", 1)
