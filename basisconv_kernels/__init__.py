@@ -7,6 +7,7 @@ from basisconv_kernels.compression.finetune import finetune, trainable_parameter
 from basisconv_kernels.compression.fold import fold_batchnorm
 from basisconv_kernels.compression.model import compress, to_plain
 from basisconv_kernels.compression.report import CompressionReport, LayerReport
+from basisconv_kernels.compression.tucker_config import TuckerConfig
 from basisconv_kernels.core.errors import ArchitectureError, BackendUnavailable, FileFormatError
 from basisconv_kernels.core.registry import use_backend
 from basisconv_kernels.core.version import __version__ as __version__
@@ -27,6 +28,7 @@ __all__ = [
     "FileFormatError",
     "LayerReport",
     "Sensitivity",
+    "TuckerConfig",
     "TuckerConv2d",
     "TuckerConv2dFunction",
     "basis_conv2d",

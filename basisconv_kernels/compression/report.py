@@ -22,13 +22,15 @@ class LayerReport:
         reason: why it was kept; for a replaced layer a note, or empty.
         K, C, R, S, groups: output and input channels, filter height and width, channel groups.
         break_even: Q*, from where the basis costs no less than the dense convolution.
-        basis_channels: Q of the replaced layer, else None.
+        basis_channels: Q of the replaced layer, rank_out of a TuckerConv2d, else None.
         energy_kept: share of the filters' energy that the basis keeps (of the expected output's, if data-aware).
         relative_error: ‖weight − coefficients·basis‖ / ‖weight‖, Frobenius.
         macs_before, macs_after: multiply-accumulates an image, over all calls; 0 where the layer was never reached.
         parameters_before, parameters_after: weights and bias, the frozen basis included; a BatchNorm between the stages
             folds away and is not counted.
-        dense_ms, basis_ms: measured milliseconds a call at the shape of its example input; None where not measured.
+        dense_ms, basis_ms: measured milliseconds a call at the shape of its example input, of the dense and of the
+            replaced layer; None where not measured.
+        rank_in: of a TuckerConv2d, else None.
     """
 
     name: str
@@ -49,10 +51,11 @@ class LayerReport:
     parameters_after: int
     dense_ms: float | None = None
     basis_ms: float | None = None
+    rank_in: int | None = None
 
     @property
     def replaced(self) -> bool:
-        """Whether the layer is a BasisConv2d now."""
+        """Whether another layer is in its place now."""
         return self.verdict == "replaced"
 
 
@@ -88,7 +91,7 @@ class CompressionReport:
 
     @property
     def replaced(self) -> tuple[LayerReport, ...]:
-        """The layers that are BasisConv2d now."""
+        """The layers in whose place another is now."""
         return tuple(layer for layer in self.layers if layer.replaced)
 
     @property
@@ -216,7 +219,7 @@ def _row(layer: LayerReport) -> tuple[str, ...]:
     return (
         layer.name or "(the model itself)",
         shape,
-        "" if layer.basis_channels is None else str(layer.basis_channels),
+        "" if layer.basis_channels is None else "·".join(str(r) for r in (layer.rank_in, layer.basis_channels) if r),
         f"{layer.break_even:.1f}",
         "" if layer.energy_kept is None else f"{layer.energy_kept:.3f}",
         "" if layer.relative_error is None else f"{layer.relative_error:.3f}",
