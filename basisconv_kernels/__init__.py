@@ -6,6 +6,7 @@ from basisconv_kernels.compression.files import load, read_recipe, save
 from basisconv_kernels.compression.finetune import finetune, trainable_parameters
 from basisconv_kernels.compression.fold import fold_batchnorm
 from basisconv_kernels.compression.model import compress, to_plain
+from basisconv_kernels.compression.prune_config import PruneConfig
 from basisconv_kernels.compression.report import CompressionReport, LayerReport
 from basisconv_kernels.compression.tucker_config import TuckerConfig
 from basisconv_kernels.core.errors import ArchitectureError, BackendUnavailable, FileFormatError
@@ -27,6 +28,7 @@ __all__ = [
     "CompressionReport",
     "FileFormatError",
     "LayerReport",
+    "PruneConfig",
     "Sensitivity",
     "TuckerConfig",
     "TuckerConv2d",

@@ -75,6 +75,14 @@ class Conv2dProblem:
         oh, ow = self.output_size
         return self.N * oh * ow * self.K * self.taps
 
+    def weights(self) -> int:
+        """Numbers in the weights of the stages, Q·D + K·mixed."""
+        return self.Q * self.taps + self.K * self.mixed
+
+    def dense_weights(self) -> int:
+        """Numbers in the weights of the dense convolution, K·D."""
+        return self.K * self.taps
+
     def to_json(self) -> dict[str, Any]:
         """All fields but the device, which a file states once, as JSON values."""
         values = {**asdict(self), "dtype": dtype_name(self.dtype)}
@@ -123,7 +131,15 @@ class TuckerConv2dProblem(Conv2dProblem):
     def dense_macs(self) -> int:
         """Multiply-accumulates of the dense convolution that this call replaces, ``N·OH·OW·K·C·R·S``."""
         oh, ow = self.output_size
-        return self.N * oh * ow * self.K * self.C * self.R * self.S
+        return self.N * oh * ow * self.dense_weights()
+
+    def weights(self) -> int:
+        """Numbers in the weights of the three stages."""
+        return self.C * self.rank_in + super().weights()
+
+    def dense_weights(self) -> int:
+        """Numbers in the weights of the dense convolution, K·C·R·S."""
+        return self.K * self.C * self.R * self.S
 
     def __str__(self) -> str:
         return super().__str__().replace(f"{self.C}→{self.Q}→", f"{self.C}→{self.rank_in}→{self.Q}→", 1)
