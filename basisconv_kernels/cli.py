@@ -321,8 +321,9 @@ def ops(as_json: Json = False) -> None:
 def explain(
     op: Annotated[str, typer.Argument(help="Name of the op, as in `basisconv ops`.")],
     input: Annotated[str, typer.Option("--input", metavar="N,C,H,W", help="Shape of the input.")],
-    basis_channels: Annotated[int, typer.Option(min=1, help="Q, basis filters.")],
+    basis_channels: Annotated[int, typer.Option(min=1, help="Q, basis filters; rank_out of tucker_conv2d.")],
     out_channels: Annotated[int, typer.Option(min=1, help="K, outputs.")],
+    rank_in: Annotated[int | None, typer.Option(min=1, help="Of tucker_conv2d alone.")] = None,
     kernel: Annotated[str, typer.Option(metavar="R[,S]", help="Filter height and width.")] = "3",
     stride: Annotated[str, typer.Option(metavar="V[,H]", help="Vertical, horizontal.")] = "1",
     padding: Annotated[str, typer.Option(metavar="V[,H]", help="Vertical, horizontal, or same.")] = "0",
@@ -350,6 +351,7 @@ def explain(
         "dilation": terminal.pair(dilation, "--dilation", 1),
         "groups": groups,
         "compact": compact,
+        **({} if rank_in is None else {"rank_in": rank_in}),
     }
     flags = {
         "channels_last": channels_last,
@@ -374,7 +376,7 @@ def _problem(
 ) -> Conv2dProblem:
     """The problem that the options of ``explain`` state, in normal form and checked as the op checks its arguments."""
     from basisconv_kernels.core import checks
-    from basisconv_kernels.core.problem import Conv2dProblem
+    from basisconv_kernels.core.problem import Conv2dProblem, TuckerConv2dProblem
 
     for option, value, known in (
         ("--device", device, ["cpu", "cuda"]),
@@ -386,8 +388,11 @@ def _problem(
     for name, value in (("C", C), ("Q", Q), *((("K", K),) if geometry["compact"] else ())):
         if value % groups:
             raise ValueError(f"{op}: {name} = {value} must be divisible by groups = {groups}")
+    if ("rank_in" in geometry) != (op == "tucker_conv2d") or (op == "tucker_conv2d" and groups > 1):
+        raise ValueError(f"{op}: --rank-in belongs to tucker_conv2d, which needs it and has no groups")
     padding = checks.padding4(op, geometry["padding"], (R, S), geometry["stride"], geometry["dilation"])
-    return Conv2dProblem(
+    kind: Any = TuckerConv2dProblem if op == "tucker_conv2d" else Conv2dProblem
+    return kind(
         N=N, C=C, H=H, W=W, Q=Q, K=K, R=R, S=S, **{**geometry, "padding": padding}, **flags,
         dtype=terminal.dtype(dtype), device=device,
     )  # fmt: skip
