@@ -61,7 +61,7 @@ def parse_problem(text: str) -> Conv2dProblem:
     sizes: dict[str, Any] = {key: values[key] for key in SIZES}
     geometry: dict[str, Any] = {"stride": pair("stride", 1), "dilation": pair("dilation", 1), "padding": around}
     geometry["groups"] = values.get("groups", 1)
-    chain = {"rank_in": values["rank_in"]} if values.get("rank_in") else {}
+    chain: dict[str, Any] = {"rank_in": values["rank_in"]} if values.get("rank_in") else {}
     if chain and geometry["groups"] != 1:
         raise ValueError(f"tune: tucker_conv2d, which rank_in stands for, has no groups, got {text!r}")
     kind = TuckerConv2dProblem if chain else Conv2dProblem

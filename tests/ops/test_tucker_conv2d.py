@@ -182,6 +182,12 @@ def test_the_examples_of_the_documentation_run(module):
     assert doctest.testmod(importlib.import_module(module)).failed == 0
 
 
+def test_a_kernel_of_ones_own_is_loaded_by_its_signature():
+    assert testing.load("basisconv_kernels:tucker_conv2d", OP) is tucker_conv2d
+    with pytest.raises(TypeError, match=r"must take .*u_in, core, u_out"):
+        testing.load("basisconv_kernels:basis_conv2d", OP)
+
+
 # --- deliberately wrong kernels ---------------------------------------------------------------------------------------
 
 
