@@ -6,13 +6,18 @@ from basisconv_kernels.compression.files import load, read_recipe, save
 from basisconv_kernels.compression.finetune import finetune, trainable_parameters
 from basisconv_kernels.compression.fold import fold_batchnorm
 from basisconv_kernels.compression.model import compress, to_plain
+from basisconv_kernels.compression.prune_config import PruneConfig
 from basisconv_kernels.compression.report import CompressionReport, LayerReport
+from basisconv_kernels.compression.tucker_config import TuckerConfig
 from basisconv_kernels.core.errors import ArchitectureError, BackendUnavailable, FileFormatError
 from basisconv_kernels.core.registry import use_backend
 from basisconv_kernels.core.version import __version__ as __version__
 from basisconv_kernels.layers.basis_conv2d import BasisConv2d
+from basisconv_kernels.layers.tucker_conv2d import TuckerConv2d
 from basisconv_kernels.ops.basis_conv2d import BasisConv2dFunction, basis_conv2d
 from basisconv_kernels.ops.basis_conv2d_native import basis_conv2d_pack
+from basisconv_kernels.ops.tucker_conv2d import TuckerConv2dFunction, tucker_conv2d
+from basisconv_kernels.ops.tucker_conv2d_native import tucker_conv2d_pack
 
 __all__ = [
     "ArchitectureError",
@@ -23,7 +28,11 @@ __all__ = [
     "CompressionReport",
     "FileFormatError",
     "LayerReport",
+    "PruneConfig",
     "Sensitivity",
+    "TuckerConfig",
+    "TuckerConv2d",
+    "TuckerConv2dFunction",
     "basis_conv2d",
     "basis_conv2d_pack",
     "compress",
@@ -35,5 +44,7 @@ __all__ = [
     "save",
     "to_plain",
     "trainable_parameters",
+    "tucker_conv2d",
+    "tucker_conv2d_pack",
     "use_backend",
 ]
