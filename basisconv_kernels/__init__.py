@@ -8,11 +8,15 @@ from basisconv_kernels.compression.fold import fold_batchnorm
 from basisconv_kernels.compression.model import compress, to_plain
 from basisconv_kernels.compression.report import CompressionReport, LayerReport
 from basisconv_kernels.core.errors import ArchitectureError, BackendUnavailable, FileFormatError
+from basisconv_kernels.core.packed import PackedTensor, Threshold
 from basisconv_kernels.core.registry import use_backend
 from basisconv_kernels.core.version import __version__ as __version__
 from basisconv_kernels.layers.basis_conv2d import BasisConv2d
 from basisconv_kernels.ops.basis_conv2d import BasisConv2dFunction, basis_conv2d
 from basisconv_kernels.ops.basis_conv2d_native import basis_conv2d_pack
+from basisconv_kernels.ops.binary_conv2d import BinaryConv2dFunction, binary_conv2d
+from basisconv_kernels.ops.binary_conv2d_scaling import filter_scale, magnitude_map
+from basisconv_kernels.ops.bitpack import bitpack, unpack
 
 __all__ = [
     "ArchitectureError",
@@ -20,20 +24,28 @@ __all__ = [
     "BasisConfig",
     "BasisConv2d",
     "BasisConv2dFunction",
+    "BinaryConv2dFunction",
     "CompressionReport",
     "FileFormatError",
     "LayerReport",
+    "PackedTensor",
     "Sensitivity",
+    "Threshold",
     "basis_conv2d",
     "basis_conv2d_pack",
+    "binary_conv2d",
+    "bitpack",
     "compress",
+    "filter_scale",
     "finetune",
     "fold_batchnorm",
     "load",
+    "magnitude_map",
     "orthogonality_loss",
     "read_recipe",
     "save",
     "to_plain",
     "trainable_parameters",
+    "unpack",
     "use_backend",
 ]

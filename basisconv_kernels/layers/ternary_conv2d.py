@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from basisconv_kernels.core import checks
 from basisconv_kernels.core.checks import Pair, Quad
+from basisconv_kernels.core.layout import laid_out, memory_format
 from basisconv_kernels.layers import conversion
 from basisconv_kernels.layers.basis_conv2d import PADDING_MODES
 from basisconv_kernels.layers.ternary import TernaryLayer
 from basisconv_kernels.ops.ternary_conv2d import ternary_conv2d
-from basisconv_kernels.reference.ternary_conv2d import laid_out, memory_format
 
 NAME = "TernaryConv2d"
 

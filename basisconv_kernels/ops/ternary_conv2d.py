@@ -11,7 +11,9 @@ from torch import Tensor
 from basisconv_kernels.core import registry, tuning
 from basisconv_kernels.core.autograd import refuse_double_backward
 from basisconv_kernels.core.checks import Pair, Quad
+from basisconv_kernels.core.layout import memory_format
 from basisconv_kernels.core.registry import Candidate
+from basisconv_kernels.ops import ternary_conv2d_native as native
 from basisconv_kernels.ops.ternary_conv2d_arguments import OP, Sizes, check_planes, normal_form
 from basisconv_kernels.reference import ternary_conv2d as reference
 from basisconv_kernels.reference.ternary_conv2d_problem import SCALES, TernaryConv2dProblem
@@ -35,7 +37,23 @@ def _reference_supports(problem: TernaryConv2dProblem) -> list[str]:
     return []
 
 
-CANDIDATES = (Candidate("reference", "basisconv_kernels.ops.ternary_conv2d:_reference_forward", _reference_supports),)
+def _cpu_supports(problem: TernaryConv2dProblem) -> list[str]:
+    against = []
+    if problem.device != "cpu":
+        against.append(f"runs on the CPU, the tensors are on {problem.device}")
+    if problem.dtype not in native.DTYPES:
+        against.append(f"has no {problem.dtype} kernel")
+    if problem.R * problem.S > native.MOST_TAPS:
+        against.append(
+            f"takes filters of at most {native.MOST_TAPS} taps a channel, these have {problem.R}×{problem.S}"
+        )
+    return against
+
+
+CANDIDATES = (
+    Candidate("cpu", "basisconv_kernels.ops.ternary_conv2d_native:forward", _cpu_supports),
+    Candidate("reference", "basisconv_kernels.ops.ternary_conv2d:_reference_forward", _reference_supports),
+)
 
 
 def _reference_forward(
@@ -275,7 +293,7 @@ def _plan(tensors: tuple[Any, ...], arguments: tuple[Any, ...]) -> tuple[tuple[A
     input, planes, _, _, bias = tensors
     fixed, sizes, scales = normal_form(*tensors, *arguments[:-1])
     count = sum(value is not None for value in scales)
-    layout = reference.memory_format(input)
+    layout = memory_format(input)
     backend = _choose(input.device.type, input.dtype, layout, sizes, count, arguments[-1], *fixed)
     return (input, planes, *scales, bias), Settings(*fixed, backend)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from basisconv_kernels.core import checks
 from basisconv_kernels.core.checks import Pair, Quad
-from basisconv_kernels.reference.ternary_conv2d import WORD
+from basisconv_kernels.core.packed import WORD_BITS, words_for
 
 OP = "ternary_conv2d"
 
@@ -30,10 +30,10 @@ def check_planes(op: str, planes: Any, taps_in: int | None) -> None:
         raise ValueError(
             f"{op}: planes must be {layout} with the planes of +1 and of -1 and no empty side, got {list(planes.shape)}"
         )
-    if taps_in is not None and planes.shape[4] != -(-taps_in // WORD):
+    if taps_in is not None and planes.shape[4] != words_for(taps_in):
         raise ValueError(
-            f"{op}: planes must be {layout} with words = ceil(C/groups / {WORD}) = {-(-taps_in // WORD)} for C/groups "
-            f"= {taps_in}, got {list(planes.shape)}"
+            f"{op}: planes must be {layout} with words = ceil(C/groups / {WORD_BITS}) = {words_for(taps_in)} for "
+            f"C/groups = {taps_in}, got {list(planes.shape)}"
         )
 
 

@@ -17,9 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from basisconv_kernels.core.checks import Pair, Quad
-from basisconv_kernels.reference.basis_conv2d import HALF, laid_out, memory_format, symmetric
+from basisconv_kernels.core.layout import laid_out, memory_format, symmetric
+from basisconv_kernels.core.packed import WORD_BITS
+from basisconv_kernels.core.packed import pack_planes as pack_bits
+from basisconv_kernels.core.packed import unpack_planes as unpack_bits
 
-WORD = 32
+HALF = (torch.bfloat16, torch.float16)
 
 
 class Gradients(NamedTuple):
@@ -46,17 +49,12 @@ def pack_planes(weight: Tensor, *, checked: bool = True) -> Tensor:
     """
     if checked and not bool(((weight == 0) | (weight.abs() == 1)).all()):
         raise ValueError("pack_planes: weight must hold -1, 0 and +1 only; ternarise it first")
-    bits = torch.stack([weight > 0, weight < 0], dim=1).permute(0, 1, 3, 4, 2)
-    words = -(-bits.shape[-1] // WORD)
-    bits = F.pad(bits.long(), (0, words * WORD - bits.shape[-1])).unflatten(-1, (words, WORD))
-    # Bit 31 makes an int32 negative: the sum is taken in 64 bits and cut to the low 32.
-    return (bits << torch.arange(WORD, device=bits.device)).sum(-1).to(torch.int32)
+    return pack_bits(torch.stack([weight > 0, weight < 0], dim=1))
 
 
 def unpack_planes(planes: Tensor, channels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(where a weight is +1, where it is −1), each [K, C/groups, R, S] of zeros and ones in ``dtype``."""
-    bits = (planes.unsqueeze(-1) >> torch.arange(WORD, device=planes.device, dtype=torch.int32)) & 1
-    both = bits.flatten(-2)[..., :channels].permute(0, 1, 4, 2, 3).to(dtype)
+    both = unpack_bits(planes, channels).to(dtype)
     return both[:, 0].contiguous(), both[:, 1].contiguous()
 
 
@@ -70,7 +68,7 @@ def planes_problem(planes: Tensor, channels: int) -> str | None:
     """What is wrong with the bits of planes for filters of so many channels, in words; None where nothing is."""
     if bool((planes[:, 0] & planes[:, 1]).any()):
         return "a weight has its bit in both planes"
-    tail = channels % WORD
+    tail = channels % WORD_BITS
     if tail and bool((planes[..., -1] >> tail != 0).any()):  # an arithmetic shift: a set bit 31 stays visible
         return f"bits past the {channels} channels are set"
     return None

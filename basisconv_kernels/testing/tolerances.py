@@ -226,6 +226,34 @@ def _ternary_geometry(
     return p.stride, p.padding, p.dilation, p.groups
 
 
+def binary_bound(
+    sums: Tensor,
+    dtype: torch.dtype,
+    *,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    pixel_scale: Tensor | None = None,
+    activation: str | None = None,
+) -> Bound:
+    """Rule 1 for the floats of ``binary_conv2d``: its sums are exact, what follows rounds four times.
+
+    v to float, two factors and the bias, each at most one rounding of a value no larger than |v·scale·pixel| + |bias|;
+    then once to the dtype.
+    """
+    expected = sums.double()
+    for factor in (None if scale is None else scale[:, None, None], pixel_scale):
+        expected = expected if factor is None else expected * factor.double()
+    size = expected.abs()
+    if bias is not None:
+        expected, size = expected + bias.double()[:, None, None], size + bias.double().abs()[:, None, None]
+    if activation is not None:
+        expected = expected.clamp(min=0.0, max=6.0 if activation == "relu6" else None)
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    u = UNIT_ROUNDOFF[dtype] if dtype in reference.HALF else 0.0
+    allowed = lost_in_sums(dtype, 4) * size + u * expected.abs()
+    return Bound(expected, allowed * SECOND_ORDER + smallest, size)
+
+
 def worst_beside_plain(plain_worst: float, partial_sums: float, dtype: torch.dtype) -> float:
     """The worst error of rule 2 from plain PyTorch's worst error and the largest partial sum."""
     return PLAIN_FACTOR * plain_worst + WORST_FLOOR_ROUNDINGS * UNIT_ROUNDOFF[dtype] * partial_sums
