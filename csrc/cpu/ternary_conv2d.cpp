@@ -189,7 +189,6 @@ AddBlock add_block_of(int64_t vectors) {
   static constexpr AddBlock kBlocks[kTernaryMostVectors] = {
       add_block<1, 4, kTwo>, add_block<2, 4, kTwo>, add_block<3, 3, kTwo>, add_block<4, 2, kTwo>,
       add_block<5, 2, kTwo>, add_block<6, 1, kTwo>, add_block<7, 1, kTwo>, add_block<8, 1, kTwo>,
-      add_block<9, 1, kTwo>, add_block<10, 1, kTwo>, add_block<11, 1, kTwo>, add_block<12, 1, kTwo>,
   };
   return kBlocks[vectors - 1];
 }

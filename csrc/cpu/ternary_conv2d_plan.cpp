@@ -8,7 +8,7 @@ namespace {
 
 // A chunk's input under one block of pixels shall stay in the first-level cache, and its lists be long.
 constexpr int64_t kChunkTaps = 288, kLeastChunk = 8, kMostChunk = 128;
-constexpr int64_t kSumFloats = 40960;  // of all filters' sums: a third of a second-level cache of 512 KiB
+constexpr int64_t kSumFloats = 16384;  // of all filters' sums: an eighth of a second-level cache of 512 KiB
 constexpr int64_t kMostColumns = 512;
 constexpr int64_t kHeaderBytes = 64;
 

@@ -8,7 +8,7 @@
 namespace basisconv {
 
 constexpr int64_t kTernaryPackVersion = 1;
-constexpr int64_t kTernaryMostVectors = 12;  // registers of sums; the others hold what is added and addresses
+constexpr int64_t kTernaryMostVectors = 8;  // registers of sums; more gave nothing where loads are the limit
 
 struct TernaryPackHeader {
   int64_t version, C, K, R, S, groups;
@@ -41,15 +41,15 @@ bool ternary_packed_fits(const TernaryConv2dWeights& weights, const char* packed
 // line holds between the rows' ends is computed too and not stored.
 struct TernaryPlan {
   TernaryPack pack;
-  int64_t rows, columns;    // of a strip of the output
+  int64_t rows, columns;  // of a strip of the output
   int64_t row_strips, column_strips;
-  int64_t pitch;            // columns, and the widest shift to the right
-  int64_t input_rows;       // rows, and the widest shift downwards, of one phase
+  int64_t pitch;               // columns, and the widest shift to the right
+  int64_t input_rows;          // rows, and the widest shift downwards, of one phase
   int64_t phases_h, phases_w;  // of the stride: pixels that are a multiple of it apart lie side by side
-  int64_t plane;            // floats of one channel: phases_h * phases_w * input_rows * pitch
-  int64_t line;             // pixels of the line, rounded up to whole blocks
-  int64_t vectors;          // registers of one block
-  int64_t filter_parts;     // ranges of filters, so that there is work for all threads
+  int64_t plane;               // floats of one channel: phases_h * phases_w * input_rows * pitch
+  int64_t line;                // pixels of the line, rounded up to whole blocks
+  int64_t vectors;             // registers of one block
+  int64_t filter_parts;        // ranges of filters, so that there is work for all threads
   int64_t units;
   int64_t input_floats, sum_floats;  // of the scratch
 

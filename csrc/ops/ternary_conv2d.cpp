@@ -44,8 +44,9 @@ CpuTernaryConv2d ternary_kernels() {
 }
 
 TernaryConv2dWeights describe_planes(const Tensor& planes, int64_t channels, int64_t groups) {
-  STD_TORCH_CHECK(planes.is_cpu() && planes.scalar_type() == ScalarType::Int && planes.dim() == 5 && planes.size(1) == 2,
-                  "ternary_conv2d: planes must be int32 [K, 2, R, S, words] on the CPU");
+  STD_TORCH_CHECK(
+      planes.is_cpu() && planes.scalar_type() == ScalarType::Int && planes.dim() == 5 && planes.size(1) == 2,
+      "ternary_conv2d: planes must be int32 [K, 2, R, S, words] on the CPU");
   TernaryConv2dWeights w{};
   STD_TORCH_CHECK(groups > 0 && channels > 0, "ternary_conv2d: channels and groups must be at least 1");
   w.C = channels * groups;
