@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from basisconv_kernels.compression import basis_method  # noqa: F401  (registers its method)
+from basisconv_kernels.compression import basis_method, ternary  # noqa: F401  (each registers its method)
 from basisconv_kernels.compression.config import BasisConfig
 from basisconv_kernels.compression.fold import separate_residuals
 from basisconv_kernels.compression.methods import FilterFunction, Task, method_of, own_layers

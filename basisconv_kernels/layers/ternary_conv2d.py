@@ -143,7 +143,7 @@ class TernaryConv2d(TernaryLayer):
             raise ValueError(f"{NAME}.to_conv: Conv2d has neither asymmetric padding nor an activation; use to_plain()")
         return self._conv(padding=padding, padding_mode=self.padding_mode)
 
-    def to_plain(self) -> nn.Module:
+    def to_plain(self, *, collapse: bool = False) -> nn.Module:
         """Ordinary modules that equal the layer: a convolution, with a padding before or an activation behind it."""
         padding: Any = conversion.conv_padding(self.padding)
         stages: list[nn.Module] = []

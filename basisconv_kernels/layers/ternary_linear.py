@@ -89,7 +89,7 @@ class TernaryLinear(TernaryLayer):
             linear.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
         return linear.train(self.training)
 
-    def to_plain(self) -> nn.Module:
+    def to_plain(self, *, collapse: bool = False) -> nn.Module:
         """``to_linear``, under the name that all layers have."""
         return self.to_linear()
 
