@@ -7,16 +7,23 @@ from basisconv_kernels.compression.finetune import finetune, trainable_parameter
 from basisconv_kernels.compression.fold import fold_batchnorm
 from basisconv_kernels.compression.model import compress, to_plain
 from basisconv_kernels.compression.report import CompressionReport, LayerReport
+from basisconv_kernels.compression.ternary import train_layerwise
+from basisconv_kernels.compression.ternary_config import TernaryConfig
+from basisconv_kernels.compression.ternary_report import TernaryLayerReport, TernaryReport
 from basisconv_kernels.core.errors import ArchitectureError, BackendUnavailable, FileFormatError
 from basisconv_kernels.core.packed import PackedTensor, Threshold
 from basisconv_kernels.core.registry import use_backend
 from basisconv_kernels.core.version import __version__ as __version__
 from basisconv_kernels.layers.basis_conv2d import BasisConv2d
+from basisconv_kernels.layers.ternary_conv2d import TernaryConv2d
+from basisconv_kernels.layers.ternary_linear import TernaryLinear
 from basisconv_kernels.ops.basis_conv2d import BasisConv2dFunction, basis_conv2d
 from basisconv_kernels.ops.basis_conv2d_native import basis_conv2d_pack
 from basisconv_kernels.ops.binary_conv2d import BinaryConv2dFunction, binary_conv2d
 from basisconv_kernels.ops.binary_conv2d_scaling import filter_scale, magnitude_map
 from basisconv_kernels.ops.bitpack import bitpack, unpack
+from basisconv_kernels.ops.ternary_conv2d import TernaryConv2dFunction, ternary_conv2d, ternary_planes, ternary_weight
+from basisconv_kernels.ops.ternary_conv2d_native import ternary_conv2d_pack
 
 __all__ = [
     "ArchitectureError",
@@ -30,6 +37,12 @@ __all__ = [
     "LayerReport",
     "PackedTensor",
     "Sensitivity",
+    "TernaryConfig",
+    "TernaryConv2d",
+    "TernaryConv2dFunction",
+    "TernaryLayerReport",
+    "TernaryLinear",
+    "TernaryReport",
     "Threshold",
     "basis_conv2d",
     "basis_conv2d_pack",
@@ -44,7 +57,12 @@ __all__ = [
     "orthogonality_loss",
     "read_recipe",
     "save",
+    "ternary_conv2d",
+    "ternary_conv2d_pack",
+    "ternary_planes",
+    "ternary_weight",
     "to_plain",
+    "train_layerwise",
     "trainable_parameters",
     "unpack",
     "use_backend",

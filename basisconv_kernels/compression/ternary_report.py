@@ -149,7 +149,7 @@ def row_of(
 
 def other_bits(model: nn.Module, layers: set[nn.Module]) -> int:
     """32 for each element of the state that is no weight, mask, code or scale of these layers."""
-    weights = {"weight", "mask", "code", "planes", "scale", "negative_scale"}
+    weights = {"weight", "mask", "weight_code", "planes", "scale", "negative_scale"}
     own = {id(t) for layer in layers for name, t in _tensors(layer) if name in weights}
     everything = {id(t): t for module in model.modules() for _, t in _tensors(module)}
     return FLOAT_BITS * sum(t.numel() for key, t in everything.items() if key not in own)

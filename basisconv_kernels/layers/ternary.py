@@ -27,13 +27,13 @@ class TernaryLayer(nn.Module):
     """A layer with weights −1, 0, +1 times one or two scales, in one of two forms.
 
     *Trained*: a float shadow weight, from which every call in training makes the ternary one
-    (``layers.ternary_weights``). *Packed*: the shadow is gone; ``code`` holds the ternary weight as a file does, a few
+    (``layers.ternary_weights``). *Packed*: the shadow is gone; ``weight_code`` holds the ternary weight as a file does, a few
     bits each, and scales and bias alone can still be trained. ``pack()`` goes from the first to the second.
 
     State (keys of the state_dict):
         trained: ``weight`` [K, …]; ``mask`` (bool) with the rule ``"layerwise"``; ``scale`` [1] or [K] but with
         ``"twn"``, whose scale follows from the weight; ``negative_scale`` with ``"ttq"``; ``bias`` [K].
-        packed: ``code`` [bytes] (uint8); ``scale``, ``negative_scale``, ``bias``.
+        packed: ``weight_code`` [bytes] (uint8); ``scale``, ``negative_scale``, ``bias``.
     """
 
     weight: nn.Parameter | None
@@ -41,7 +41,7 @@ class TernaryLayer(nn.Module):
     scale: nn.Parameter | None
     negative_scale: nn.Parameter | None
     bias: nn.Parameter | None
-    code: Tensor | None
+    weight_code: Tensor | None
     planes: Tensor | None
     groups: int = 1
 
@@ -79,7 +79,7 @@ class TernaryLayer(nn.Module):
         second = nn.Parameter(torch.empty(count, **kind)) if rule == "ttq" else None
         self.register_parameter("negative_scale", second)
         self.register_parameter("bias", nn.Parameter(torch.empty(shape[0], **kind)) if bias else None)
-        self.register_buffer("code", None)
+        self.register_buffer("weight_code", None)
         self.register_buffer("planes", None, persistent=False)
 
     @torch.no_grad()
@@ -230,7 +230,7 @@ class TernaryLayer(nn.Module):
         self.weight = None
         self.mask = None
         self.encoding = encoded
-        self.code = encoded.data.to(device)
+        self.weight_code = encoded.data.to(device)
         self._prepared.clear()
 
     def packed_bits(self) -> int:
@@ -242,16 +242,16 @@ class TernaryLayer(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *arguments)
         self._prepared.clear()
-        if self.code is None or self.encoding is None or self.code.is_meta:
+        if self.weight_code is None or self.encoding is None or self.weight_code.is_meta:
             return
-        data = self.code.detach().cpu()
+        data = self.weight_code.detach().cpu()
         self.encoding = replace(self.encoding, data=data)
         try:
             found = ternary_code.decode(self.encoding)
         except ValueError as error:
-            arguments[-1].append(f"{prefix}code: {error}")
+            arguments[-1].append(f"{prefix}weight_code: {error}")
             return
-        self.planes = pack_planes(found.reshape((*self.weight_shape, 1, 1)[:4])).to(self.code.device)
+        self.planes = pack_planes(found.reshape((*self.weight_shape, 1, 1)[:4])).to(self.weight_code.device)
 
     def repack(self) -> TernaryLayer:
         """Forget what was prepared for the kernel; the next call makes it again. Returns the layer."""

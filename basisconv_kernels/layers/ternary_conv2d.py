@@ -53,7 +53,7 @@ class TernaryConv2d(TernaryLayer):
         ...     before = layer(image)
         ...     after = layer.pack()(image)
         >>> torch.equal(before, after), sorted(layer.state_dict())
-        (True, ['bias', 'code', 'scale'])
+        (True, ['bias', 'scale', 'weight_code'])
     """
 
     def __init__(

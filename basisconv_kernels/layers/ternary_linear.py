@@ -99,6 +99,8 @@ class TernaryLinear(TernaryLayer):
             return F.linear(input, self.dense_weight(), self.bias)
         planes, scale, second, packed = self._operands()
         rows = input.reshape(-1, self.in_features)
+        if rows.shape[0] == 0:
+            return rows.new_empty(*input.shape[:-1], self.out_features)
         # [M, C] read as [1, C, M, 1]: the same memory, channels_last.
         maps = rows[None, :, None].permute(0, 3, 1, 2)
         out = ternary_conv2d(
