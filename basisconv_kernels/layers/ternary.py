@@ -27,8 +27,8 @@ class TernaryLayer(nn.Module):
     """A layer with weights −1, 0, +1 times one or two scales, in one of two forms.
 
     *Trained*: a float shadow weight, from which every call in training makes the ternary one
-    (``layers.ternary_weights``). *Packed*: the shadow is gone; ``weight_code`` holds the ternary weight as a file does, a few
-    bits each, and scales and bias alone can still be trained. ``pack()`` goes from the first to the second.
+    (``layers.ternary_weights``). *Packed*: the shadow is gone; ``weight_code`` holds the ternary weight as a file does,
+    a few bits each, and scales and bias alone can still be trained. ``pack()`` goes from the first to the second.
 
     State (keys of the state_dict):
         trained: ``weight`` [K, …]; ``mask`` (bool) with the rule ``"layerwise"``; ``scale`` [1] or [K] but with
