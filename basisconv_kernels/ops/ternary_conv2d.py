@@ -11,11 +11,13 @@ from torch import Tensor
 from basisconv_kernels.core import registry, tuning
 from basisconv_kernels.core.autograd import refuse_double_backward
 from basisconv_kernels.core.checks import Pair, Quad
-from basisconv_kernels.core.layout import memory_format
+from basisconv_kernels.core.layout import laid_out, memory_format
+from basisconv_kernels.core.packed import PackedTensor
 from basisconv_kernels.core.registry import Candidate
 from basisconv_kernels.ops import ternary_conv2d_native as native
 from basisconv_kernels.ops.ternary_conv2d_arguments import OP, Sizes, check_planes, normal_form
 from basisconv_kernels.reference import ternary_conv2d as reference
+from basisconv_kernels.reference.bitpack import unpack as unpack_bits
 from basisconv_kernels.reference.ternary_conv2d_problem import SCALES, TernaryConv2dProblem
 
 
@@ -211,7 +213,7 @@ def ternary_weight(planes: Tensor, channels: int, dtype: torch.dtype = torch.flo
 
 
 def ternary_conv2d(
-    input: Tensor,
+    input: Tensor | PackedTensor,
     planes: Tensor,
     scale: Tensor | None = None,
     bias: Tensor | None = None,
@@ -230,7 +232,9 @@ def ternary_conv2d(
     ``out = act(scale·conv2d(input, plus) − negative_scale·conv2d(input, minus) + bias)``
 
     Args:
-        input (Tensor[N, C, H, W]): images or feature maps, NCHW, channels_last or any strided view; N may be 0.
+        input (Tensor[N, C, H, W]): images or feature maps, NCHW, channels_last or any strided view; N may be 0. Or a
+            ``PackedTensor`` of signs or of few-bit codes: it is unpacked first, whole numbers, whose sums are exact; it
+            has no gradient, and the result is channels_last in the dtype of ``scale``, float32 without one.
         planes (Tensor[K, 2, R, S, words], int32): ``ternary_planes`` of the weights −1, 0, +1; ``plus`` and ``minus``
             are the ones of either plane. ``words = ceil(C/groups / 32)``. They have no gradient.
         scale (Tensor[K] or one number, optional): σ, of the +1 weights, and of the −1 weights without
@@ -268,12 +272,20 @@ def ternary_conv2d(
         >>> ternary_conv2d(torch.randn(1, 64, 28, 28), planes, torch.tensor(0.05), padding=1, activation="relu").shape
         torch.Size([1, 128, 28, 28])
     """
+    if isinstance(input, PackedTensor):
+        input = _unpacked(input, torch.float32 if scale is None else scale.dtype)
     tensors: tuple[Any, ...] = (input, planes, scale, negative_scale, bias)
     arguments = (stride, padding, dilation, groups, activation, backend)
     if isinstance(input, Tensor) and (cast := _autocast(tensors)) is not None:
         with torch.autocast(input.device.type, enabled=False):
             return _run(cast, packed, arguments)
     return _run(tensors, packed, arguments)
+
+
+def _unpacked(packed: PackedTensor, dtype: torch.dtype) -> Tensor:
+    """Signs and codes as numbers [N, C, H, W], channels_last as their words are; exact in every dtype."""
+    values = unpack_bits(packed.words, packed.channels, packed.encoding).to(dtype)
+    return laid_out(values, torch.channels_last)
 
 
 def _autocast(tensors: tuple[Any, ...]) -> tuple[Any, ...] | None:

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from basisconv_kernels import BackendUnavailable, testing
+from basisconv_kernels import BackendUnavailable, bitpack, testing
 from basisconv_kernels.core import registry
 from basisconv_kernels.ops.ternary_conv2d import CANDIDATES, ternary_conv2d, ternary_planes, ternary_weight
 from basisconv_kernels.reference.ternary_conv2d_problem import TernaryConv2dProblem
@@ -180,6 +180,28 @@ def test_one_number_scales_all_outputs(backend):
     assert torch.equal(found, call(torch.tensor([0.375])))
     found.sum().backward()
     assert number.grad.shape == ()
+
+
+@backends
+@pytest.mark.parametrize("planes", [None, 1, 3])
+def test_packed_activations_are_whole_numbers(backend, planes):
+    """Signs and codes: exact sums, true zero padding, channels past a word."""
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randint(-1, 2, (6, 37, 3, 3), generator=generator)
+    if planes is None:
+        values = torch.randint(0, 2, (2, 37, 5, 7), generator=generator) * 2 - 1
+        packed = bitpack(values.float())
+    else:
+        values = torch.randint(0, 2**planes, (2, 37, 5, 7), generator=generator)
+        packed = bitpack(values.float(), planes=planes, encoding="unsigned")
+    settings = {"padding": (1, 2), "stride": (2, 1), "backend": backend}
+    found = ternary_conv2d(packed, ternary_planes(weight), **settings)
+    expected = torch.nn.functional.conv2d(values.double(), weight.double(), padding=(1, 2), stride=(2, 1))
+    assert found.dtype == torch.float32
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(found.double(), expected)
+    scaled = ternary_conv2d(packed, ternary_planes(weight), torch.tensor(0.5, dtype=torch.bfloat16), **settings)
+    assert torch.equal(scaled, (0.5 * expected).to(torch.bfloat16))
 
 
 @backends
