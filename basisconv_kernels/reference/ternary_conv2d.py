@@ -149,7 +149,7 @@ def backward(
         d scale = Σ G·plus             d negative_scale = −Σ G·minus            (two scales)
         d scale = Σ G·(plus − minus)                                            (one scale)
 
-    G, and with it the scales' gradients, is summed in float32 at least.
+    Everything is summed in float32 at least, and rounded once.
 
     Args:
         output (Tensor or None): the op's result; needed with an activation only.
@@ -170,8 +170,9 @@ def backward(
 
     d_input = d_scale = d_negative = None
     if wanted[0]:
-        weight = scaled_weight(planes, scale, negative_scale, channels, input.dtype)
-        d_input = conv_backward(grad_output, padded, weight, [True, False, False])[0]
+        weight = scaled_weight(planes, scale, negative_scale, channels, wide)
+        d_input = conv_backward(grad_output.to(wide), padded.to(wide), weight, [True, False, False])[0]
+        d_input = d_input.to(input.dtype)
         if padded is not input:
             top, _, left, _ = padding
             d_input = d_input[:, :, top : top + input.shape[2], left : left + input.shape[3]]

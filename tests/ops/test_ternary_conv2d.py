@@ -193,7 +193,7 @@ def test_packed_activations_are_whole_numbers(backend, planes):
         packed = bitpack(values.float())
     else:
         values = torch.randint(0, 2**planes, (2, 37, 5, 7), generator=generator)
-        packed = bitpack(values.float(), planes=planes, encoding="unsigned")
+        packed = bitpack(values.float(), bits=planes, unsigned=True)
     settings = {"padding": (1, 2), "stride": (2, 1), "backend": backend}
     found = ternary_conv2d(packed, ternary_planes(weight), **settings)
     expected = torch.nn.functional.conv2d(values.double(), weight.double(), padding=(1, 2), stride=(2, 1))
