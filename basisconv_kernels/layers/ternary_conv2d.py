@@ -12,7 +12,6 @@ from basisconv_kernels.core import checks
 from basisconv_kernels.core.checks import Pair, Quad
 from basisconv_kernels.core.layout import laid_out, memory_format
 from basisconv_kernels.layers import conversion
-from basisconv_kernels.layers.basis_conv2d import PADDING_MODES
 from basisconv_kernels.layers.ternary import TernaryLayer
 from basisconv_kernels.ops.ternary_conv2d import ternary_conv2d
 
@@ -95,8 +94,10 @@ class TernaryConv2d(TernaryLayer):
         symmetric = (top, left) if (top, left) == (bottom, right) else self.pad_amounts
         self.padding: str | Pair | Quad = padding if isinstance(padding, str) else symmetric
         checks.activation(NAME, activation)
-        if padding_mode not in PADDING_MODES:
-            raise ValueError(f"{NAME}: padding_mode must be one of {', '.join(PADDING_MODES)}, got {padding_mode!r}")
+        if padding_mode not in conversion.PADDING_MODES:
+            raise ValueError(
+                f"{NAME}: padding_mode must be one of {', '.join(conversion.PADDING_MODES)}, got {padding_mode!r}"
+            )
         self.padding_mode, self.activation = padding_mode, activation
         self._set_up(
             (out_channels, in_channels // groups, *self.kernel_size), rule=rule, scale_per_output=scale_per_output,

@@ -17,7 +17,8 @@ from basisconv_kernels.core.layout import memory_format
 OP = "ternary_conv2d"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_TAPS = 2**16 - 1  # of R·S: the kernel's lists number the taps of a channel in 16 bits
-PRESENT = extension.load() is None  # a constant, because graphs are traced through the functions that ask
+# A constant, because graphs are traced through the functions that ask. A library of an earlier build lacks the op.
+PRESENT = extension.load() is None and hasattr(torch.ops.basisconv, "ternary_conv2d")
 
 
 def forward(
