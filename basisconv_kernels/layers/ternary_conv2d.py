@@ -95,9 +95,8 @@ class TernaryConv2d(TernaryLayer):
         self.padding: str | Pair | Quad = padding if isinstance(padding, str) else symmetric
         checks.activation(NAME, activation)
         if padding_mode not in conversion.PADDING_MODES:
-            raise ValueError(
-                f"{NAME}: padding_mode must be one of {', '.join(conversion.PADDING_MODES)}, got {padding_mode!r}"
-            )
+            modes = ", ".join(conversion.PADDING_MODES)
+            raise ValueError(f"{NAME}: padding_mode must be one of {modes}, got {padding_mode!r}")
         self.padding_mode, self.activation = padding_mode, activation
         self._set_up(
             (out_channels, in_channels // groups, *self.kernel_size), rule=rule, scale_per_output=scale_per_output,

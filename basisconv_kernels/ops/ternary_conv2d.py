@@ -41,7 +41,7 @@ def _reference_supports(problem: TernaryConv2dProblem) -> list[str]:
 
 def _cpu_supports(problem: TernaryConv2dProblem) -> list[str]:
     against = []
-    if not native.PRESENT:
+    if native.OUTDATED:
         against.append("the native library does not have this op; build it again")
     if problem.device != "cpu":
         against.append(f"runs on the CPU, the tensors are on {problem.device}")

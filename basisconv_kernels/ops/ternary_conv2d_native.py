@@ -19,6 +19,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_TAPS = 2**16 - 1  # of R·S: the kernel's lists number the taps of a channel in 16 bits
 # A constant, because graphs are traced through the functions that ask. A library of an earlier build lacks the op.
 PRESENT = extension.load() is None and hasattr(torch.ops.basisconv, "ternary_conv2d")
+OUTDATED = extension.load() is None and not PRESENT
 
 
 def forward(
