@@ -2,9 +2,9 @@
 
     BASISCONV_DATA=... python -m bench.experiments.layerwise_fashion --state run.state
 
-It needs the complete training set (docs/env.md). The 10,000 test images, which the shipped network was not trained on,
-are halved: the first 5,000 decide which layers are kept, the others are looked at once, at the end. A run that is
-killed goes on when it is started again.
+It needs the complete training set (docs/env.md). Of the 10,000 test images, which the shipped network was not trained
+on, the first ``--validation`` decide which layers are kept, and the others are looked at once, at the end. A run that
+is killed goes on when it is started again.
 """
 
 from __future__ import annotations
@@ -52,15 +52,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100, help="of an epoch, of 128 images each")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--validation", type=int, default=2000, help="images")
     parser.add_argument("--state", type=Path)
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"))
     arguments = parser.parse_args()
     images = data.fashion_mnist(complete=True)
-    halves = _halves(images.test)
+    validation, test = _split(images.test, arguments.validation)
     network = trained_network()
     config = TernaryConfig(
         loader=data.Batches(images, images.train, 128, train=True),
-        evaluate=lambda model: accuracy(model, images, halves[0]),
+        evaluate=lambda model: accuracy(model, images, validation),
         sparsity=arguments.sparsity,
         bound=arguments.bound,
         prune_epochs=2,
@@ -80,19 +81,20 @@ def main() -> None:
             save(model, path := Path(folder) / name)
             sizes[name] = path.stat().st_size
         again = load(Path(folder) / "ternary", SmallVGG(1)).eval()
-        image = images.normalise(halves[1].images[:10])
+        image = images.normalise(test.images[:10])
         with torch.no_grad():
             same = torch.equal(again(image), found.eval()(image))
     result = {
         "command": f"python -m bench.experiments.layerwise_fashion --sparsity {arguments.sparsity} "
-        f"--bound {arguments.bound} --steps {arguments.steps} --epochs {arguments.epochs} --seed {arguments.seed}",
+        f"--bound {arguments.bound} --steps {arguments.steps} --epochs {arguments.epochs} --seed {arguments.seed} "
+        f"--validation {arguments.validation}",
         "versions": {"basisconv_kernels": __version__, "torch": torch.__version__},
         "cpu": machine.cpu_name(),
         "threads": torch.get_num_threads(),
         "seconds": round(seconds, 1),
         "test_accuracy": {
-            "dense": accuracy(network, images, halves[1]),
-            "ternary": accuracy(found, images, halves[1]),
+            "dense": accuracy(network, images, test),
+            "ternary": accuracy(found, images, test),
         },
         "file_bytes": sizes,
         "reloaded_gives_the_same_bits": same,
@@ -102,12 +104,11 @@ def main() -> None:
     print(json.dumps({key: result[key] for key in ("test_accuracy", "file_bytes", "seconds")}))
 
 
-def _halves(split: data.Split) -> list[data.Split]:
-    middle = len(split.labels) // 2
-    return [
-        data.Split(split.images[:middle], split.labels[:middle]),
-        data.Split(split.images[middle:], split.labels[middle:]),
-    ]
+def _split(split: data.Split, first: int) -> tuple[data.Split, data.Split]:
+    return (
+        data.Split(split.images[:first], split.labels[:first]),
+        data.Split(split.images[first:], split.labels[first:]),
+    )
 
 
 if __name__ == "__main__":

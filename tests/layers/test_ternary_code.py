@@ -30,7 +30,7 @@ def test_decoding_undoes_encoding(kind, seed, count, density):
     assert encoded.bits == 8 * encoded.data.numel()
 
 
-@settings(max_examples=200)
+@settings(max_examples=80)
 @given(st.lists(st.tuples(st.integers(0, 64), st.booleans()), max_size=9), st.integers(0, 40))
 def test_every_length_of_a_gap(gaps, behind):
     """Around 15, 30, 45 and 60 the number of escapes changes."""

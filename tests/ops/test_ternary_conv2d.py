@@ -38,6 +38,8 @@ def run_on(backend, case):
 @dtypes
 @pytest.mark.parametrize("name", BY_NAME)
 def test_result(backend, dtype, name):
+    if backend == "reference" and dtype is torch.float16:
+        pytest.skip("computes as in bfloat16")
     case = BY_NAME[name].at(dtype=dtype)
     ternary.check(case, run_on(backend, case))
 
@@ -86,7 +88,9 @@ def cases(draw):
 def test_any_geometry(backend, dtype, geometries):
     run = run_on(backend, BY_NAME["odd_sizes"].at(dtype=dtype))
 
-    @settings(max_examples=min(geometries, 40) if backend == "reference" else geometries)
+    ordinary = 20 if backend == "reference" else 60  # the long run draws as many as it is told, of a native kernel
+
+    @settings(max_examples=geometries if geometries > 150 and backend != "reference" else ordinary)
     @given(case=cases(), seed=st.integers(0, 2**31))
     def check(case, seed):
         ternary.check(case.at(dtype=dtype), run, seed=seed)
