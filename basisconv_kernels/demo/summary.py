@@ -147,7 +147,8 @@ def recipe_rows(recipe: dict[str, Any]) -> list[tuple[str, ...]]:
         basis = _tensor(recipe, layer, "basis_weight")
         coefficients = _tensor(recipe, layer, "coefficients")
         if basis is None or coefficients is None:
-            rows.append((name, layer["kind"], *_dense_cells(about)))
+            cells = _tucker_cells(about) if "rank_in" in about else _dense_cells(about)
+            rows.append((name, layer["kind"], *cells))
             continue
         Q, taps_in, R, S = basis
         K, mixed = coefficients
@@ -176,6 +177,14 @@ def _dense_cells(about: dict[str, Any]) -> tuple[str, ...]:
         return ("", "", "", "", "", _short(about))
     shown = {key: value for key, value in about.items() if key in SHOWN and value not in ORDINARY}
     return (f"{C}→{K}", f"{R}×{S}", "", "", f"{K * (C // groups) * R * S:,}", _short(shown))
+
+
+def _tucker_cells(about: dict[str, Any]) -> tuple[str, ...]:
+    """The cells of a Tucker convolution; both ranks stand in the place of Q."""
+    C, K, (R, S), i, o = (about[k] for k in ("in_channels", "out_channels", "kernel_size", "rank_in", "rank_out"))
+    shown = {key: value for key, value in about.items() if key in SHOWN and value not in ORDINARY}
+    change = f"{K * C * R * S:,} → {C * i + o * (i * R * S + K):,}"
+    return (f"{C}→{K}", f"{R}×{S}", f"{i}·{o}", "", change, _short(shown))
 
 
 SHOWN = ("stride", "dilation", "groups", "activation", "padding_mode", "basis_norm", "precise")
@@ -240,8 +249,12 @@ def explanation_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
     ratio = _fewer(found["macs_dense"], found["macs_basis"])
     macs = f"{found['macs_basis']:,} instead of {found['macs_dense']:,} ({ratio})"
     weights = f"{found['weights_basis']:,} instead of {found['weights_dense']:,}"
+    rows += [("MACs", macs), ("weights", weights)]
+    if found["break_even"] is None:
+        advice = "the stages cost less" if found["pays"] else "the dense convolution costs no more MACs or weights"
+        return [*rows, ("verdict", advice)]
     advice = "below it: the basis costs less" if found["pays"] else "not below it: the dense convolution costs no more"
-    return [*rows, ("MACs", macs), ("weights", weights), ("break-even Q*", f"{found['break_even']:.2f}; {advice}")]
+    return [*rows, ("break-even Q*", f"{found['break_even']:.2f}; {advice}")]
 
 
 def _fewer(before: int, after: int) -> str:

@@ -48,18 +48,32 @@ from basisconv_kernels.testing.cases import CASES, DTYPES, PERFORMANCE_CASES, Ca
 from basisconv_kernels.testing.compare import Mismatch, Report, check, check_gradients, check_rounding, plain
 from basisconv_kernels.testing.inputs import Inputs, make_inputs, poisoned_allocations
 from basisconv_kernels.testing.same import check_same_layer, check_same_network
+from basisconv_kernels.testing.tucker_conv2d import (
+    TUCKER_CASES,
+    TuckerCase,
+    TuckerInputs,
+    check_tucker,
+    check_tucker_gradients,
+    check_tucker_rounding,
+    make_tucker_inputs,
+    plain_tucker,
+    tucker_case,
+)
 
 __all__ = [
     "BINARY_CASES",
     "CASES",
     "DTYPES",
     "PERFORMANCE_CASES",
+    "TUCKER_CASES",
     "BinaryCase",
     "Case",
     "Inputs",
     "Kernel",
     "Mismatch",
     "Report",
+    "TuckerCase",
+    "TuckerInputs",
     "binary_case",
     "case",
     "check",
@@ -69,9 +83,15 @@ __all__ = [
     "check_rounding",
     "check_same_layer",
     "check_same_network",
+    "check_tucker",
+    "check_tucker_gradients",
+    "check_tucker_rounding",
     "load",
     "make_binary_inputs",
     "make_inputs",
+    "make_tucker_inputs",
     "plain",
+    "plain_tucker",
     "poisoned_allocations",
+    "tucker_case",
 ]
