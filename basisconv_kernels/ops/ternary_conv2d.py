@@ -302,19 +302,50 @@ def _autocast(tensors: tuple[Any, ...]) -> tuple[Any, ...] | None:
     )
 
 
-def _plan(tensors: tuple[Any, ...], arguments: tuple[Any, ...]) -> tuple[tuple[Any, ...], Settings]:
-    """The arguments checked, the tensors with their scales as [K], and the backend chosen."""
-    input, planes, _, _, bias = tensors
+_PLANS_KEPT = 4096
+_plans: dict[tuple[Any, ...], Settings] = {}
+
+
+def _checked(tensors: tuple[Any, ...], arguments: tuple[Any, ...]) -> Settings:
+    """The arguments checked, and the backend chosen."""
+    input = tensors[0]
     fixed, sizes, scales = normal_form(*tensors, *arguments[:-1])
     count = sum(value is not None for value in scales)
     layout = memory_format(input)
-    backend = _choose(input.device.type, input.dtype, layout, sizes, count, arguments[-1], *fixed)
-    return (input, planes, *scales, bias), Settings(*fixed, backend)
+    return Settings(*fixed, _choose(input.device.type, input.dtype, layout, sizes, count, arguments[-1], *fixed))
+
+
+def _plan(tensors: tuple[Any, ...], arguments: tuple[Any, ...]) -> Settings:
+    """``_checked``, remembered by shapes, strides, dtypes and arguments: what makes a repeated call cheap."""
+    try:
+        signature = [(t.shape, t.dtype, t.device, t.layout) if t is not None else None for t in tensors]
+        # 1, 1.0 and True are equal, but not all of them are good strides.
+        kinds = [tuple(map(type, a)) if isinstance(a, tuple) else type(a) for a in arguments[:4]]
+        key = (*signature, tensors[0].stride(), *arguments, *kinds, registry.wish())
+        found = _plans.get(key)
+    except (AttributeError, TypeError, RuntimeError):  # no dense tensor, or a list for a tuple: the checks know
+        return _checked(tensors, arguments)
+    if found is None:
+        found = _checked(tensors, arguments)
+        if len(_plans) >= _PLANS_KEPT:
+            _plans.clear()
+        _plans[key] = found
+    return found
+
+
+def _per_output(scale: Tensor | None, outputs: int) -> Tensor | None:
+    """A scale as [K]: one number serves all outputs."""
+    if scale is None or (scale.dim() == 1 and scale.shape[0] == outputs):
+        return scale
+    return scale.reshape(1).expand(outputs)
 
 
 def _run(tensors: tuple[Any, ...], packed: Tensor | None, arguments: tuple[Any, ...]) -> Tensor:
     """Plan, then the autograd Function where something needs a gradient, else the backend itself."""
-    tensors, settings = _plan(tensors, arguments)
+    settings = _checked(tensors, arguments) if torch.compiler.is_compiling() else _plan(tensors, arguments)
+    input, planes, scale, negative_scale, bias = tensors
+    K = planes.shape[0]
+    tensors = (input, planes, _per_output(scale, K), _per_output(negative_scale, K), bias)
     needs_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if needs_gradient or torch._C._are_functorch_transforms_active():
         return TernaryConv2dFunction.apply(*tensors, packed, settings)

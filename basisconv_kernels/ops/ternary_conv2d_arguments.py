@@ -38,7 +38,7 @@ def check_planes(op: str, planes: Any, taps_in: int | None) -> None:
 
 
 def _scale(name: str, scale: Tensor, K: int) -> Tensor:
-    """A scale as [K]: one number serves all outputs."""
+    """A scale that is [K] or one number, as it is."""
     if not isinstance(scale, Tensor):
         raise TypeError(f"{OP}: {name} must be a Tensor [K] or of one number, got {type(scale).__name__}")
     if scale.layout is not torch.strided:
@@ -47,7 +47,7 @@ def _scale(name: str, scale: Tensor, K: int) -> Tensor:
         raise ValueError(
             f"{OP}: {name} must be [K] with K = planes.shape[0] = {K}, or one number, got {list(scale.shape)}"
         )
-    return scale.reshape(1).expand(K) if scale.dim() == 0 or scale.shape[0] != K else scale
+    return scale
 
 
 def normal_form(
@@ -66,7 +66,7 @@ def normal_form(
 
     Returns:
         (stride, padding, dilation, groups, activation) in normal form; the sizes that hold for all batches and maps,
-        (C/G, K, R, S); and the two scales as [K] or None.
+        (C/G, K, R, S); and the two scales.
 
     Raises:
         TypeError, ValueError: as ``ternary_conv2d`` documents them.

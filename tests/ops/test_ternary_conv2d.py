@@ -11,10 +11,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from basisconv_kernels import BackendUnavailable, bitpack, testing
 from basisconv_kernels.core import registry
 from basisconv_kernels.ops.ternary_conv2d import CANDIDATES, ternary_conv2d, ternary_planes, ternary_weight
+from basisconv_kernels.ops.ternary_conv2d_native import ternary_conv2d_pack
 from basisconv_kernels.reference.ternary_conv2d_problem import TernaryConv2dProblem
 from basisconv_kernels.testing import Mismatch
 from basisconv_kernels.testing import ternary_conv2d as ternary
@@ -184,6 +186,71 @@ def test_one_number_scales_all_outputs(backend):
     assert torch.equal(found, call(torch.tensor([0.375])))
     found.sum().backward()
     assert number.grad.shape == ()
+
+
+native = pytest.mark.skipif("cpu" not in AVAILABLE, reason=f"cpu: {registry.absent('cpu')}")
+
+
+@native
+@pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "nchw"])
+@pytest.mark.parametrize("size", [(1, 40, 30), (3, 24, 9)], ids=str)
+def test_number_of_threads_does_not_change_a_bit(size, channels_last, threads):
+    N, C, side = size
+    problem = TernaryConv2dProblem(
+        N=N, C=C, K=50, H=side, W=side, padding=(1, 1, 1, 1), channels_last=channels_last, bias=True
+    )
+    assert problem.macs() > 3 * 2**19 or N > 1  # kMacsWorthAThread of csrc/ops/ternary_conv2d.cpp
+    case = ternary.TernaryCase("threads", "shared among threads", problem)
+    inputs = ternary.make_inputs(case)
+    results = []
+    for count in (1, 2, 3):
+        threads(count)
+        with testing.poisoned_allocations():
+            results.append(ternary.call(run_on("cpu", case), inputs))
+    assert not results[0].isnan().any()
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@native
+@pytest.mark.parametrize("name", ["odd_sizes", "past_a_word", "groups", "empty", "linear"])
+def test_packed_planes_change_nothing(name):
+    case = BY_NAME[name]
+    inputs = ternary.make_inputs(case)
+    p = case.problem
+    packed = ternary_conv2d_pack(inputs.planes, p.C // p.groups, groups=p.groups)
+    run = run_on("cpu", case)
+    assert torch.equal(ternary.call(functools.partial(run, packed=packed), inputs), ternary.call(run, inputs))
+
+
+@native
+@pytest.mark.parametrize("wrong", ["too short", "another type", "zeros", "other planes", "beyond", "out of order"])
+def test_what_is_no_packing_of_these_planes_is_refused(wrong):
+    inputs = ternary.make_inputs(BY_NAME["odd_sizes"])
+    packed = ternary_conv2d_pack(inputs.planes, 7)
+    beyond, shuffled = packed.clone(), packed.clone()
+    beyond[-2:] = 255  # an entry that names no tap
+    shuffled[64:72] = packed[68:76]  # lists that begin behind the next one
+    shuffled[68:72] = 0
+    made = {
+        "too short": packed[:-2],
+        "another type": packed.float(),
+        "zeros": torch.zeros_like(packed),
+        "other planes": ternary_conv2d_pack(inputs.planes[1:], 7),
+        "beyond": beyond,
+        "out of order": shuffled,
+    }[wrong]
+    with pytest.raises((RuntimeError, ValueError), match="ternary_conv2d: packed "):
+        ternary.call(functools.partial(ternary_conv2d, packed=made, backend="cpu"), inputs)
+
+
+@backends
+def test_flop_counter_counts_two_a_multiply_add_of_the_dense_convolution(backend):
+    for name in ("odd_sizes", "groups", "stride"):
+        inputs = ternary.make_inputs(BY_NAME[name].at(scales="one"))
+        with FlopCounterMode(display=False) as counter:
+            ternary.call(run_on(backend, inputs.case), inputs)
+        assert counter.get_total_flops() == 2 * inputs.case.problem.macs()
 
 
 @backends
