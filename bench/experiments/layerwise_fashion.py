@@ -3,7 +3,7 @@
     BASISCONV_DATA=... python -m bench.experiments.layerwise_fashion --state run.state
 
 It needs the complete training set (docs/env.md). Of the 10,000 test images, which the shipped network was not trained
-on, the first ``--validation`` decide which layers are kept, and the others are looked at once, at the end. A run that
+on, the first ``--validation`` decide which layers are kept, and the next ``--test`` are looked at once, at the end. A run that
 is killed goes on when it is started again.
 """
 
@@ -49,18 +49,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sparsity", type=float, default=0.9)
     parser.add_argument("--bound", type=float, default=0.01)
-    parser.add_argument("--steps", type=int, default=100, help="of an epoch, of 128 images each")
+    parser.add_argument("--steps", type=int, default=100, help="of an epoch")
+    parser.add_argument("--batch", type=int, default=128, help="images")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--validation", type=int, default=2000, help="images")
+    parser.add_argument("--test", type=int, default=8000, help="images behind them")
     parser.add_argument("--state", type=Path)
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"))
     arguments = parser.parse_args()
     images = data.fashion_mnist(complete=True)
-    validation, test = _split(images.test, arguments.validation)
+    validation, rest = _split(images.test, arguments.validation)
+    test, _ = _split(rest, arguments.test)
     network = trained_network()
     config = TernaryConfig(
-        loader=data.Batches(images, images.train, 128, train=True),
+        loader=data.Batches(images, images.train, arguments.batch, train=True),
         evaluate=lambda model: accuracy(model, images, validation),
         sparsity=arguments.sparsity,
         bound=arguments.bound,
@@ -87,7 +90,7 @@ def main() -> None:
     result = {
         "command": f"python -m bench.experiments.layerwise_fashion --sparsity {arguments.sparsity} "
         f"--bound {arguments.bound} --steps {arguments.steps} --epochs {arguments.epochs} --seed {arguments.seed} "
-        f"--validation {arguments.validation}",
+        f"--batch {arguments.batch} --validation {arguments.validation} --test {arguments.test}",
         "versions": {"basisconv_kernels": __version__, "torch": torch.__version__},
         "cpu": machine.cpu_name(),
         "threads": torch.get_num_threads(),
