@@ -3,8 +3,8 @@
     BASISCONV_DATA=... python -m bench.experiments.layerwise_fashion --state run.state
 
 It needs the complete training set (docs/env.md). Of the 10,000 test images, which the shipped network was not trained
-on, the first ``--validation`` decide which layers are kept, and the next ``--test`` are looked at once, at the end. A run that
-is killed goes on when it is started again.
+on, the first ``--validation`` decide which layers are kept, and the next ``--test`` are looked at once, at the
+end. A run that is killed goes on when it is started again.
 """
 
 from __future__ import annotations
