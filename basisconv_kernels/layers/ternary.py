@@ -145,11 +145,17 @@ class TernaryLayer(nn.Module):
 
     @torch.no_grad()
     def scales(self) -> tuple[Tensor, Tensor | None]:
-        """(σ or α or Wp, Wn or None), each [1] or [K], as they count; 0 for a layer, or an output, without weights."""
+        """(σ or α or Wp, Wn or None), each [1] or [K], as they count.
+
+        Trained ones are never 0 or below; those of TWN are 0 for an output without weights. A packed layer may have
+        taken in a BatchNorm, whose factor may be negative: its scales count as they are.
+        """
         if self.scale is None:
             found = ternary_weights.codes(self._shadow(), self.mask, self.rule, self.threshold)
             return ternary_weights.least_squares_scale(self._shadow(), found, per_output=True), None
         second = self.negative_scale
+        if self.weight is None:
+            return self.scale.detach(), None if second is None else second.detach()
         return ternary_weights.at_least(self.scale), None if second is None else ternary_weights.at_least(second)
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from basisconv_kernels.core import checks
 from basisconv_kernels.core.checks import Pair, Quad
 from basisconv_kernels.core.layout import laid_out, memory_format
-from basisconv_kernels.layers import conversion
+from basisconv_kernels.layers import conversion, folding
 from basisconv_kernels.layers.ternary import TernaryLayer
 from basisconv_kernels.ops.ternary_conv2d import ternary_conv2d
 
@@ -167,6 +167,36 @@ class TernaryConv2d(TernaryLayer):
         if self.bias is not None:
             conv.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
         return conv.train(self.training)
+
+    @torch.no_grad()
+    def fold(self, norm: nn.Module) -> TernaryConv2d:
+        """Absorb the BatchNorm behind the layer, in place, with its running statistics; drop it from the network then.
+
+        ``scale' = g·scale, bias' = g·bias + e`` with ``g = γ/√(var + ε), e = β − mean·g``: the weights stay ternary.
+
+        Raises:
+            ValueError: the layer is not packed, an activation stands in between, or the BatchNorm does not fit.
+        """
+        if not self.is_packed or self.activation is not None or self.scale is None:
+            raise ValueError(
+                f"{NAME}.fold: the layer must be packed and have no activation of its own; call pack() first"
+            )
+        factor, offset = folding.scale_and_offset(norm)
+        if factor.shape[0] != self.out_channels:
+            raise ValueError(
+                f"{NAME}.fold: norm must have out_channels = {self.out_channels} channels, got {factor.shape[0]}"
+            )
+        for name in ("scale", "negative_scale"):
+            held = getattr(self, name)
+            if held is not None:
+                folded = (held.to(factor.dtype) * factor).to(held.dtype)
+                setattr(self, name, nn.Parameter(folded, requires_grad=held.requires_grad))
+        old = torch.zeros_like(offset) if self.bias is None else self.bias.to(offset.dtype)
+        trained = self.scale.requires_grad if self.bias is None else self.bias.requires_grad
+        self.bias = nn.Parameter((factor * old + offset).to(self.scale.dtype), requires_grad=trained)
+        self.scale_per_output = True
+        self._prepared.clear()
+        return self
 
     def forward(self, input: Tensor) -> Tensor:
         """Run the layer on ``input`` [N, C, H, W] or [C, H, W]."""

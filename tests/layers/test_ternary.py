@@ -192,6 +192,26 @@ def test_packed_scales_and_bias_still_train():
     assert x.grad is not None
 
 
+@rules
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_batchnorm_behind_folds_into_the_scales(rule, bias):
+    """With factors of both signs; the weights stay ternary."""
+    layer = TernaryConv2d.from_conv(conv(bias=bias), rule=rule)
+    norm = nn.BatchNorm2d(8, dtype=F64).eval()
+    with torch.no_grad():
+        norm.weight.copy_(seeded(8))
+        norm.bias.copy_(seeded(8))
+        norm.running_mean.copy_(seeded(8))
+        norm.running_var.uniform_(0.5, 2.0)
+        assert (norm.weight < 0).any()
+        x = seeded(2, 6, 5, 5)
+        with pytest.raises(ValueError, match="must be packed"):
+            layer.fold(norm)
+        expected = norm(layer.eval().pack()(x))
+        check_same_layer(layer.fold(norm)(x), expected)
+        check_same_layer(layer.to_plain()(x), expected)
+
+
 def test_edits_of_the_weight_are_noticed():
     layer = TernaryConv2d.from_conv(conv(), rule="layerwise").eval()
     x = seeded(1, 6, 5, 5)
