@@ -35,6 +35,14 @@ kernel has any. Layers and whole networks, computed in two ways, are compared by
 ``check_same_network``. The loops of ``testing.naive`` are the lowest oracle, for maps of a few pixels.
 """
 
+from basisconv_kernels.testing.binary_conv2d import (
+    BINARY_CASES,
+    BinaryCase,
+    binary_case,
+    check_binary,
+    check_pack,
+    make_binary_inputs,
+)
 from basisconv_kernels.testing.candidates import Kernel, load
 from basisconv_kernels.testing.cases import CASES, DTYPES, PERFORMANCE_CASES, Case, case
 from basisconv_kernels.testing.compare import Mismatch, Report, check, check_gradients, check_rounding, plain
@@ -53,10 +61,12 @@ from basisconv_kernels.testing.tucker_conv2d import (
 )
 
 __all__ = [
+    "BINARY_CASES",
     "CASES",
     "DTYPES",
     "PERFORMANCE_CASES",
     "TUCKER_CASES",
+    "BinaryCase",
     "Case",
     "Inputs",
     "Kernel",
@@ -64,9 +74,12 @@ __all__ = [
     "Report",
     "TuckerCase",
     "TuckerInputs",
+    "binary_case",
     "case",
     "check",
+    "check_binary",
     "check_gradients",
+    "check_pack",
     "check_rounding",
     "check_same_layer",
     "check_same_network",
@@ -74,6 +87,7 @@ __all__ = [
     "check_tucker_gradients",
     "check_tucker_rounding",
     "load",
+    "make_binary_inputs",
     "make_inputs",
     "make_tucker_inputs",
     "plain",
