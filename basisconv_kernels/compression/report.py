@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+UNNAMED = "no pattern names it"  # the reason why a step by name pattern passed over a layer
 
 
 @dataclass(frozen=True)
@@ -64,12 +67,24 @@ class CompressionReport:
     Attributes:
         rule: the configuration, in words.
         layers: in the order of the network's modules.
+        steps: where there were several, the report of each; ``layers`` tell then what all of them did together.
     """
 
     rule: str
     layers: tuple[LayerReport, ...]
     network_parameters_before: int
     network_parameters_after: int
+    steps: tuple[CompressionReport, ...] = ()
+
+    @classmethod
+    def joined(cls, steps: Sequence[CompressionReport]) -> CompressionReport:
+        """The report of a pipeline: costs before the first and after the last step."""
+        rows: dict[str, LayerReport] = {}
+        for row in (row for step in steps for row in step.layers):
+            rows[row.name] = row if row.name not in rows else _joined(rows[row.name], row)
+        rule = " | ".join(step.rule for step in steps)
+        before, after = steps[0].network_parameters_before, steps[-1].network_parameters_after
+        return cls(rule, tuple(rows.values()), before, after, tuple(steps))
 
     @property
     def replaced(self) -> tuple[LayerReport, ...]:
@@ -128,7 +143,8 @@ class CompressionReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionaries, lists, strings and numbers."""
-        return {"rule": self.rule, "totals": self.totals(), "layers": [asdict(layer) for layer in self.layers]}
+        own = {"rule": self.rule, "totals": self.totals(), "layers": [asdict(layer) for layer in self.layers]}
+        return own | ({"steps": [step.to_dict() for step in self.steps]} if self.steps else {})
 
     def to_json(self, indent: int | None = 2) -> str:
         """``to_dict`` as JSON."""
@@ -151,6 +167,14 @@ class CompressionReport:
             f"{_short(self.network_parameters_before)} → {_short(self.network_parameters_after)} "
             f"({_change(self.network_parameters_before, self.network_parameters_after)})"
         )
+
+
+def _joined(earlier: LayerReport, later: LayerReport) -> LayerReport:
+    """One layer after two steps: the later says what it is now, the earlier what it was."""
+    if later.reason == UNNAMED or (earlier.replaced and not later.replaced):
+        return replace(earlier, macs_after=later.macs_after, parameters_after=later.parameters_after)
+    was = ("K", "C", "R", "S", "groups", "macs_before", "parameters_before")
+    return replace(later, **{name: getattr(earlier, name) for name in was})
 
 
 @dataclass(frozen=True)
