@@ -17,6 +17,8 @@ from basisconv_kernels.ops.basis_conv2d_native import basis_conv2d_pack
 from basisconv_kernels.ops.binary_conv2d import BinaryConv2dFunction, binary_conv2d
 from basisconv_kernels.ops.binary_conv2d_scaling import filter_scale, magnitude_map
 from basisconv_kernels.ops.bitpack import bitpack, unpack
+from basisconv_kernels.ops.stacked_binary_conv2d import StackedBinaryConv2dFunction, stacked_binary_conv2d
+from basisconv_kernels.ops.stacked_binary_conv2d_native import stacked_binary_conv2d_form, stacked_binary_conv2d_pack
 
 __all__ = [
     "ArchitectureError",
@@ -30,6 +32,7 @@ __all__ = [
     "LayerReport",
     "PackedTensor",
     "Sensitivity",
+    "StackedBinaryConv2dFunction",
     "Threshold",
     "basis_conv2d",
     "basis_conv2d_pack",
@@ -44,6 +47,9 @@ __all__ = [
     "orthogonality_loss",
     "read_recipe",
     "save",
+    "stacked_binary_conv2d",
+    "stacked_binary_conv2d_form",
+    "stacked_binary_conv2d_pack",
     "to_plain",
     "trainable_parameters",
     "unpack",

@@ -48,18 +48,29 @@ from basisconv_kernels.testing.cases import CASES, DTYPES, PERFORMANCE_CASES, Ca
 from basisconv_kernels.testing.compare import Mismatch, Report, check, check_gradients, check_rounding, plain
 from basisconv_kernels.testing.inputs import Inputs, make_inputs, poisoned_allocations
 from basisconv_kernels.testing.same import check_same_layer, check_same_network
+from basisconv_kernels.testing.stacked_binary_conv2d import (
+    STACKED_CASES,
+    STACKED_PERFORMANCE_CASES,
+    StackedCase,
+    check_stacked,
+    make_stacked_inputs,
+    stacked_case,
+)
 
 __all__ = [
     "BINARY_CASES",
     "CASES",
     "DTYPES",
     "PERFORMANCE_CASES",
+    "STACKED_CASES",
+    "STACKED_PERFORMANCE_CASES",
     "BinaryCase",
     "Case",
     "Inputs",
     "Kernel",
     "Mismatch",
     "Report",
+    "StackedCase",
     "binary_case",
     "case",
     "check",
@@ -69,9 +80,12 @@ __all__ = [
     "check_rounding",
     "check_same_layer",
     "check_same_network",
+    "check_stacked",
     "load",
     "make_binary_inputs",
     "make_inputs",
+    "make_stacked_inputs",
     "plain",
     "poisoned_allocations",
+    "stacked_case",
 ]
