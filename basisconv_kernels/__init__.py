@@ -7,11 +7,13 @@ from basisconv_kernels.compression.finetune import finetune, trainable_parameter
 from basisconv_kernels.compression.fold import fold_batchnorm
 from basisconv_kernels.compression.model import compress, to_plain
 from basisconv_kernels.compression.report import CompressionReport, LayerReport
+from basisconv_kernels.compression.stacked_binary import StackedBinaryConfig, freeze_bits
 from basisconv_kernels.core.errors import ArchitectureError, BackendUnavailable, FileFormatError
 from basisconv_kernels.core.packed import PackedTensor, Threshold
 from basisconv_kernels.core.registry import use_backend
 from basisconv_kernels.core.version import __version__ as __version__
 from basisconv_kernels.layers.basis_conv2d import BasisConv2d
+from basisconv_kernels.layers.stacked_binary_conv2d import StackedBinaryConv2d
 from basisconv_kernels.ops.basis_conv2d import BasisConv2dFunction, basis_conv2d
 from basisconv_kernels.ops.basis_conv2d_native import basis_conv2d_pack
 from basisconv_kernels.ops.binary_conv2d import BinaryConv2dFunction, binary_conv2d
@@ -32,6 +34,8 @@ __all__ = [
     "LayerReport",
     "PackedTensor",
     "Sensitivity",
+    "StackedBinaryConfig",
+    "StackedBinaryConv2d",
     "StackedBinaryConv2dFunction",
     "Threshold",
     "basis_conv2d",
@@ -42,6 +46,7 @@ __all__ = [
     "filter_scale",
     "finetune",
     "fold_batchnorm",
+    "freeze_bits",
     "load",
     "magnitude_map",
     "orthogonality_loss",

@@ -16,10 +16,12 @@ from basisconv_kernels.compression.fold import separate_residuals
 from basisconv_kernels.compression.methods import FilterFunction, Task, method_of, own_layers
 from basisconv_kernels.compression.names import resolve
 from basisconv_kernels.compression.report import CompressionReport
+from basisconv_kernels.compression.stacked_binary import StackedBinaryConfig
 from basisconv_kernels.compression.survey import convolutions, evaluating, run, substitute
 
 # One step, or several by name pattern: {"layer1.*": BasisConfig(...), "*": None}. None leaves the layers as they are.
-Step = BasisConfig | Mapping[str, BasisConfig | None]
+OneStep = BasisConfig | StackedBinaryConfig
+Step = OneStep | Mapping[str, OneStep | None]
 
 
 def compress(
@@ -36,7 +38,7 @@ def compress(
     """Replace convolutions of a network by cheaper ones, as ``config`` says.
 
     ``BasisConfig``: each replaced ``W ≈ A·F``, Q shared filters F and coefficients A. Fine-tune the result: truncation
-    costs accuracy.
+    costs accuracy. ``StackedBinaryConfig``: ``W[k] ≈ scale[k]·concat_i B[index[k, i]]`` from a bank B of ±1 filters.
 
     A convolution is replaced if it is a Conv2d itself (parametrised weights are applied first), was reached by the
     example inputs, is allowed by ``only``, ``skip`` and ``filter_fn``, carries no hooks, shares its weight with no

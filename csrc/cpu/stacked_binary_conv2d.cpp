@@ -33,7 +33,7 @@ static void pack(const StackedBinaryWeights& w, const StackedPack& pack, const f
             const int64_t j = pack.expanded ? index[(set * pack.filters + f) * w.splits + c / bank_low] : f;
             positive[i] = bank[(j * bank_low + c % bank_low) * taps + t] > 0.0f;
           }
-          at[table / Lookup::kPerWord * lanes] |= Lookup::code(positive) << (table % Lookup::kPerWord * Lookup::kStep);
+          at[table / pack.per_word * lanes] |= Lookup::code(positive) << (table % pack.per_word * Lookup::kStep);
         }
       }
     }
@@ -52,9 +52,9 @@ static void pack(const StackedBinaryWeights& w, const StackedPack& pack, const f
 // What the tiles of one slice and output row share.
 struct SliceRow {
   const float* const* rows;  // [R]: tables of the slice in the input row of each tap
-  const int64_t* columns;    // [S]: floats from output column 0 to the tables that each tap reads
   int64_t low_r, high_r;     // taps inside the image
-  int64_t S, plane, count, words;
+  int64_t S, tap, pixel;     // floats between the pixels of neighbouring taps, and of neighbouring outputs
+  int64_t count, words, per_word;
 };
 
 // P pixels × F registers of filters: u of one slice and block, over all taps inside the image and all tables.
@@ -69,23 +69,23 @@ static BASISCONV_NOINLINE void tile(const SliceRow& slice, int64_t x, const uint
 #if defined(BASISCONV_AVX512)
   asm("" : "+v"(one));  // or the compiler would make additions of the multiply-adds again
 #endif
-  const int64_t plane = slice.plane;
+  const int64_t pixel = slice.pixel;
   for (int64_t r = slice.low_r; r <= slice.high_r; r++) {
     for (int64_t s = 0; s < slice.S; s++) {
-      const float* table = slice.rows[r] + slice.columns[s] + x * Lookup::kEntry;
+      const float* table = slice.rows[r] + s * slice.tap + x * pixel;
       const uint32_t* word = filters + (r * slice.S + s) * slice.words * F * kWidth;
-      for (int64_t left = slice.count; left > 0; left -= Lookup::kPerWord, word += F * kWidth) {
+      for (int64_t left = slice.count; left > 0; left -= slice.per_word, word += F * kWidth) {
         Lookup::Words bits[F];
         BASISCONV_UNROLL for (int f = 0; f < F; f++) bits[f] = Lookup::load(word + f * kWidth);
-        const int64_t here = left < Lookup::kPerWord ? left : Lookup::kPerWord;
-        for (int64_t t = 0; t < here; t++, table += plane) {
+        const int64_t here = left < slice.per_word ? left : slice.per_word;
+        for (int64_t t = 0; t < here; t++, table += Lookup::kEntry) {
           Lookup::Pick picks[F];
           BASISCONV_UNROLL for (int f = 0; f < F; f++) {
             picks[f] = Lookup::pick(bits[f]);
             bits[f] = Lookup::next(bits[f]);
           }
           BASISCONV_UNROLL for (int p = 0; p < P; p++) {
-            const Vec::Reg values = Lookup::table(table + p * Lookup::kEntry);
+            const Vec::Reg values = Lookup::table(table + p * pixel);
             BASISCONV_UNROLL for (int f = 0; f < F; f++) {
               sums[p][f] = Lookup::add(values, picks[f], sums[p][f], one, (p + f) % 2 == 1);
             }
@@ -108,22 +108,16 @@ static void tile_of(int64_t pixels, const SliceRow& slice, int64_t x, const uint
   if constexpr (P > 1) tile_of<F, P - 1>(pixels, slice, x, filters, maps, maps_pixel);
 }
 
-// What `run` needs again and again, in registers' reach.
-struct Epilogue {
-  const StackedBinaryConv2dParams& params;
-
-  BASISCONV_INLINE Vec::Reg activate(Vec::Reg value) const {
-    if (params.activation != Activation::none) value = Vec::max(Vec::zero(), value);
-    if (params.activation == Activation::relu6) value = Vec::min(Vec::set1(6.0f), value);
-    return value;
-  }
-};
+static BASISCONV_INLINE Vec::Reg activated(const StackedBinaryConv2dParams& params, Vec::Reg value) {
+  if (params.activation != Activation::none) value = Vec::max(Vec::zero(), value);
+  if (params.activation == Activation::relu6) value = Vec::min(Vec::set1(6.0f), value);
+  return value;
+}
 
 // The maps of one pixel are its outputs: expanded filters, channels_last.
 template <typename T>
 static void store_outputs(const StackedBinaryConv2dParams& params, const StackedPack& pack, const float* maps,
                           int64_t pixels, T* to) {
-  const Epilogue epilogue{params};
   const int64_t K = params.weights.K, outputs = pack.filters;
   for (int64_t p = 0; p < pixels; p++) {
     for (int64_t slice = 0; slice < pack.slices; slice++) {
@@ -133,10 +127,10 @@ static void store_outputs(const StackedBinaryConv2dParams& params, const Stacked
         const Vec::Reg value = Vec::load(from + j);
         if (left >= kWidth) {
           const Vec::Reg out = Vec::fma(value, Vec::load(params.scale + k), Vec::load(params.bias + k));
-          Vec::store(to + p * K + k, epilogue.activate(out));
+          Vec::store(to + p * K + k, activated(params, out));
         } else {
           const Vec::Reg out = Vec::fma(value, Vec::load_n(params.scale + k, left), Vec::load_n(params.bias + k, left));
-          Vec::store_n(to + p * K + k, epilogue.activate(out), left);
+          Vec::store_n(to + p * K + k, activated(params, out), left);
         }
       }
     }
@@ -148,7 +142,6 @@ static void store_outputs(const StackedBinaryConv2dParams& params, const Stacked
 template <typename T>
 static void stack_maps(const StackedBinaryConv2dParams& params, const StackedPack& pack, const int32_t* rows,
                        const float* maps, int64_t pixels, float* turned, T* to, int64_t to_plane) {
-  const Epilogue epilogue{params};
   const int64_t K = params.weights.K, a_pixel = pack.slices * pack.slots;
   for (int64_t i = 0; i < a_pixel; i += kWidth) {
     Vec::Reg square[kWidth];
@@ -160,7 +153,7 @@ static void stack_maps(const StackedBinaryConv2dParams& params, const StackedPac
     const int32_t* row = rows + k * pack.splits;
     Vec::Reg sum = Vec::load(turned + row[0] * kWidth);
     for (int64_t i = 1; i < pack.splits; i++) sum = Vec::add(sum, Vec::load(turned + row[i] * kWidth));
-    return epilogue.activate(Vec::fma(sum, Vec::set1(params.scale[k]), Vec::set1(params.bias[k])));
+    return activated(params, Vec::fma(sum, Vec::set1(params.scale[k]), Vec::set1(params.bias[k])));
   };
   if (!params.channels_last) {
     for (int64_t k = 0; k < K; k++) {
@@ -228,17 +221,14 @@ static void run_as(const StackedBinaryConv2dParams& params, const StackedPlan& p
   float* turned = maps + plan.maps_size;
   memset(maps, 0, plan.maps_size * sizeof(float));  // pixels that pad the last register are read and dropped
 
-  int64_t* numbers = new int64_t[plan.ring_rows + w.S];
+  int64_t* held = new int64_t[plan.ring_rows];
   const float** rows = new const float*[2 * w.R];
-  for (int64_t i = 0; i < plan.ring_rows; i++) numbers[i] = -1;
-  int64_t* columns = numbers + plan.ring_rows;
-  const Inputs<T> inputs{params, plan, make_table_ring(params, plan, scratch), staged, numbers};
-  for (int64_t s = 0; s < w.S; s++) {
-    const int64_t x = s * params.dilation_w;
-    columns[s] = (x % params.stride_w * plan.columns + x / params.stride_w) * Lookup::kEntry;
-  }
+  for (int64_t i = 0; i < plan.ring_rows; i++) held[i] = -1;
+  const Inputs<T> inputs{params, plan, make_table_ring(params, plan, scratch), staged, held};
   const float** slice_rows = rows + w.R;
-  SliceRow slice{slice_rows, columns, 0, 0, w.S, inputs.ring.plane, pack.count, pack.words};
+  const int64_t pixel = inputs.ring.pixel;
+  SliceRow slice{slice_rows,   0, 0, w.S, params.dilation_w * pixel, params.stride_w * pixel, pack.count, pack.words,
+                 pack.per_word};
   const int64_t a_pixel = pack.slices * pack.slots, lanes = pack.vectors * kWidth;
   const int64_t block_size = w.R * w.S * pack.words * lanes;
 
@@ -260,7 +250,8 @@ static void run_as(const StackedBinaryConv2dParams& params, const StackedPlan& p
       for (int64_t x = 0; x < pixels; x += plan.pixels) {
         const int64_t here = pixels - x < plan.pixels ? pixels - x : plan.pixels;
         for (int64_t s = 0; s < pack.slices; s++) {
-          for (int64_t r = slice.low_r; r <= slice.high_r; r++) slice_rows[r] = rows[r] + s * pack.count * slice.plane;
+          for (int64_t r = slice.low_r; r <= slice.high_r; r++)
+            slice_rows[r] = rows[r] + s * pack.count * Lookup::kEntry;
           const uint32_t* filters = words + (pack.sets > 1 ? s * pack.set_size : 0);
           for (int64_t b = 0; b < pack.blocks; b++) {
             float* to = maps + x * a_pixel + s * pack.slots + b * lanes;
@@ -284,7 +275,7 @@ static void run_as(const StackedBinaryConv2dParams& params, const StackedPlan& p
     }
   }
   delete[] rows;
-  delete[] numbers;
+  delete[] held;
 }
 
 static void run(const StackedBinaryConv2dParams& params, const StackedPlan& plan, float* scratch, int64_t begin,

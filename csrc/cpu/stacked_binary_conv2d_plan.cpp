@@ -34,9 +34,10 @@ StackedPack form(const StackedBinaryWeights& w, Isa isa, bool expanded) {
   p.splits = expanded ? 1 : w.splits;
   p.count = ceil_div(p.low, p.tables.step);
   p.words = ceil_div(p.count, p.tables.per_word);
+  p.per_word = ceil_div(p.count, p.words);
   const int64_t registers = ceil_div(p.filters, p.tables.width);
   // Two registers share the loads of a table; an odd one out would be padding.
-  p.vectors = isa != Isa::base && registers % 2 == 0 ? 2 : 1;
+  p.vectors = isa >= Isa::avx512 && registers % 2 == 0 ? 2 : 1;
   p.blocks = ceil_div(registers, p.vectors);
   p.slots = p.blocks * p.vectors * p.tables.width;
   p.set_size = p.blocks * w.R * w.S * p.words * p.vectors * p.tables.width;
@@ -64,17 +65,18 @@ StackedPlan stacked_plan(const StackedBinaryConv2dParams& params, const StackedP
   const StackedBinaryWeights& w = params.weights;
   StackedPlan p{};
   p.pack = pack;
-  const int64_t accumulators = pack.tables.width == 16 ? 28 : 8;
+  const int64_t accumulators = pack.tables.width == 16 ? 28 : pack.tables.width == 8 ? 10 : 8;
   const int64_t most = std::min<int64_t>(accumulators / pack.vectors, 14);
   // Equal tiles: 56 pixels are 7 of 8, not 5 of 10 and one of 6.
   p.pixels = ceil_div(params.OW, ceil_div(params.OW, most));
   const int64_t a_pixel = pack.slices * pack.slots;
   const int64_t tiles = std::max<int64_t>(1, std::max<int64_t>(kMapsFloats / a_pixel, pack.tables.width) / p.pixels);
   p.chunk = std::min(params.OW, tiles * p.pixels);
-  p.columns = std::max(ceil_div(params.W + params.pad_left, params.stride_w),
-                       params.OW + (w.S - 1) * params.dilation_w / params.stride_w);
+  // What is filled, and what the last tap of the last output reads.
+  p.columns =
+      std::max(params.W + params.pad_left, (params.OW - 1) * params.stride_w + (w.S - 1) * params.dilation_w + 1);
   p.ring_rows = (w.R - 1) * params.dilation_h + 1;
-  p.ring_row = pack.slices * pack.count * params.stride_w * p.columns * pack.tables.entry;
+  p.ring_row = p.columns * pack.slices * pack.count * pack.tables.entry;
   p.in_place = params.mode == StackedMode::real && params.dtype == DType::f32 && params.input_stride_c == 1;
   p.ring_size = aligned(p.ring_rows * p.ring_row);
   // Sixteen channels are read at a time.

@@ -25,16 +25,17 @@ struct StackedTables {
 struct StackedPack {
   StackedTables tables;
   bool expanded;
-  int64_t slices;                           // of the channels
-  int64_t low;                              // channels of one slice
-  int64_t sets;                             // of filters: 1, or one a slice
-  int64_t filters;                          // of one set
-  int64_t splits;                           // maps that one output adds up
-  int64_t count;                            // tables of one slice
-  int64_t words;                            // of one filter and tap
-  int32_t vectors;                          // registers of filters in a tile
-  int64_t blocks;                           // of filters in a set
-  int64_t slots;                            // maps of one slice, padded: blocks * vectors * width
+  int64_t slices;    // of the channels
+  int64_t low;       // channels of one slice
+  int64_t sets;      // of filters: 1, or one a slice
+  int64_t filters;   // of one set
+  int64_t splits;    // maps that one output adds up
+  int64_t count;     // tables of one slice
+  int64_t words;     // of one filter and tap
+  int64_t per_word;  // tables of one word, as even as it goes: the loops over them have few lengths
+  int32_t vectors;   // registers of filters in a tile
+  int64_t blocks;    // of filters in a set
+  int64_t slots;     // maps of one slice, padded: blocks * vectors * width
   int64_t set_size, words_size, rows_size;  // 32-bit words
 };
 
@@ -42,7 +43,7 @@ struct StackedPlan {
   StackedPack pack;
   int64_t pixels;               // most in a register tile
   int64_t chunk;                // pixels of an output row between two merges
-  int64_t columns;              // pixels of one ring row and stride phase
+  int64_t columns;              // pixels of one ring row, padding included
   int64_t ring_rows, ring_row;  // rows of tables, and floats of one
   bool in_place;                // tables are filled from where the input lies
   // Floats of scratch, each a multiple of 16: tables, a staged input row, maps, maps of one pixel block turned.

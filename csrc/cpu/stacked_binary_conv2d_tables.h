@@ -14,7 +14,7 @@ namespace BASISCONV_ISA {
 #if defined(BASISCONV_AVX512)
 
 struct Lookup {
-  static constexpr int kStep = 4, kEntry = 16, kPerWord = 8, kPixels = 14, kAccumulators = 28;
+  static constexpr int kStep = 4, kEntry = 16, kPixels = 14, kAccumulators = 28;
   using Words = __m512i;
   using Pick = __m512i;
   static BASISCONV_INLINE Words load(const uint32_t* p) { return _mm512_loadu_si512(p); }
@@ -31,8 +31,8 @@ struct Lookup {
     return static_cast<uint32_t>(positive[0] | positive[1] << 1 | positive[2] << 2 | positive[3] << 3);
   }
 
-  // Tables of `channels` <= 16 channels at x, `plane` floats apart.
-  static BASISCONV_INLINE void fill(const float* x, int64_t channels, float* to, int64_t plane) {
+  // Tables of up to 16 channels at x.
+  static BASISCONV_INLINE void fill(const float* x, int64_t channels, float* to) {
     const __m512 v = channels >= 16 ? _mm512_loadu_ps(x) : _mm512_maskz_loadu_ps(Vec::first(channels), x);
     const __m512 low = _mm512_castsi512_ps(_mm512_set4_epi32(0, 0x80000000, 0, 0x80000000));
     const __m512 high = _mm512_castsi512_ps(_mm512_set4_epi32(0, 0, 0x80000000, 0x80000000));
@@ -47,7 +47,7 @@ struct Lookup {
     BASISCONV_UNROLL for (int q = 0; q < 4; q++) {
       if (4 * q >= channels) break;
       const __m512i at = _mm512_add_epi32(lanes, _mm512_set1_epi32(4 * q));
-      _mm512_storeu_ps(to + q * plane, _mm512_add_ps(copies[q], _mm512_permutexvar_ps(at, second)));
+      _mm512_storeu_ps(to + q * kEntry, _mm512_add_ps(copies[q], _mm512_permutexvar_ps(at, second)));
     }
   }
   static constexpr int kFill = 16;  // channels of one call of fill
@@ -56,7 +56,7 @@ struct Lookup {
 #elif defined(BASISCONV_AVX2)
 
 struct Lookup {
-  static constexpr int kStep = 3, kEntry = 4, kPerWord = 10, kPixels = 8, kAccumulators = 8;
+  static constexpr int kStep = 3, kEntry = 4, kPixels = 10, kAccumulators = 10;
   using Words = __m256i;
   struct Pick {
     __m256i at;
@@ -82,7 +82,7 @@ struct Lookup {
     return positive[2] ? two : (two ^ 3u) | 4u;
   }
 
-  static BASISCONV_INLINE void fill(const float* x, int64_t channels, float* to, int64_t) {
+  static BASISCONV_INLINE void fill(const float* x, int64_t channels, float* to) {
     const __m128 low = _mm_setr_ps(-1.0f, 1.0f, -1.0f, 1.0f), high = _mm_setr_ps(-1.0f, -1.0f, 1.0f, 1.0f);
     __m128 sum = channels > 2 ? _mm_broadcast_ss(x + 2) : _mm_setzero_ps();
     if (channels > 1) sum = _mm_fmadd_ps(_mm_broadcast_ss(x + 1), high, sum);
@@ -94,7 +94,7 @@ struct Lookup {
 #else
 
 struct Lookup {
-  static constexpr int kStep = 1, kEntry = 1, kPerWord = 32, kPixels = 8, kAccumulators = 8;
+  static constexpr int kStep = 1, kEntry = 1, kPixels = 8, kAccumulators = 8;
   typedef uint32_t Words __attribute__((vector_size(16)));
   using Pick = Words;
   static BASISCONV_INLINE Words load(const uint32_t* p) {
@@ -109,33 +109,29 @@ struct Lookup {
     return reinterpret_cast<Vec::Reg>(reinterpret_cast<Words>(table) ^ pick) + sum;
   }
   static uint32_t code(const bool* positive) { return positive[0] ? 0u : 1u; }
-  static BASISCONV_INLINE void fill(const float* x, int64_t, float* to, int64_t) { *to = *x; }
+  static BASISCONV_INLINE void fill(const float* x, int64_t, float* to) { *to = *x; }
   static constexpr int kFill = 1;
 };
 
 #endif
 
-// Where the tables of a thread are: rows of the input, each [slices][count][stride phases][columns][entry].
+// Where the tables of a thread are: rows of the input, each [padded columns][slices][count][entry]. The tables that one
+// filter reads of a pixel are neighbours, and streams of them for a prefetcher.
 struct TableRing {
   float* rows;
-  int64_t row_size, plane;  // floats of a row, and between tables
-  int64_t columns, phases;
+  int64_t row_size, pixel;  // floats of a row, and between pixels
 };
 
 static inline TableRing make_table_ring(const StackedBinaryConv2dParams& params, const StackedPlan& plan,
                                         float* memory) {
-  TableRing ring{};
-  ring.rows = memory;
-  ring.row_size = plan.ring_row;
-  ring.columns = plan.columns;
-  ring.phases = params.stride_w;
-  ring.plane = ring.phases * ring.columns * Lookup::kEntry;
+  const TableRing ring{memory, plan.ring_row, plan.pack.slices * plan.pack.count * Lookup::kEntry};
   // The padding columns; the others are filled row by row.
-  const int64_t planes = plan.ring_rows * plan.pack.slices * plan.pack.count;
-  for (int64_t x = 0; x < ring.columns * ring.phases; x++) {
-    if (x >= params.pad_left && x < params.pad_left + params.W) continue;
-    float* column = memory + (x % ring.phases * ring.columns + x / ring.phases) * Lookup::kEntry;
-    for (int64_t i = 0; i < planes; i++) memset(column + i * ring.plane, 0, Lookup::kEntry * sizeof(float));
+  const int64_t left = params.pad_left < plan.columns ? params.pad_left : plan.columns;
+  const int64_t end = left + params.W < plan.columns ? left + params.W : plan.columns;
+  for (int64_t i = 0; i < plan.ring_rows; i++) {
+    float* row = memory + i * ring.row_size;
+    memset(row, 0, left * ring.pixel * sizeof(float));
+    memset(row + end * ring.pixel, 0, (plan.columns - end) * ring.pixel * sizeof(float));
   }
   return ring;
 }
@@ -143,17 +139,12 @@ static inline TableRing make_table_ring(const StackedBinaryConv2dParams& params,
 // The tables of one input row, whose pixels lie `pixel` floats apart with their channels side by side.
 static inline void fill_tables(const StackedBinaryConv2dParams& params, const StackedPack& pack, const TableRing& ring,
                                const float* from, int64_t pixel, float* row) {
-  for (int64_t slice = 0; slice < pack.slices; slice++) {
-    for (int64_t c = 0; c < pack.low; c += Lookup::kFill) {
-      const float* x = from + slice * pack.low + c;
-      float* to = row + (slice * pack.count + c / Lookup::kStep) * ring.plane;
-      int64_t phase = params.pad_left % ring.phases, at = params.pad_left / ring.phases;
-      for (int64_t i = 0; i < params.W; i++) {
-        Lookup::fill(x + i * pixel, pack.low - c, to + (phase * ring.columns + at) * Lookup::kEntry, ring.plane);
-        if (++phase == ring.phases) {
-          phase = 0;
-          at++;
-        }
+  for (int64_t i = 0; i < params.W; i++) {
+    float* to = row + (params.pad_left + i) * ring.pixel;
+    for (int64_t slice = 0; slice < pack.slices; slice++, to += pack.count * Lookup::kEntry) {
+      const float* x = from + i * pixel + slice * pack.low;
+      for (int64_t c = 0; c < pack.low; c += Lookup::kFill) {
+        Lookup::fill(x + c, pack.low - c, to + c / Lookup::kStep * Lookup::kEntry);
       }
     }
   }
