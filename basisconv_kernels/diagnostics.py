@@ -29,6 +29,7 @@ from basisconv_kernels.core.problem import Conv2dProblem, dtype_name
 from basisconv_kernels.core.version import __version__
 from basisconv_kernels.layers.decompose import break_even
 from basisconv_kernels.ops.basis_conv2d import basis_conv2d
+from basisconv_kernels.ops.stacked_binary_conv2d import stacked_binary_conv2d
 
 EXTRAS = {"cli": ("typer", "rich"), "report": ("matplotlib", "jinja2"), "triton": ("triton",)}
 OTHERS = ("torch", "numpy", "safetensors", "torchvision")
@@ -247,7 +248,13 @@ def _run_basis_conv2d(backend: str, dtype: torch.dtype, device: str) -> None:
         testing.check_gradients(case, kernel)
 
 
-_TINY_RUNS = {"basis_conv2d": _run_basis_conv2d}
+def _run_stacked_binary_conv2d(backend: str, dtype: torch.dtype, device: str) -> None:
+    """The same for stacked filters; their gradients are plain PyTorch on every backend."""
+    case = testing.stacked_case("odd_sizes").at(dtype=dtype, device=device)
+    testing.check_stacked(case, functools.partial(stacked_binary_conv2d, backend=backend))
+
+
+_TINY_RUNS = {"basis_conv2d": _run_basis_conv2d, "stacked_binary_conv2d": _run_stacked_binary_conv2d}
 
 
 def _tables() -> list[Finding]:

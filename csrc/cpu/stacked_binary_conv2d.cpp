@@ -66,7 +66,7 @@ static BASISCONV_NOINLINE void tile(const SliceRow& slice, int64_t x, const uint
     BASISCONV_UNROLL for (int f = 0; f < F; f++) sums[p][f] = Vec::zero();
   }
   Vec::Reg one = Vec::set1(1.0f);
-#if defined(BASISCONV_AVX512)
+#if defined(BASISCONV_AVX512) && defined(__AVX512F__)
   asm("" : "+v"(one));  // or the compiler would make additions of the multiply-adds again
 #endif
   const int64_t pixel = slice.pixel;
