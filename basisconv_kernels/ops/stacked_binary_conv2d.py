@@ -55,8 +55,12 @@ def _forward(backend: str) -> Callable[..., Tensor]:
     return target
 
 
-def _choose(problem: StackedBinaryConv2dProblem, asked: str | None) -> str:
-    """Name of the backend. It looks only at what stays when batch and map size change: a constant in a graph."""
+def _choose(device: str, layout: torch.memory_format, sizes: tuple[int, ...], asked: str | None, *settings: Any) -> str:
+    """Name of the backend. It looks only at what stays when batch and map size change: a constant in a graph.
+
+    Plain tuples are what a graph's tracer passes on as constants.
+    """
+    problem = problem_of(device, layout, Sizes(*sizes), Settings(*settings))
     asked = asked or registry.wish()
     slower = {} if asked else tuning.slower(OP, problem)
     chosen = registry.select(OP, CANDIDATES, problem, asked, slower)
@@ -67,10 +71,11 @@ def _choose(problem: StackedBinaryConv2dProblem, asked: str | None) -> str:
 _choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def problem_of(input: Any, settings: Settings, sizes: Sizes) -> StackedBinaryConv2dProblem:
+def problem_of(
+    device: str, layout: torch.memory_format, sizes: Sizes, settings: Settings
+) -> StackedBinaryConv2dProblem:
     """What the choice sees of a call."""
     signs = settings.binarize or settings.encoding == "sign"
-    packed = isinstance(input, PackedTensor)
     return StackedBinaryConv2dProblem(
         C=settings.channels,
         K=sizes.K,
@@ -85,8 +90,8 @@ def problem_of(input: Any, settings: Settings, sizes: Sizes) -> StackedBinaryCon
         mode="signs" if signs else "real" if settings.encoding is None else "codes",
         planes=sizes.planes,
         dtype=settings.dtype,
-        device=input.device.type,
-        channels_last=packed or memory_format(input) == torch.channels_last,
+        device=device,
+        channels_last=layout == torch.channels_last,
         activation=settings.activation,
     )
 
@@ -159,7 +164,9 @@ def _apply(*arguments: Any) -> Tensor:
 def _normal_form(tensors: tuple[Any, ...], arguments: tuple[Any, ...], asked: str | None) -> tuple[Settings, Sizes]:
     """Check the arguments and choose the backend."""
     settings, sizes = normal_form(*tensors, *arguments)
-    return settings._replace(backend=_choose(problem_of(tensors[0], settings, sizes), asked)), sizes
+    input = tensors[0]
+    layout = torch.channels_last if isinstance(input, PackedTensor) else memory_format(input)
+    return settings._replace(backend=_choose(input.device.type, layout, tuple(sizes), asked, *settings)), sizes
 
 
 _PLANS_KEPT = 4096

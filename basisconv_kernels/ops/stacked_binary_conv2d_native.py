@@ -61,10 +61,9 @@ def forward(
 
 def _pack(bank: Tensor, index: Tensor, packed_bank: bool, low: int, groups: int) -> Tensor:
     values = 2 * unpack_planes(bank, low)[:, 0] - 1 if packed_bank else bank
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.basisconv.stacked_binary_conv2d_pack.default(
-            values.detach().to(torch.float32), index.to(torch.int64), groups, FORMAT
-        )
+    return torch.ops.basisconv.stacked_binary_conv2d_pack.default(
+        values.detach().to(torch.float32), index.to(torch.int64), groups, FORMAT
+    )
 
 
 def stacked_binary_conv2d_pack(bank: Tensor | PackedTensor, index: Tensor, *, groups: int = 1) -> Tensor | None:
