@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from basisconv_kernels.core import registry, tuning
+from basisconv_kernels.core import log, registry, tuning
 from basisconv_kernels.core.autograd import refuse_double_backward
 from basisconv_kernels.core.checks import Pair, Quad
 from basisconv_kernels.core.layout import memory_format
@@ -65,6 +65,10 @@ def _choose(device: str, layout: torch.memory_format, sizes: tuple[int, ...], as
     slower = {} if asked else tuning.slower(OP, problem)
     chosen = registry.select(OP, CANDIDATES, problem, asked, slower)
     _forward(chosen.name)
+    if chosen.name == "cpu" and native.stacked_binary_conv2d_form(*problem.shapes, problem.groups) == "expanded":
+        log.once(
+            f"{OP} [{problem}]: the {problem.n} bank filters over all splits cost no less than full ones, which run"
+        )
     return chosen.name
 
 

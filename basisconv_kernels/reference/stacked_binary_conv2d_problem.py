@@ -63,6 +63,11 @@ class StackedBinaryConv2dProblem:
         """D = (C/G)·R·S, the length of one stacked filter."""
         return self.C // self.groups * self.R * self.S
 
+    @property
+    def shapes(self) -> tuple[tuple[int, int, int, int], tuple[int, int]]:
+        """Shapes of bank and index."""
+        return (self.n, self.low, self.R, self.S), (self.K, self.splits)
+
     def adds(self) -> int:
         """Additions of the bank over every split and of the stacking, ``N·OH·OW·(n·C·R·S + K·splits)``."""
         oh, ow = self.output_size

@@ -31,9 +31,10 @@ struct Lookup {
     return static_cast<uint32_t>(positive[0] | positive[1] << 1 | positive[2] << 2 | positive[3] << 3);
   }
 
-  // Tables of up to 16 channels at x.
+  // The tables of 16 channels at x, or of the last few.
+  template <bool whole>
   static BASISCONV_INLINE void fill(const float* x, int64_t channels, float* to) {
-    const __m512 v = channels >= 16 ? _mm512_loadu_ps(x) : _mm512_maskz_loadu_ps(Vec::first(channels), x);
+    const __m512 v = whole ? _mm512_loadu_ps(x) : _mm512_maskz_loadu_ps(Vec::first(channels), x);
     const __m512 low = _mm512_castsi512_ps(_mm512_set4_epi32(0, 0x80000000, 0, 0x80000000));
     const __m512 high = _mm512_castsi512_ps(_mm512_set4_epi32(0, 0, 0x80000000, 0x80000000));
     // Lane q, element i: the sums of channels 4q, 4q+1 (and 4q+2, 4q+3) with the signs that the bits of i say.
@@ -45,7 +46,7 @@ struct Lookup {
     const __m512 copies[4] = {_mm512_shuffle_f32x4(first, first, 0x00), _mm512_shuffle_f32x4(first, first, 0x55),
                               _mm512_shuffle_f32x4(first, first, 0xAA), _mm512_shuffle_f32x4(first, first, 0xFF)};
     BASISCONV_UNROLL for (int q = 0; q < 4; q++) {
-      if (4 * q >= channels) break;
+      if (!whole && 4 * q >= channels) break;
       const __m512i at = _mm512_add_epi32(lanes, _mm512_set1_epi32(4 * q));
       _mm512_storeu_ps(to + q * kEntry, _mm512_add_ps(copies[q], _mm512_permutexvar_ps(at, second)));
     }
@@ -82,10 +83,11 @@ struct Lookup {
     return positive[2] ? two : (two ^ 3u) | 4u;
   }
 
+  template <bool whole>
   static BASISCONV_INLINE void fill(const float* x, int64_t channels, float* to) {
     const __m128 low = _mm_setr_ps(-1.0f, 1.0f, -1.0f, 1.0f), high = _mm_setr_ps(-1.0f, -1.0f, 1.0f, 1.0f);
-    __m128 sum = channels > 2 ? _mm_broadcast_ss(x + 2) : _mm_setzero_ps();
-    if (channels > 1) sum = _mm_fmadd_ps(_mm_broadcast_ss(x + 1), high, sum);
+    __m128 sum = whole ? _mm_broadcast_ss(x + 2) : _mm_setzero_ps();
+    if (whole || channels > 1) sum = _mm_fmadd_ps(_mm_broadcast_ss(x + 1), high, sum);
     _mm_storeu_ps(to, _mm_fmadd_ps(_mm_broadcast_ss(x), low, sum));
   }
   static constexpr int kFill = 3;
@@ -109,7 +111,10 @@ struct Lookup {
     return reinterpret_cast<Vec::Reg>(reinterpret_cast<Words>(table) ^ pick) + sum;
   }
   static uint32_t code(const bool* positive) { return positive[0] ? 0u : 1u; }
-  static BASISCONV_INLINE void fill(const float* x, int64_t, float* to) { *to = *x; }
+  template <bool whole>
+  static BASISCONV_INLINE void fill(const float* x, int64_t, float* to) {
+    *to = *x;
+  }
   static constexpr int kFill = 1;
 };
 
@@ -143,9 +148,13 @@ static inline void fill_tables(const StackedBinaryConv2dParams& params, const St
     float* to = row + (params.pad_left + i) * ring.pixel;
     for (int64_t slice = 0; slice < pack.slices; slice++, to += pack.count * Lookup::kEntry) {
       const float* x = from + i * pixel + slice * pack.low;
-      for (int64_t c = 0; c < pack.low; c += Lookup::kFill) {
-        Lookup::fill(x + c, pack.low - c, to + c / Lookup::kStep * Lookup::kEntry);
+      float* table = to;
+      int64_t c = 0;
+      for (; c + Lookup::kFill <= pack.low;
+           c += Lookup::kFill, table += Lookup::kFill / Lookup::kStep * Lookup::kEntry) {
+        Lookup::fill<true>(x + c, Lookup::kFill, table);
       }
+      if (c < pack.low) Lookup::fill<false>(x + c, pack.low - c, table);
     }
   }
 }
