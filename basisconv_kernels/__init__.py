@@ -6,14 +6,17 @@ from basisconv_kernels.compression.files import load, read_recipe, save
 from basisconv_kernels.compression.finetune import finetune, trainable_parameters
 from basisconv_kernels.compression.fold import fold_batchnorm
 from basisconv_kernels.compression.model import compress, to_plain
+from basisconv_kernels.compression.prune_config import PruneConfig
 from basisconv_kernels.compression.report import CompressionReport, LayerReport
 from basisconv_kernels.compression.stacked_binary import StackedBinaryConfig, freeze_bits
+from basisconv_kernels.compression.tucker_config import TuckerConfig
 from basisconv_kernels.core.errors import ArchitectureError, BackendUnavailable, FileFormatError
 from basisconv_kernels.core.packed import PackedTensor, Threshold
 from basisconv_kernels.core.registry import use_backend
 from basisconv_kernels.core.version import __version__ as __version__
 from basisconv_kernels.layers.basis_conv2d import BasisConv2d
 from basisconv_kernels.layers.stacked_binary_conv2d import StackedBinaryConv2d
+from basisconv_kernels.layers.tucker_conv2d import TuckerConv2d
 from basisconv_kernels.ops.basis_conv2d import BasisConv2dFunction, basis_conv2d
 from basisconv_kernels.ops.basis_conv2d_native import basis_conv2d_pack
 from basisconv_kernels.ops.binary_conv2d import BinaryConv2dFunction, binary_conv2d
@@ -21,6 +24,8 @@ from basisconv_kernels.ops.binary_conv2d_scaling import filter_scale, magnitude_
 from basisconv_kernels.ops.bitpack import bitpack, unpack
 from basisconv_kernels.ops.stacked_binary_conv2d import StackedBinaryConv2dFunction, stacked_binary_conv2d
 from basisconv_kernels.ops.stacked_binary_conv2d_native import stacked_binary_conv2d_form, stacked_binary_conv2d_pack
+from basisconv_kernels.ops.tucker_conv2d import TuckerConv2dFunction, tucker_conv2d
+from basisconv_kernels.ops.tucker_conv2d_native import tucker_conv2d_pack
 
 __all__ = [
     "ArchitectureError",
@@ -33,11 +38,15 @@ __all__ = [
     "FileFormatError",
     "LayerReport",
     "PackedTensor",
+    "PruneConfig",
     "Sensitivity",
     "StackedBinaryConfig",
     "StackedBinaryConv2d",
     "StackedBinaryConv2dFunction",
     "Threshold",
+    "TuckerConfig",
+    "TuckerConv2d",
+    "TuckerConv2dFunction",
     "basis_conv2d",
     "basis_conv2d_pack",
     "binary_conv2d",
@@ -57,6 +66,8 @@ __all__ = [
     "stacked_binary_conv2d_pack",
     "to_plain",
     "trainable_parameters",
+    "tucker_conv2d",
+    "tucker_conv2d_pack",
     "unpack",
     "use_backend",
 ]

@@ -56,6 +56,17 @@ from basisconv_kernels.testing.stacked_binary_conv2d import (
     make_stacked_inputs,
     stacked_case,
 )
+from basisconv_kernels.testing.tucker_conv2d import (
+    TUCKER_CASES,
+    TuckerCase,
+    TuckerInputs,
+    check_tucker,
+    check_tucker_gradients,
+    check_tucker_rounding,
+    make_tucker_inputs,
+    plain_tucker,
+    tucker_case,
+)
 
 __all__ = [
     "BINARY_CASES",
@@ -64,6 +75,7 @@ __all__ = [
     "PERFORMANCE_CASES",
     "STACKED_CASES",
     "STACKED_PERFORMANCE_CASES",
+    "TUCKER_CASES",
     "BinaryCase",
     "Case",
     "Inputs",
@@ -71,6 +83,8 @@ __all__ = [
     "Mismatch",
     "Report",
     "StackedCase",
+    "TuckerCase",
+    "TuckerInputs",
     "binary_case",
     "case",
     "check",
@@ -81,11 +95,17 @@ __all__ = [
     "check_same_layer",
     "check_same_network",
     "check_stacked",
+    "check_tucker",
+    "check_tucker_gradients",
+    "check_tucker_rounding",
     "load",
     "make_binary_inputs",
     "make_inputs",
     "make_stacked_inputs",
+    "make_tucker_inputs",
     "plain",
+    "plain_tucker",
     "poisoned_allocations",
     "stacked_case",
+    "tucker_case",
 ]
