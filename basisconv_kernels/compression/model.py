@@ -17,12 +17,13 @@ from basisconv_kernels.compression.methods import FilterFunction, Task, method_o
 from basisconv_kernels.compression.names import resolve
 from basisconv_kernels.compression.prune_config import PruneConfig
 from basisconv_kernels.compression.report import CompressionReport
+from basisconv_kernels.compression.stacked_binary import StackedBinaryConfig
 from basisconv_kernels.compression.survey import convolutions, evaluating, run, substitute
 from basisconv_kernels.compression.ternary_config import TernaryConfig
 from basisconv_kernels.compression.tucker_config import TuckerConfig
 
 # One step, or several by name pattern: {"layer1.*": BasisConfig(...), "*": None}. None leaves the layers as they are.
-Config = BasisConfig | TuckerConfig | PruneConfig | TernaryConfig
+Config = BasisConfig | TuckerConfig | PruneConfig | StackedBinaryConfig | TernaryConfig
 Step = Config | Mapping[str, Config | None]
 
 
@@ -40,8 +41,9 @@ def compress(
     """Replace convolutions of a network by cheaper ones, as ``config`` says.
 
     ``BasisConfig``: each replaced ``W ≈ A·F``, Q shared filters F and coefficients A. ``TuckerConfig``: each
-    ``W ≈ U_out·core·U_in``. ``PruneConfig``: filters are removed. ``TernaryConfig``: weights become −σ, 0
-    and +σ, those of Linear layers too. Fine-tune the result: truncation costs accuracy.
+    ``W ≈ U_out·core·U_in``. ``PruneConfig``: filters are removed. ``StackedBinaryConfig``: each
+    ``W[k] ≈ scale[k]·concat_i B[index[k, i]]``, a bank B of ±1 filters. ``TernaryConfig``: weights become −σ, 0
+    and +σ, those of Linear layers too. Fine-tune the result: it costs accuracy.
 
     A convolution is replaced if it is a Conv2d itself (parametrised weights are applied first), was reached by the
     example inputs, is allowed by ``only``, ``skip`` and ``filter_fn``, carries no hooks, shares its weight with no
