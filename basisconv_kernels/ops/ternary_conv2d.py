@@ -235,8 +235,8 @@ def ternary_conv2d(
 
     Args:
         input (Tensor[N, C, H, W]): images or feature maps, NCHW, channels_last or any strided view; N may be 0. Or a
-            ``PackedTensor`` of signs or of few-bit codes: it is unpacked first, whole numbers, whose sums are exact; it
-            has no gradient, and the result is channels_last in the dtype of ``scale``, float32 without one.
+            ``PackedTensor`` of signs or of few-bit codes: whole numbers, whose sums are exact; it has no gradient, and
+            the result is channels_last in the dtype of ``scale``, float32 without one.
         planes (Tensor[K, 2, R, S, words], int32): ``ternary_planes`` of the weights −1, 0, +1; ``plus`` and ``minus``
             are the ones of either plane. ``words = ceil(C/groups / 32)``. They have no gradient.
         scale (Tensor[K] or one number, optional): σ, of the +1 weights, and of the −1 weights without
@@ -274,14 +274,43 @@ def ternary_conv2d(
         >>> ternary_conv2d(torch.randn(1, 64, 28, 28), planes, torch.tensor(0.05), padding=1, activation="relu").shape
         torch.Size([1, 128, 28, 28])
     """
-    if isinstance(input, PackedTensor):
-        input = _unpacked(input, torch.float32 if scale is None else scale.dtype)
-    tensors: tuple[Any, ...] = (input, planes, scale, negative_scale, bias)
     arguments = (stride, padding, dilation, groups, activation, backend)
+    if isinstance(input, PackedTensor):
+        done = _of_bits(input, (planes, scale, negative_scale, bias), packed, arguments)
+        if done is not None:
+            return done
+        input = _unpacked(input, _dtype_of(scale))
+    tensors: tuple[Any, ...] = (input, planes, scale, negative_scale, bias)
     if isinstance(input, Tensor) and (cast := _autocast(tensors)) is not None:
         with torch.autocast(input.device.type, enabled=False):
             return _run(cast, packed, arguments)
     return _run(tensors, packed, arguments)
+
+
+def _dtype_of(scale: Any) -> torch.dtype:
+    return scale.dtype if isinstance(scale, Tensor) else torch.float32
+
+
+def _of_bits(
+    bits: PackedTensor, others: tuple[Any, ...], packed: Tensor | None, arguments: tuple[Any, ...]
+) -> Tensor | None:
+    """The result where the native kernel adds the bits' numbers in 16 bits; None where they must be unpacked."""
+    planes = others[0]
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    trained = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in others)
+    if traced or trained or torch.is_autocast_enabled("cpu") or not isinstance(planes, Tensor) or planes.dim() != 5:
+        return None
+    if not native.takes_bits(bits, planes):
+        return None
+    dtype = _dtype_of(others[1])
+    like = torch.zeros((), dtype=dtype, device=bits.device).expand(bits.shape)
+    settings = _plan((like, *others), arguments)
+    if settings.backend != "cpu":
+        return None
+    outputs = planes.shape[0]
+    scale, negative_scale, bias = (None if t is None else t.float() for t in others[1:])
+    scale, negative_scale = _per_output(scale, outputs), _per_output(negative_scale, outputs)
+    return native.forward_bits(bits, planes, scale, negative_scale, bias, packed, settings).to(dtype)
 
 
 def _unpacked(packed: PackedTensor, dtype: torch.dtype) -> Tensor:

@@ -13,12 +13,13 @@ from basisconv_kernels.core import checks, extension
 from basisconv_kernels.core.autograd import refuse_gradients
 from basisconv_kernels.core.checks import Pair
 from basisconv_kernels.core.layout import memory_format
+from basisconv_kernels.core.packed import WORD_BITS, PackedTensor
 
 OP = "ternary_conv2d"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_TAPS = 2**16 - 1  # of R·S: the kernel's lists number the taps of a channel in 16 bits
 # A constant, because graphs are traced through the functions that ask. A library of an earlier build lacks the op.
-PRESENT = extension.load() is None and hasattr(torch.ops.basisconv, "ternary_conv2d")
+PRESENT = extension.load() is None and hasattr(torch.ops.basisconv, "ternary_conv2d_bits")
 OUTDATED = extension.load() is None and not PRESENT
 
 
@@ -42,6 +43,30 @@ def forward(
         return torch.ops.basisconv.ternary_conv2d.default(*arguments)
     with torch._C._AutoDispatchBelowAutograd():  # gradients are our Function's; asking autograd costs 5 us a call
         return torch.ops.basisconv.ternary_conv2d.default(*arguments)
+
+
+def takes_bits(bits: PackedTensor, planes: Tensor) -> bool:
+    """Whether the native op adds these packed activations as 16-bit numbers, whose sums must fit."""
+    largest = 1 if bits.encoding == "sign" else 2**bits.planes - 1
+    _, _, R, S, words = planes.shape
+    taps_in = min(bits.channels, words * WORD_BITS)
+    return PRESENT and bits.device.type == "cpu" and taps_in * R * S * largest < 2**15
+
+
+def forward_bits(
+    bits: PackedTensor,
+    planes: Tensor,
+    scale: Tensor | None,
+    negative_scale: Tensor | None,
+    bias: Tensor | None,
+    packed: Tensor | None,
+    settings: tuple[Any, ...],
+) -> Tensor:
+    """The torch op for packed activations; everything that is a number is float32."""
+    signs = bits.encoding == "sign"
+    arguments = (planes, scale, negative_scale, bias, packed, *settings[:-1])
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.basisconv.ternary_conv2d_bits.default(bits.words, bits.channels, signs, *arguments)
 
 
 def ternary_conv2d_pack(planes: Tensor, channels: int, *, groups: int = 1) -> Tensor | None:

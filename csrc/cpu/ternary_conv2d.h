@@ -5,7 +5,7 @@
 namespace basisconv {
 
 struct CpuTernaryConv2d {
-  int64_t width;  // floats of a register
+  int64_t width;  // floats of a register; 16-bit numbers, of packed activations, are twice as many
   // Units [begin, end) of the plan; scratch is 64-byte aligned, plan.scratch() floats, with any content.
   void (*run)(const TernaryConv2dParams& params, const TernaryPlan& plan, const int32_t* offsets, float* scratch,
               int64_t begin, int64_t end);

@@ -81,6 +81,11 @@ bool ternary_packed_fits(const TernaryConv2dWeights& w, const char* packed, int6
   return ordered && (header.entries == 0 || largest < pack.chunk_taps);
 }
 
+bool ternary_sums_fit(const TernaryConv2dParams& p) {
+  const int64_t largest = p.signs ? 1 : (int64_t{1} << p.bit_planes) - 1;
+  return p.weights.C / p.weights.groups * p.weights.R * p.weights.S * largest <= 32767;
+}
+
 TernaryPlan ternary_plan(const TernaryConv2dParams& p, int64_t width, int64_t threads) {
   const TernaryConv2dWeights& w = p.weights;
   TernaryPlan plan{};

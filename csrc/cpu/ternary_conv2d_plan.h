@@ -46,7 +46,7 @@ struct TernaryPlan {
   int64_t pitch;               // columns, and the widest shift to the right
   int64_t input_rows;          // rows, and the widest shift downwards, of one phase
   int64_t phases_h, phases_w;  // of the stride: pixels that are a multiple of it apart lie side by side
-  int64_t plane;               // floats of one channel: phases_h * phases_w * input_rows * pitch
+  int64_t plane;               // numbers of one channel: phases_h * phases_w * input_rows * pitch
   int64_t line;                // pixels of the line, rounded up to whole blocks
   int64_t vectors;             // registers of one block
   int64_t filter_parts;        // ranges of filters, so that there is work for all threads
@@ -56,7 +56,9 @@ struct TernaryPlan {
   int64_t scratch() const { return input_floats + sum_floats; }
 };
 
-// width: floats of a register. threads changes how the filters are shared, and no result.
+// Whether the sums of packed activations fit 16 bits, with every weight there and every activation the largest.
+bool ternary_sums_fit(const TernaryConv2dParams& params);
+// width: numbers of a register. threads changes how the filters are shared, and no result.
 TernaryPlan ternary_plan(const TernaryConv2dParams& params, int64_t width, int64_t threads);
 // The distances [chunk_taps] of the taps from their pixel, in floats.
 void ternary_offsets(const TernaryConv2dParams& params, const TernaryPlan& plan, int32_t* offsets);

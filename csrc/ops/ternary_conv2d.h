@@ -23,11 +23,14 @@ struct TernaryConv2dParams {
   int64_t N, H, W, OH, OW;
   const void* input;
   int64_t input_stride_n, input_stride_c, input_stride_h, input_stride_w;  // elements
-  const char* packed;                                                      // see csrc/cpu/ternary_conv2d_plan.h
-  const float* scale;                                                      // [K]
-  const float* negative_scale;                                             // [K], or null where scale serves both signs
-  const float* bias;                                                       // [K]; zeros where the op has none
-  void* output;  // dense: [N, OH, OW, K] if channels_last, else [N, K, OH, OW]
+  const int32_t* words;         // instead of input: [N, bit_planes, H, W, words] of packed activations, or null
+  int64_t bit_planes;           // of them
+  bool signs;                   // one bit plane of -1 and +1; else codes, sum of 2^b * bit of plane b
+  const char* packed;           // see csrc/cpu/ternary_conv2d_plan.h
+  const float* scale;           // [K]
+  const float* negative_scale;  // [K], or null where scale serves both signs
+  const float* bias;            // [K]; zeros where the op has none
+  void* output;                 // dense: [N, OH, OW, K] if channels_last, else [N, K, OH, OW]
   bool channels_last;
   Activation activation;
 };

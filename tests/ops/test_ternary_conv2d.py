@@ -271,8 +271,31 @@ def test_packed_activations_are_whole_numbers(backend, planes):
     assert found.dtype == torch.float32
     assert found.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(found.double(), expected)
+    many = torch.randint(-1, 2, (40, 37, 3, 3), generator=generator)
+    scale, negative, bias = (torch.randint(-3, 4, (40,), generator=generator).float() for _ in range(3))
+    epilogue = {"negative_scale": negative, "activation": "relu"}
+    fused = ternary_conv2d(packed, ternary_planes(many), scale, bias, padding=1, backend=backend, **epilogue)
+    real = ternary_conv2d(values.float(), ternary_planes(many), scale, bias, padding=1, backend=backend, **epilogue)
+    assert torch.equal(fused, real)
     scaled = ternary_conv2d(packed, ternary_planes(weight), torch.tensor(0.5, dtype=torch.bfloat16), **settings)
     assert torch.equal(scaled, (0.5 * expected).to(torch.bfloat16))
+
+
+@backends
+def test_sums_of_packed_activations_that_need_more_than_16_bits(backend):
+    """300 channels of 15, all weights +1: 40500 is past 2^15."""
+    packed = bitpack(torch.full((1, 300, 3, 3), 15.0), bits=4, unsigned=True)
+    found = ternary_conv2d(packed, ternary_planes(torch.ones(2, 300, 3, 3)), backend=backend)
+    assert found.flatten().tolist() == [300 * 9 * 15.0] * 2
+
+
+@backends
+def test_scales_of_packed_activations_have_gradients(backend):
+    packed = bitpack(torch.randn(2, 20, 5, 5, generator=torch.Generator().manual_seed(1)))
+    scale = torch.rand(4).requires_grad_()
+    planes = ternary_planes(torch.randint(-1, 2, (4, 20, 3, 3), generator=torch.Generator().manual_seed(2)))
+    ternary_conv2d(packed, planes, scale, backend=backend).sum().backward()
+    torch.testing.assert_close(scale.grad, ternary_conv2d(packed, planes, backend=backend).sum((0, 2, 3)))
 
 
 @backends

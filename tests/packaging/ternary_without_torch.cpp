@@ -64,7 +64,7 @@ struct Random {
 };
 
 template <typename T>
-bool agrees(Random& random, const CpuTernaryConv2d& kernels, DType dtype) {
+bool agrees(Random& random, const CpuTernaryConv2d& kernels, DType dtype, bool packed_input = false) {
   constexpr int64_t kChannels[] = {1, 2, 3, 8, 17, 33, 70};
   TernaryConv2dParams p{};
   TernaryConv2dWeights& w = p.weights;
@@ -90,6 +90,11 @@ bool agrees(Random& random, const CpuTernaryConv2d& kernels, DType dtype) {
   p.OW = (p.W + p.pad_left + right - reach_w) / p.stride_w + 1;
   p.channels_last = random.coin();
   p.activation = static_cast<Activation>(random.between(0, 2));
+  if (packed_input) {
+    p.channels_last = true;
+    p.bit_planes = random.between(1, 4);
+    p.signs = p.bit_planes == 1 && random.coin();
+  }
   const bool two = random.coin(), behind = random.coin();
   const int64_t threads = random.between(1, 4), density = random.between(0, 10);
 
@@ -97,7 +102,8 @@ bool agrees(Random& random, const CpuTernaryConv2d& kernels, DType dtype) {
   text << "N" << p.N << " " << w.C << "->" << w.K << " groups " << w.groups << " " << w.R << "x" << w.S << " @" << p.H
        << "x" << p.W << " stride " << p.stride_h << "," << p.stride_w << " dilation " << p.dilation_h << ","
        << p.dilation_w << " padding " << p.pad_top << "," << bottom << "," << p.pad_left << "," << right
-       << (p.channels_last ? " channels_last" : "") << (two ? " two scales" : "") << " density " << density << "\n";
+       << (p.channels_last ? " channels_last" : "") << (two ? " two scales" : "") << " bit planes " << p.bit_planes
+       << " density " << density << "\n";
   current = text.str();
 
   const int64_t words = (channels + 31) / 32, planes_count = w.K * 2 * w.R * w.S * words;
@@ -132,6 +138,27 @@ bool agrees(Random& random, const CpuTernaryConv2d& kernels, DType dtype) {
       }
     }
   }
+  const int64_t input_words = (w.C + 31) / 32;
+  const Fenced bits(packed_input ? p.N * p.bit_planes * p.H * p.W * input_words * 4 : 0, behind);
+  if (packed_input) {
+    int32_t* words_at = bits.as<int32_t>();
+    std::memset(words_at, 0, p.N * p.bit_planes * p.H * p.W * input_words * 4);
+    for (int64_t n = 0; n < p.N; n++) {
+      for (int64_t c = 0; c < w.C; c++) {
+        for (int64_t pixel = 0; pixel < p.H * p.W; pixel++) {
+          int code = 0;
+          for (int64_t b = 0; b < p.bit_planes; b++) {
+            const bool set = random.coin();
+            code |= set << b;
+            const int64_t at = ((n * p.bit_planes + b) * p.H * p.W + pixel) * input_words + c / 32;
+            if (set) words_at[at] |= static_cast<int32_t>(1u << (c % 32));
+          }
+          image[(n * w.C + c) * p.H * p.W + pixel] = p.signs ? 2 * code - 1 : code;
+        }
+      }
+    }
+    p.words = words_at;
+  }
   const Fenced scale(w.K * 4, behind), negative(w.K * 4, behind), bias(w.K * 4, behind);
   for (int64_t k = 0; k < w.K; k++) {
     scale.as<float>()[k] = static_cast<float>(random.between(-3, 3));
@@ -147,13 +174,14 @@ bool agrees(Random& random, const CpuTernaryConv2d& kernels, DType dtype) {
   const Fenced packed((lists.size() + 7) / 8 * 8, behind);
   std::memcpy(packed.as<char>(), lists.data(), lists.size());
 
-  p.input = input.as<T>();
+  p.input = packed_input ? nullptr : input.as<T>();
   p.output = output.as<T>();
   p.packed = packed.as<char>();
   p.scale = scale.as<float>();
   p.negative_scale = two ? negative.as<float>() : nullptr;
   p.bias = bias.as<float>();
-  const TernaryPlan plan = ternary_plan(p, kernels.width, threads);
+  const TernaryPlan plan = ternary_plan(p, packed_input ? 2 * kernels.width : kernels.width, threads);
+  if (packed_input && !ternary_sums_fit(p)) return true;
   std::vector<int32_t> distances(plan.pack.chunk_taps);
   ternary_offsets(p, plan, distances.data());
   const Fenced scratch((plan.scratch() * 4 + 63) / 64 * 64, behind);
@@ -214,9 +242,10 @@ int main(int count, char** arguments) {
   Random random{std::mt19937_64(std::strtoull(arguments[2], nullptr, 10))};
   const int64_t geometries = std::atoll(arguments[3]);
   for (int64_t i = 0; i < geometries; i++) {
-    const bool good = i % 3 == 0   ? agrees<float>(random, kernels, DType::f32)
-                      : i % 3 == 1 ? agrees<bf16>(random, kernels, DType::bf16)
-                                   : agrees<f16>(random, kernels, DType::f16);
+    const bool good = i % 4 == 0   ? agrees<float>(random, kernels, DType::f32)
+                      : i % 4 == 1 ? agrees<bf16>(random, kernels, DType::bf16)
+                      : i % 4 == 2 ? agrees<f16>(random, kernels, DType::f16)
+                                   : agrees<float>(random, kernels, DType::f32, true);
     if (!good) return 1;
   }
   std::cout << isa << " " << geometries << " geometries\n";

@@ -12,11 +12,15 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = Path("tests/packaging/ternary_without_torch.cpp")
 EMULATED = ROOT / "tests" / "packaging" / "emulated"  # an <immintrin.h> that stands in for AVX-512
+MORE = ROOT / "tests" / "packaging" / "emulated_ternary"  # and what that one lacks
 SETS = {
     "base": [],
     "avx2": ["-DBASISCONV_AVX2", "-mavx2", "-mfma", "-mf16c"],
     # Not optimized: that takes the compiler minutes, and the run only seconds as it is.
-    "avx512": ["-DBASISCONV_AVX512", "-O0", "-mavx2", "-mfma", "-mf16c", "-Wno-psabi", "-isystem", str(EMULATED)],
+    "avx512": [
+        *("-DBASISCONV_AVX512", "-O0", "-mavx2", "-mfma", "-mf16c", "-Wno-psabi"),
+        *("-isystem", str(MORE), "-isystem", str(EMULATED)),
+    ],
 }
 
 pytestmark = [pytest.mark.full]
