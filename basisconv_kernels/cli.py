@@ -178,16 +178,15 @@ def compress(
     kinds: dict[str, Any] = {"basis": BasisConfig, "tucker": TuckerConfig}
     terminal.one_of("--method", method, list(kinds))
     known = {each.name for each in fields(kinds[method])}
-    rules: dict[str, Any] = {"energy": energy, "fraction": fraction, "basis_channels": basis_channels, "macs": macs,
+    rules = {"energy": energy, "fraction": fraction, "basis_channels": basis_channels, "macs": macs,
              "parameters": parameters, "latency": latency, "evbmf": evbmf}  # fmt: skip
     given = {name: value for name, value in rules.items() if value is not None}
     if len(given) != 1 or not given.keys() <= known:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in rules if name in known)
         raise typer.BadParameter(f"give exactly one of {names}", param_hint="the rule")
     shape = terminal.sizes(input, "--input", 4)
-    settings: dict[str, Any] = {"min_channels": min_channels, "multiple_of": multiple_of, "measure": measure,
-                                "keep_dense": keep_dense.value}  # fmt: skip
-    config = kinds[method](**given, **{name: value for name, value in settings.items() if name in known})
+    settings = {"multiple_of": multiple_of, "measure": measure, "keep_dense": keep_dense.value}
+    config = kinds[method](**given, **settings, **({"min_channels": min_channels} if method == "basis" else {}))
     example = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
     network = _model(model, weights)
     small, report = convert(network, config, example_inputs=example, only=only or (), skip=skip or ())
@@ -354,20 +353,15 @@ def explain(
 
     sizes = (*terminal.sizes(input, "--input", 4), basis_channels, out_channels, *terminal.pair(kernel, "--kernel", 1))
     geometry = {
+        **({} if rank_in is None else {"rank_in": rank_in}),
         "stride": terminal.pair(stride, "--stride", 1),
         "padding": padding if padding in ("same", "valid") else terminal.pair(padding, "--padding", 0),
         "dilation": terminal.pair(dilation, "--dilation", 1),
         "groups": groups,
         "compact": compact,
-        **({} if rank_in is None else {"rank_in": rank_in}),
     }
-    flags = {
-        "channels_last": channels_last,
-        "bias": bias,
-        "residual": residual,
-        "activation": activation,
-        "precise": precise,
-    }
+    flags = {"channels_last": channels_last, "bias": bias, "residual": residual, "activation": activation,
+             "precise": precise}  # fmt: skip
     problem = _problem(op, sizes, geometry, dtype, device, flags)
     found = diagnostics.explain(op, problem, backend)
     if as_json:
