@@ -25,10 +25,10 @@ SHORT = {
     HALF: (
         "odd_sizes", "past_a_block", "one_basis_filter", "one_channel_channels_last", "one_output", "empty_batch",
         "even_kernel", "stride", "stride_past_kernel", "stride_and_dilation", "asymmetric_padding",
-        "padding_past_kernel", "one_pixel", "groups", "depthwise", "channels_last_stride", "offset", "transposed",
+        "padding_past_kernel", "one_pixel", "groups", "channels_last_stride", "offset", "transposed",
         "mixed_formats", "residual_relu", "whole_epilogue",
     ),
-    FULL: ("pointwise", "dilation", "groups_compact", "sliced_channels_last", "expanded", "bias", "precise"),
+    FULL: ("pointwise", "groups_compact", "sliced_channels_last", "expanded", "bias", "precise"),
 }  # fmt: skip
 SHORT_GRADIENTS = {
     HALF: ("whole_epilogue", "stride_and_dilation", "groups"),
@@ -91,7 +91,6 @@ SHORT_ROWS = {
     "descriptors2 half 128×128×64×128 8 warps 3 stages",
     "descriptors half 64×256×64×32 4 warps 3 stages",
     "descriptors tf32 64×64×32×64 4 warps 4 stages",
-    "pointers half 64×256×32×32 4 warps 3 stages",
     "pointers float32 32×64×16×32 4 warps 2 stages",
 }
 
