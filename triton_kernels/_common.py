@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 WIDEST = 16  # bytes of the widest load of a thread, and what tensor maps ask of bases and strides
+
+
+# Sizes that are only compared or looped over: one compiled kernel serves all of them, whether or not they are 1 or
+# multiples of 16. Strides, C, Q and K are left out, since the width of a load hangs on them.
+ANY_SIZE = (
+    "pixels", "N", "H", "W", "OH", "OW", "R", "S", "stride_y", "stride_x", "top", "left", "dilation_y",
+    "dilation_x", "GROUPS", "tiles",
+)  # fmt: skip
+
+
+def jit(kernel: Callable[..., None]) -> Any:
+    """``triton.jit`` without a compilation for each kind of ``ANY_SIZE``."""
+    runtime = [name for name, p in inspect.signature(kernel).parameters.items() if p.annotation == p.empty]
+    return triton.jit(kernel, do_not_specialize=[name for name in runtime if name in ANY_SIZE])
 
 
 @triton.jit

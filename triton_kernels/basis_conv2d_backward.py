@@ -16,6 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from basisconv_kernels.triton_kernels._common import jit
 from basisconv_kernels.triton_kernels.basis_conv2d_pointers import gathered_maps
 
 
@@ -31,7 +32,7 @@ def sloped(gradient, output, at_gradient, at_output, inside, ACTIVATION: tl.cons
     return g
 
 
-@triton.jit
+@jit
 def basis_conv2d_backward_maps(
     gradient, output, coefficients, d_maps,
     pixels, Q, K, OH, OW,
@@ -67,7 +68,7 @@ def basis_conv2d_backward_maps(
     tl.store(at, dz.to(d_maps.dtype.element_ty), mask=live[:, None] & live_q[None, :])
 
 
-@triton.jit
+@jit
 def basis_conv2d_backward_coefficients(
     gradient, output, input, basis,
     parts,  # [splits, K, Q] float32
@@ -118,7 +119,7 @@ def basis_conv2d_backward_coefficients(
         tl.store(bias_parts + split * K + k, bias_part, mask=k < tl.where(filter_block == 0, K, 0))
 
 
-@triton.jit
+@jit
 def basis_conv2d_backward_input(
     d_maps,  # [N, OH, OW, Q] dense
     basis, d_input,
@@ -158,7 +159,7 @@ def basis_conv2d_backward_input(
     tl.store(at, dx.to(d_input.dtype.element_ty), mask=live[:, None] & live_c[None, :])
 
 
-@triton.jit
+@jit
 def basis_conv2d_backward_basis(
     d_maps,  # [N, OH, OW, Q] dense
     input,

@@ -21,7 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from basisconv_kernels.triton_kernels._common import store_outputs
+from basisconv_kernels.triton_kernels._common import jit, store_outputs
 from basisconv_kernels.triton_kernels.basis_conv2d_pointers import mixed_maps
 
 
@@ -41,7 +41,7 @@ def shifted_box(
     return tl.reshape(box, (BM, BK))
 
 
-@triton.jit
+@jit
 def basis_conv2d_forward_descriptors(
     input,  # descriptor [N, H, W, C], boxes [BN, TH, TW, BK]; stride 2: [N, H/2, 2, W/2, 2·C], [BN, TH, 1, TW, BK]
     basis,  # descriptor [Q, R·S, C], boxes [BQ, 1, BK]

@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from basisconv_kernels.triton_kernels._common import store_outputs
+from basisconv_kernels.triton_kernels._common import jit, store_outputs
 
 
 @triton.jit
@@ -76,7 +76,7 @@ def mixed_maps(z, coefficients, y, PRECISE: tl.constexpr, PRECISION: tl.constexp
     return tl.dot(z.to(coefficients.dtype), tl.trans(coefficients), y, input_precision=PRECISION)
 
 
-@triton.jit
+@jit
 def basis_conv2d_forward_pointers(
     input,
     basis,
