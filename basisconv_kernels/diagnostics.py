@@ -29,6 +29,7 @@ from basisconv_kernels.core.problem import Conv2dProblem, TuckerConv2dProblem, d
 from basisconv_kernels.core.version import __version__
 from basisconv_kernels.layers.decompose import break_even
 from basisconv_kernels.ops.basis_conv2d import basis_conv2d
+from basisconv_kernels.ops.stacked_binary_conv2d import stacked_binary_conv2d
 from basisconv_kernels.ops.ternary_conv2d import ternary_conv2d
 from basisconv_kernels.ops.tucker_conv2d import tucker_conv2d
 from basisconv_kernels.testing import ternary_conv2d as ternary
@@ -260,6 +261,12 @@ def _run_ternary_conv2d(backend: str, dtype: torch.dtype, device: str) -> None:
         ternary.check_gradients(case, kernel)
 
 
+def _run_stacked_binary_conv2d(backend: str, dtype: torch.dtype, device: str) -> None:
+    """The same for stacked filters; their gradients are plain PyTorch on every backend."""
+    case = testing.stacked_case("odd_sizes").at(dtype=dtype, device=device)
+    testing.check_stacked(case, functools.partial(stacked_binary_conv2d, backend=backend))
+
+
 def _run_tucker_conv2d(backend: str, dtype: torch.dtype, device: str) -> None:
     kernel = functools.partial(tucker_conv2d, backend=backend)
     case: Any = testing.tucker_case("odd_sizes").at(dtype=dtype, device=device)
@@ -271,6 +278,7 @@ def _run_tucker_conv2d(backend: str, dtype: torch.dtype, device: str) -> None:
 _TINY_RUNS = {
     "basis_conv2d": _run_basis_conv2d,
     "ternary_conv2d": _run_ternary_conv2d,
+    "stacked_binary_conv2d": _run_stacked_binary_conv2d,
     "tucker_conv2d": _run_tucker_conv2d,
 }
 

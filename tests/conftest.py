@@ -83,7 +83,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kept, dropped = [], []
     for item in items:
         long = item.get_closest_marker("full") is not None and not config.getoption("--full")
-        of_its_op = getattr(item.module, "OP", None) == config.getoption("--candidate-op")
+        of_its_op = getattr(getattr(item, "module", None), "OP", None) == config.getoption("--candidate-op")
         takes_it = "kernel" in getattr(item, "fixturenames", ()) and of_its_op
         foreign = config.getoption("--candidate") and not takes_it
         (dropped if long or foreign else kept).append(item)

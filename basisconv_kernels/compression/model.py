@@ -17,12 +17,13 @@ from basisconv_kernels.compression.methods import FilterFunction, Task, method_o
 from basisconv_kernels.compression.names import resolve
 from basisconv_kernels.compression.prune_config import PruneConfig
 from basisconv_kernels.compression.report import CompressionReport
+from basisconv_kernels.compression.stacked_binary import StackedBinaryConfig
 from basisconv_kernels.compression.survey import convolutions, evaluating, run, substitute
 from basisconv_kernels.compression.ternary_config import TernaryConfig
 from basisconv_kernels.compression.tucker_config import TuckerConfig
 
 # One step, or several by name pattern: {"layer1.*": BasisConfig(...), "*": None}. None leaves the layers as they are.
-Config = BasisConfig | TuckerConfig | PruneConfig | TernaryConfig
+Config = BasisConfig | TuckerConfig | PruneConfig | StackedBinaryConfig | TernaryConfig
 Step = Config | Mapping[str, Config | None]
 
 
@@ -40,8 +41,9 @@ def compress(
     """Replace convolutions of a network by cheaper ones, as ``config`` says.
 
     ``BasisConfig``: each replaced ``W ≈ A·F``, Q shared filters F and coefficients A. ``TuckerConfig``: each
-    ``W ≈ U_out·core·U_in``. ``PruneConfig``: filters are removed. ``TernaryConfig``: weights become −σ, 0
-    and +σ, those of Linear layers too. Fine-tune the result: truncation costs accuracy.
+    ``W ≈ U_out·core·U_in``. ``PruneConfig``: filters are removed. ``StackedBinaryConfig``: each
+    ``W[k] ≈ scale[k]·concat_i B[index[k, i]]``, a bank B of ±1 filters. ``TernaryConfig``: weights become −σ, 0
+    and +σ, those of Linear layers too. Fine-tune the result: it costs accuracy.
 
     A convolution is replaced if it is a Conv2d itself (parametrised weights are applied first), was reached by the
     example inputs, is allowed by ``only``, ``skip`` and ``filter_fn``, carries no hooks, shares its weight with no
@@ -71,7 +73,8 @@ def compress(
         whole, with the reports of the steps in ``steps``.
 
     Raises:
-        ValueError: an unknown layer name, NaN or infinite weights, or a rule that cannot be met; nothing was changed.
+        ValueError: an unknown layer name, NaN or infinite weights, example inputs that the network does not take, or a
+            rule that cannot be met; nothing was changed.
         TypeError: arguments of a wrong kind.
 
     Source: Tayyab, Mahalanobis 2019, arXiv 1906.04509; Tayyab, Khan, Mahalanobis 2021, arXiv 2105.10436.
@@ -164,6 +167,8 @@ def to_plain(model: nn.Module, *, collapse: bool = False, inplace: bool = False)
     Returns:
         Module: the network, without any class of this package; a layer that was shared stays shared.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"to_plain: model must be a torch.nn.Module, got {type(model).__name__}")
     target = model if inplace else copy.deepcopy(model)
     separate_residuals(target)
     layers: list[Any] = [m for m in target.modules() if isinstance(m, own_layers())]

@@ -18,6 +18,7 @@ from basisconv_kernels.compression.prune_config import PruneConfig
 from basisconv_kernels.compression.prune_graph import ChannelGraph, Member, channel_graph, conv_costs, remove
 from basisconv_kernels.compression.report import LayerReport
 from basisconv_kernels.compression.survey import ConvLayer, evaluating, survey
+from basisconv_kernels.layers import folding
 from basisconv_kernels.layers.decompose import break_even
 
 
@@ -31,6 +32,8 @@ def convert(target: nn.Module, config: PruneConfig, task: Task) -> tuple[nn.Modu
     gone = _chosen(graph, layers, config, scores)
     costs = {id(m.module): conv_costs(graph, gone, m) for m in graph.convolutions()}
     rows = tuple(_report(layer, costs.get(id(layer.module)), stays.get(layer.name), graph) for layer in layers)
+    if config.criterion == "duplicate":
+        _hand_over(graph, gone, config)
     remove(graph, gone)
     return target, rows
 
@@ -69,7 +72,7 @@ def _scores(model: nn.Module, graph: ChannelGraph, config: PruneConfig, task: Ta
     elif config.criterion == "l1":
         of = {id(m): _over_mean(_filters(m.module).abs().sum(1)) for m in members}
     else:
-        of = {id(m): _uniqueness(m.module, config) for m in members}
+        of = {id(m): _uniqueness(m.module, graph, config) for m in members}
     total: dict[int, float] = {}
     for member in members:
         for label, score in zip(member.gives, of[id(member)].tolist(), strict=True):
@@ -92,18 +95,52 @@ def _over_mean(values: Tensor) -> Tensor:
     return values / mean if float(mean) > 0 else values
 
 
-def _uniqueness(conv: Any, config: PruneConfig) -> Tensor:
-    """[K]: 0 for a filter that repeats an earlier one that stays, else 1."""
+def _duplicates(conv: nn.Module, graph: ChannelGraph, config: PruneConfig) -> dict[int, tuple[int, float]]:
+    """{filter: (the earlier one that stays in its place, c)}: its row is c times the other's, as nearly as can be.
+
+    Rows are filters and bias, the BatchNorm that alone reads the convolution folded in.
+    """
     rows = _filters(conv, bias=True)
+    norm = graph.norms.get(conv)
+    if norm is not None and folding.has_statistics(norm):
+        scale, offset = (t.detach().to("cpu", torch.float64) for t in folding.scale_and_offset(norm))
+        with_bias = rows if getattr(conv, "bias", None) is not None else torch.nn.functional.pad(rows, (0, 1))
+        rows = with_bias * scale[:, None]
+        rows[:, -1] += offset
     unit = torch.nn.functional.normalize(rows, dim=1)
-    alike = unit @ unit.mT >= (1.0 if config.threshold is None else config.threshold) - 1e-12
-    kept: list[int] = []
-    for k in range(len(rows)):
-        if not any(alike[k, i] for i in kept):
-            kept.append(k)
-    scores = torch.zeros(len(rows), dtype=torch.float64)
-    scores[kept] = 1.0
+    # Products of rounded units may miss 1 by a few roundings.
+    alike = unit @ unit.mT >= min(1.0 if config.threshold is None else config.threshold, 1 - 1e-12)
+    found: dict[int, tuple[int, float]] = {}
+    for k in range(1, len(rows)):
+        first = next((i for i in range(k) if i not in found and alike[k, i]), None)
+        if first is not None:
+            found[k] = first, float(rows[k] @ rows[first] / rows[first].square().sum())
+    return found
+
+
+def _uniqueness(conv: nn.Module, graph: ChannelGraph, config: PruneConfig) -> Tensor:
+    """[K]: 0 for a filter that repeats an earlier one that stays, else 1."""
+    scores = torch.ones(len(_filters(conv)), dtype=torch.float64)
+    scores[list(_duplicates(conv, graph, config))] = 0
     return scores
+
+
+@torch.no_grad()
+def _hand_over(graph: ChannelGraph, gone: set[int], config: PruneConfig) -> None:
+    """``W_next[:, r] += c·W_next[:, p]`` where filter p goes and r stays in its place, and c survives up to W_next."""
+    # All of them before the first is handed over: that changes the filters behind.
+    found = [(member, _duplicates(member.module, graph, config)) for member in graph.convolutions()]
+    for member, duplicates in found:
+        for p, (r, factor) in duplicates.items():
+            going, staying = member.gives[p], member.gives[r]
+            if graph.root(going) not in gone or graph.root(staying) in gone or {going, staying} & graph.bent:
+                continue
+            for reader in graph.members.values():
+                module: Any = reader.module
+                if isinstance(module, (nn.Conv2d, nn.Linear)) and going in reader.reads:
+                    from_, to = ([i for i, label in enumerate(reader.reads) if label == wanted]
+                                 for wanted in (going, staying))  # fmt: skip
+                    module.weight[:, to] += factor * module.weight[:, from_]
 
 
 def _taylor(model: nn.Module, members: list[Member], config: PruneConfig, task: Task) -> dict[int, Tensor]:

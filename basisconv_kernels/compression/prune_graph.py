@@ -35,6 +35,15 @@ _SAME_CHANNELS_MODULES = (
     nn.Tanh, nn.Mish, nn.Softplus, nn.Dropout, nn.Dropout2d, nn.Identity, nn.Upsample, nn.MaxPool2d, nn.AvgPool2d,
     nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.ZeroPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d,
 )  # fmt: skip
+# Of those, what keeps a positive factor of a channel: f(c·z) = c·f(z) for c > 0.
+_HOMOGENEOUS = {
+    F.relu, F.relu_, torch.relu, torch.relu_, F.leaky_relu, F.dropout, F.dropout2d, F.max_pool2d, F.avg_pool2d,
+    F.adaptive_avg_pool2d, F.adaptive_max_pool2d, "relu", "relu_", "contiguous", "clone",
+}  # fmt: skip
+_HOMOGENEOUS_MODULES = (
+    nn.ReLU, nn.LeakyReLU, nn.Dropout, nn.Dropout2d, nn.Identity, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d,
+    nn.AdaptiveMaxPool2d, nn.ZeroPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d,
+)  # fmt: skip
 _NORMS = (nn.BatchNorm2d, nn.BatchNorm1d, nn.SyncBatchNorm)
 # What asks for sizes: the answers are numbers. A view that uses them is looked at by itself.
 _SIZES = {"size", "dim", getattr, torch._assert}
@@ -58,11 +67,15 @@ class ChannelGraph:
         members: convolutions, BatchNorms, PReLUs and linear layers by the name of their first call.
         pinned: {class of labels: why it stays}.
         balanced: each entry is the groups of labels of which equally many must go: of a grouped convolution.
+        bent: labels on whose way stands more than what keeps a positive factor.
+        norms: {convolution: the BatchNorm that alone reads it}.
     """
 
     members: dict[nn.Module, Member] = field(default_factory=dict)
     pinned: dict[int, str] = field(default_factory=dict)
     balanced: list[list[list[int]]] = field(default_factory=list)
+    bent: set[int] = field(default_factory=set)
+    norms: dict[nn.Module, nn.Module] = field(default_factory=dict)
     _parents: list[int] = field(default_factory=list)
 
     def new(self, count: int) -> list[int]:
@@ -167,6 +180,8 @@ class _Labeller(fx.Interpreter):
         if n.op == "get_attr" or not sources:
             return self._fresh(n, value, sources)
         if n.target in _SAME_CHANNELS and len(sources) == 1 and value.shape[1] == len(first):
+            if n.target not in _HOMOGENEOUS:
+                self.found.bent.update(first)
             return first
         if n.target in ("mean", torch.mean) and len(sources) == 1 and _over_pixels(n):
             return first
@@ -189,6 +204,8 @@ class _Labeller(fx.Interpreter):
             return self._fresh(n, value, sources)
         for labels in many[1:]:
             self.found.tie(many[0], labels)
+        for labels in many:
+            self.found.bent.update(labels)
         return many[0]
 
     def _module(self, n: fx.Node, module: nn.Module, value: Tensor, sources: list[fx.Node]) -> list[int]:
@@ -196,13 +213,22 @@ class _Labeller(fx.Interpreter):
             return self._fresh(n, value, sources)
         reads = self._labels[sources[0]]
         if isinstance(module, _SAME_CHANNELS_MODULES) and value.shape[1] == len(reads):
+            if not isinstance(module, _HOMOGENEOUS_MODULES):
+                self.found.bent.update(reads)
             return reads
         if isinstance(module, nn.Flatten) and module.start_dim == 1 and value.dim() == 2:
             return _repeated(reads, value.shape[1] // len(reads))
         changes = foreign_hooks(module) or parametrize.is_parametrized(module) or module._forward_pre_hooks
         if type(module) in _NORMS and not changes:
+            before = sources[0]
+            conv = self.fetch_attr(str(before.target)) if before.op == "call_module" else None
+            if isinstance(conv, nn.Conv2d) and len(before.users) == 1 and conv not in self.found.norms:
+                self.found.norms[conv] = module
+            else:
+                self.found.bent.update(reads)
             return self._member(n, module, reads, lambda: reads).gives
         if type(module) is nn.PReLU and not changes:
+            self.found.bent.update(reads)
             return reads if module.num_parameters == 1 else self._member(n, module, reads, lambda: reads).gives
         if type(module) is nn.Linear and not changes and value.dim() == 2:
             gives = self._member(n, module, reads, lambda: self.found.new(module.out_features)).gives
@@ -214,6 +240,8 @@ class _Labeller(fx.Interpreter):
 
     def _convolution(self, n: fx.Node, conv: nn.Conv2d, reads: list[int]) -> list[int]:
         C, K, G = conv.in_channels, conv.out_channels, conv.groups
+        if G > 1:
+            self.found.bent.update(reads)
         if G > 1 and G == C:  # each channel has filters of its own, which go with it
             return self._member(n, conv, reads, lambda: _repeated(reads, K // C)).gives
         known = conv in self.found.members
@@ -231,6 +259,7 @@ class _Labeller(fx.Interpreter):
             known = self.found.members[module] = Member(str(n.target), module, reads, give())
         else:
             self.found.tie(known.reads, reads)
+            self.found.bent.update((*known.reads, *reads, *known.gives))
         return known
 
 

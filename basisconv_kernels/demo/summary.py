@@ -211,7 +211,8 @@ def tuned_rows(entries: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
     rows = [("problem", *(f"{name} ms" for name in backends), "fastest", "reference / fastest", "passed over")]
     for entry in entries:
         p = entry["problem"]
-        shape = f"N{p['N']} {p['C']}→{p['Q']}→{p['K']} {p['R']}×{p['S']} @{p['H']}×{p['W']}"
+        ranks = f"{p['rank_in']}→{p['Q']}" if "rank_in" in p else p["Q"]
+        shape = f"N{p['N']} {p['C']}→{ranks}→{p['K']} {p['R']}×{p['S']} @{p['H']}×{p['W']}"
         shape += f" stride {p['stride'][0]}" if p["stride"] != [1, 1] else ""
         shape += " channels_last" if p["channels_last"] else " NCHW"
         best = entry["ms"][entry["fastest"]]["median"]

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from basisconv_kernels.core import registry, tuning
-from basisconv_kernels.core.autograd import refuse_double_backward
+from basisconv_kernels.core import env, registry, tuning
+from basisconv_kernels.core.autograd import refuse_by_name, refuse_double_backward
 from basisconv_kernels.core.checks import Pair, Quad
 from basisconv_kernels.core.layout import memory_format
 from basisconv_kernels.core.problem import TuckerConv2dProblem
@@ -245,10 +245,18 @@ def _plan(tensors: tuple[Any, ...], arguments: tuple[Any, ...]) -> Settings:
         return _normal_form(*tensors, *arguments)
     if found is None:
         found = _normal_form(*tensors, *arguments)
+        if env.tunes_on_first_use() and _was_measured_now(tensors, found, arguments[-1]):
+            found = _normal_form(*tensors, *arguments)
         if len(_plans) >= _PLANS_KEPT:
             _plans.clear()
         _plans[key] = found
     return found
+
+
+def _was_measured_now(tensors: tuple[Any, ...], settings: Settings, asked: str | None) -> bool:
+    from basisconv_kernels.ops import tucker_conv2d_tuning  # which calls this op
+
+    return tucker_conv2d_tuning.on_first_use(tensors, settings, asked)
 
 
 def _autocast(
@@ -343,11 +351,44 @@ def tucker_conv2d(
     return _run(tensors, packed, (stride, padding, dilation, activation, precise, backend))
 
 
+# As in ``basis_conv2d``: fewer pixels of a float32 batch do not earn back the packing that new weights need.
+_PIXELS_WORTH_PACKING = 1024
+
+
+def _trains_faster_unfused(settings: Settings, input: Tensor, core: Tensor) -> bool:
+    """Whether a step whose weights change is better off with three convolutions of PyTorch and its own autograd.
+
+    The rule of ``basis_conv2d``, whose kernel runs here: it pays where Winograd saves work, on pixels enough.
+    """
+    if settings.backend != "cpu" or input.dtype != torch.float32 or registry.wish() is not None:
+        return False
+    winograd = core.shape[2:] == (3, 3) and settings.stride == settings.dilation == (1, 1)
+    pixels = input.shape[0] * input.shape[2] * input.shape[3]
+    return settings.precise or not winograd or pixels < _PIXELS_WORTH_PACKING
+
+
+def _unfused(tensors: tuple[Any, ...], settings: Settings) -> Tensor:
+    """The reference under PyTorch's autograd; like the Function it refuses double backward."""
+    input, u_in, core, u_out, bias, residual = tensors
+    result = reference.forward(input, u_in, core, u_out, bias, residual, *settings[:-1])
+    result.register_hook(_refuse_graph)
+    return result
+
+
+def _refuse_graph(gradient: Tensor) -> None:
+    if torch.is_grad_enabled():
+        refuse_by_name(OP)
+
+
 def _run(tensors: tuple[Any, ...], packed: Tensor | None, arguments: tuple[Any, ...]) -> Tensor:
     """Plan, then the autograd Function where something needs a gradient, else the backend itself."""
     settings = _normal_form(*tensors, *arguments) if torch.compiler.is_compiling() else _plan(tensors, arguments)
     needs_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if needs_gradient or torch._C._are_functorch_transforms_active():
+        plain = not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+        new_weights = packed is None and arguments[-1] is None
+        if plain and new_weights and _trains_faster_unfused(settings, tensors[0], tensors[2]):
+            return _unfused(tensors, settings)
         keep_stages = needs_gradient and (tensors[2].requires_grad or tensors[3].requires_grad)
         return _apply(*tensors, packed, settings, keep_stages)[0]
     return _forward(settings.backend)(*tensors, packed, settings)[0]

@@ -21,7 +21,9 @@ from torch import Tensor
 
 from basisconv_kernels.core.problem import Conv2dProblem
 from basisconv_kernels.reference import basis_conv2d as reference
+from basisconv_kernels.reference import stacked_binary_conv2d as stacked
 from basisconv_kernels.reference import ternary_conv2d as ternary
+from basisconv_kernels.reference.stacked_binary_conv2d_problem import StackedBinaryConv2dProblem
 from basisconv_kernels.reference.ternary_conv2d_problem import TernaryConv2dProblem
 
 # Half a unit in the last place of 1: the relative error of one rounding to nearest.
@@ -252,6 +254,36 @@ def binary_bound(
     u = UNIT_ROUNDOFF[dtype] if dtype in reference.HALF else 0.0
     allowed = lost_in_sums(dtype, 4) * size + u * expected.abs()
     return Bound(expected, allowed * SECOND_ORDER + smallest, size)
+
+
+def stacked_bound(
+    problem: StackedBinaryConv2dProblem,
+    values: Tensor,
+    bank: Tensor,
+    index: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+) -> Bound:
+    """Rule 1 for ``stacked_binary_conv2d``: sums of ±values in any order, a factor, an offset, one rounding.
+
+    Args:
+        values (Tensor[N, C, H, W]): what enters the sums, in float64.
+    """
+    p = problem
+    filters = stacked.stacked_filters(bank.double(), index)
+    factor = torch.ones((), dtype=torch.float64) if scale is None else scale.double()[:, None, None]
+    offset = torch.zeros((), dtype=torch.float64) if bias is None else bias.double()[:, None, None]
+    top, bottom, left, right = p.padding
+    padded = F.pad(values, (left, right, top, bottom))
+    expected = F.conv2d(padded, filters, None, p.stride, 0, p.dilation, p.groups) * factor + offset
+    sums = F.conv2d(padded.abs(), filters.abs(), None, p.stride, 0, p.dilation, p.groups) * factor.abs() + offset.abs()
+    partial_sums = expected.abs() + offset.abs()
+    if p.activation is not None:
+        expected = expected.clamp(min=0.0, max=6.0 if p.activation == "relu6" else None)
+    smallest = torch.finfo(p.dtype).smallest_normal * torch.finfo(p.dtype).eps
+    u = UNIT_ROUNDOFF[p.dtype]
+    allowed = lost_in_sums(p.dtype, p.taps + p.splits + EXTRA_ADDITIONS) * sums + u * expected.abs()
+    return Bound(expected, allowed * SECOND_ORDER + smallest, torch.maximum(partial_sums, sums / sqrt(p.taps)))
 
 
 def worst_beside_plain(plain_worst: float, partial_sums: float, dtype: torch.dtype) -> float:

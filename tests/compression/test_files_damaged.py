@@ -89,7 +89,11 @@ EDITS = {
     "no_digest": ("sha256", None, "sha256 must be 64 hexadecimal digits, got None"),
     "unknown_key": ("more", 1, "the recipe must hold exactly layers, graphs, shared"),
     "layers": ("layers", {}, "layers must be a list"),
-    "kind": ("layers.0.kind", "tucker_conv2d", "'tucker_conv2d', which this package does not know: a newer package"),
+    "kind": (
+        "layers.0.kind",
+        "hexagonal_conv2d",
+        "'hexagonal_conv2d', which this package does not know: a newer package",
+    ),
     "field": ("layers.0.depth", 1, r"layer 'grouped' \(basis_conv2d\) must hold exactly"),
     "bool_for_int": ("layers.0.basis_channels", True, "basis_channels must be an int in 1..2147483647, got True"),
     "zero": ("layers.0.basis_channels", 0, "basis_channels must be an int in 1"),

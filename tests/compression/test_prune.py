@@ -216,16 +216,63 @@ def test_taylor_scores_are_gradient_times_activation(image):
         compress(net, PruneConfig(criterion="taylor", fraction=0.5, loss=lambda m, b: m(b)), example_inputs=image)
 
 
-def test_duplicate_filters_go_and_nothing_else(image):
-    net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3)).double()
-    with torch.no_grad():
-        for later, earlier, factor in ((3, 1, 2.0), (5, 1, 0.5)):
-            net[0].weight[later] = factor * net[0].weight[earlier]
-            net[0].bias[later] = factor * net[0].bias[earlier]
-    small, _ = compress(net, PruneConfig(criterion="duplicate", threshold=0.999), example_inputs=image)
-    assert torch.equal(small[0].weight, net[0].weight[[0, 1, 2, 4]])
-    _, report = compress(nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 3)).double(),
-                         PruneConfig(criterion="duplicate", threshold=0.999), example_inputs=image)  # fmt: skip
+DUPLICATE = PruneConfig(criterion="duplicate", threshold=0.999)
+
+
+class Repeating(nn.Module):
+    """Filters that repeat, behind a BatchNorm, through activation, pools, concatenation and flattening."""
+
+    def __init__(self, activation):
+        super().__init__()
+        self.first = nn.Conv2d(3, 6, 3, bias=False)
+        self.norm = nn.BatchNorm2d(6)
+        self.act = activation
+        self.second = nn.Conv2d(6, 5, 3)
+        self.other = nn.Conv2d(6, 4, 3)
+        self.head = nn.Linear(9 * 3 * 4, 3)
+
+    def forward(self, x):
+        x = nn.functional.max_pool2d(self.act(self.norm(self.first(x))), 2)
+        x = torch.cat([torch.relu(self.second(x)), nn.functional.leaky_relu(self.other(x))], 1)
+        return self.head(nn.functional.avg_pool2d(x, 1).flatten(1))
+
+
+@torch.no_grad()
+def repeating(activation):
+    torch.manual_seed(0)
+    net = Repeating(activation).double().eval()
+    norm = net.norm
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 1.5)
+    for later, earlier, factor in ((3, 1, 2.0), (5, 1, 0.5)):
+        # After the BatchNorm channel ``later`` is ``factor`` times channel ``earlier``, by other numbers all along.
+        net.first.weight[later] = 3 * net.first.weight[earlier]
+        norm.running_mean[later] = 3 * norm.running_mean[earlier]
+        spread = (norm.running_var + norm.eps).sqrt()
+        norm.weight[later] = factor / 3 * norm.weight[earlier] * spread[later] / spread[earlier]
+        norm.bias[later] = factor * norm.bias[earlier]
+    net.other.weight[2], net.other.bias[2] = 4 * net.other.weight[0], 4 * net.other.bias[0]
+    return net
+
+
+def test_merging_duplicate_filters_loses_nothing(image):
+    net = repeating(nn.ReLU())
+    small, report = compress(net, DUPLICATE, example_inputs=image)
+    assert (small.first.out_channels, small.second.out_channels, small.other.out_channels) == (4, 5, 3)
+    testing.check_same_network(small(image), net(image))
+    assert {row.name for row in report.layers if row.verdict == "pruned"} == {"first", "second", "other"}
+
+
+def test_behind_a_bent_activation_duplicates_go_without_merging(image):
+    net = repeating(nn.Sigmoid())
+    small, _ = compress(net, DUPLICATE, example_inputs=image)
+    assert small.first.out_channels == 4
+    assert torch.equal(small.second.weight, net.second.weight[:, [0, 1, 2, 4]])
+
+
+def test_filters_that_differ_stay(image):
+    net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 3)).double()
+    _, report = compress(net, DUPLICATE, example_inputs=image)
     assert [row.verdict for row in report.layers] == ["kept", "kept"]
 
 

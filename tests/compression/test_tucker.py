@@ -81,10 +81,10 @@ def test_full_ranks_give_the_same_network(net, image):
         testing.check_same_network(plain(image), net(image))
 
 
-LONG = [pytest.param(name, marks=pytest.mark.full) for name in ("densenet121", "mobilenet_v2")]
+LONG = [pytest.param(name, marks=pytest.mark.full) for name in ("resnet18", "densenet121", "mobilenet_v2")]
 
 
-@pytest.mark.parametrize("name", ["googlenet", "resnet18", *LONG])
+@pytest.mark.parametrize("name", ["googlenet", *LONG])
 def test_third_party_networks_at_full_rank(name, torchvision_models, randomize):
     kwargs = {"aux_logits": False, "init_weights": False} if name == "googlenet" else {}
     torch.manual_seed(0)

@@ -170,9 +170,10 @@ def test_meta_tensors_give_the_shape():
     assert (out.shape, out.device.type) == ((p.N, p.K, *p.output_size), "meta")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @backends
-def test_a_map_without_rows_is_all_padding(backend):
-    inputs = testing.make_tucker_inputs(testing.tucker_case("rank_out_one"))
+def test_a_map_without_rows_is_all_padding(backend, dtype):
+    inputs = testing.make_tucker_inputs(testing.tucker_case("rank_out_one").at(dtype=dtype))
     out = tucker_conv2d(inputs.input[:, :, :0], *inputs.tensors[1:5], padding=2, backend=backend)
     assert torch.equal(out, inputs.bias[:, None, None].expand_as(out))
 
@@ -180,6 +181,12 @@ def test_a_map_without_rows_is_all_padding(backend):
 @pytest.mark.parametrize("module", ["basisconv_kernels.ops.tucker_conv2d"])
 def test_the_examples_of_the_documentation_run(module):
     assert doctest.testmod(importlib.import_module(module)).failed == 0
+
+
+def test_a_kernel_of_ones_own_is_loaded_by_its_signature():
+    assert testing.load("basisconv_kernels:tucker_conv2d", OP) is tucker_conv2d
+    with pytest.raises(TypeError, match=r"must take .*u_in, core, u_out"):
+        testing.load("basisconv_kernels:basis_conv2d", OP)
 
 
 # --- deliberately wrong kernels ---------------------------------------------------------------------------------------

@@ -129,3 +129,14 @@ def test_an_input_that_was_changed_in_place_is_noticed(backend):
     tensors[0].add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+
+
+def test_automatic_choice_trains_with_the_same_gradients():
+    """Few pixels: three convolutions under PyTorch's autograd, which refuse double backward all the same."""
+    case = testing.tucker_case("whole_epilogue")
+    testing.check_tucker_gradients(case, tucker_conv2d)
+    tensors = leaves(case)
+    (gradient,) = torch.autograd.grad(call(case, tensors).sum(), tensors[:1], grad_outputs=None, retain_graph=True)
+    assert gradient.shape == tensors[0].shape
+    with pytest.raises(NotImplementedError, match=r"^tucker_conv2d: double backward is not supported"):
+        torch.autograd.grad(call(case, tensors).sum(), tensors[:1], create_graph=True)[0].sum().backward()

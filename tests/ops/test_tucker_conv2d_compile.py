@@ -64,7 +64,7 @@ def test_one_graph_serves_all_batches_and_maps(backend, compiler):
 
 
 @compilers
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.full), True])
 @backends
 def test_training(backend, dynamic, compiler):
     block = Block(backend)
