@@ -23,9 +23,21 @@ from setuptools import setup
 
 # LibTorch's stable ABI as of torch 2.10: one library for that version and later ones, and for every Python.
 TORCH_TARGET = "0x020a000000000000"
-CPU_KERNELS = ["csrc/cpu/basis_conv2d.cpp"]
+CPU_KERNELS = [
+    "csrc/cpu/basis_conv2d.cpp",
+    "csrc/cpu/stacked_binary_conv2d.cpp",
+    "csrc/cpu/ternary_conv2d.cpp",
+]
 AMX_KERNELS = ["csrc/cpu/basis_conv2d_amx.cpp"]
-ONCE = ["csrc/ops/basis_conv2d.cpp", "csrc/cpu/basis_conv2d_plan.cpp", "csrc/cpu/isa.cpp"]
+ONCE = [
+    "csrc/ops/basis_conv2d.cpp",
+    "csrc/ops/stacked_binary_conv2d.cpp",
+    "csrc/ops/ternary_conv2d.cpp",
+    "csrc/cpu/basis_conv2d_plan.cpp",
+    "csrc/cpu/stacked_binary_conv2d_plan.cpp",
+    "csrc/cpu/ternary_conv2d_plan.cpp",
+    "csrc/cpu/isa.cpp",
+]
 
 
 class InstructionSet(NamedTuple):

@@ -22,12 +22,13 @@ class LayerReport:
         reason: why it was kept; for a replaced layer a note, or empty.
         K, C, R, S, groups: output and input channels, filter height and width, channel groups.
         break_even: Q*, from where the basis costs no less than the dense convolution.
-        basis_channels: Q of the replaced layer, rank_out of a TuckerConv2d, else None.
+        basis_channels: Q of the replaced layer, rank_out of a TuckerConv2d, n of a
+            StackedBinaryConv2d, else None.
         energy_kept: share of the filters' energy that the basis keeps (of the expected output's, if data-aware).
         relative_error: ‖weight − coefficients·basis‖ / ‖weight‖, Frobenius.
         macs_before, macs_after: multiply-accumulates an image, over all calls; 0 where the layer was never reached.
         parameters_before, parameters_after: weights and bias, the frozen basis included; a BatchNorm between the stages
-            folds away and is not counted.
+            folds away and is not counted. Bits of a StackedBinaryConv2d count in words of 32.
         dense_ms, basis_ms: measured milliseconds a call at the shape of its example input, of the dense and of the
             replaced layer; None where not measured.
         rank_in: of a TuckerConv2d, else None.
