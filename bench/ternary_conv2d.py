@@ -80,7 +80,8 @@ def calls_of(case: ternary.TernaryCase, compiled: bool) -> dict[str, Callable[[]
 def measure(case: ternary.TernaryCase, seconds: float, compiled: bool) -> dict[str, Any]:
     """The gate, then times; a row of the result."""
     p = case.problem
-    row: dict[str, Any] = {"case": case.name, "density": case.density, "problem": p.to_json()}
+    backend = next(name for name, why in registry.reasons(CANDIDATES, p).items() if not why)
+    row: dict[str, Any] = {"case": case.name, "density": case.density, "backend": backend, "problem": p.to_json()}
     try:
         row["gate"] = round(ternary.check(case, ternary_conv2d), 4)
     except Mismatch as error:
@@ -101,7 +102,7 @@ def measure(case: ternary.TernaryCase, seconds: float, compiled: bool) -> dict[s
 
 def line(row: dict[str, Any]) -> str:
     """A row for people."""
-    head = f"{row['case']:12} density {row['density']:<5}"
+    head = f"{row['case']:12} density {row['density']:<5} on {row['backend']}"
     if "failed" in row:
         return f"{head} FAILED {row['failed']}"
     return (
@@ -129,12 +130,9 @@ def main() -> None:
             rows.append(row)
             print(line(row), flush=True)
     if arguments.output:
-        problem = case_of(arguments.case[0], arguments.density[0]).problem
-        against = registry.reasons(CANDIDATES, problem)
         result = {
             "op": "ternary_conv2d",
             "dtype": dtype_name(torch.float32),
-            "backend": next(name for name, why in against.items() if not why),
             "context": machine.context(arguments.threads, {}),
             "rows": rows,
         }

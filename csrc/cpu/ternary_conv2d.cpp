@@ -2,7 +2,7 @@
 //
 // A register holds neighbouring pixels of one channel, so a weight of +1 or -1 is one load and one addition for all of
 // them, and a weight of 0 is nothing at all: the work is that of the weights which are there. A dense float convolution
-// does as much per instruction, for every weight; so this wins by 1/density. float32, bfloat16 and float16 tensors of
+// does as much per instruction, for every weight; so this can win 1/density. float32, bfloat16 and float16 tensors of
 // any strides; arithmetic in float. Chunks of channels keep the input in the first-level cache, and the filters' sums
 // wait in the second-level cache between chunks.
 // Test: tests/ops/test_ternary_conv2d.py. Bench: python -m bench run --op ternary_conv2d.

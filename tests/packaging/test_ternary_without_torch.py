@@ -82,7 +82,7 @@ PLANTED = {
         "got",
     ),
     "a write past the row": ("s.columns - x);\n      }", "static_cast<int64_t>(kWidth));\n      }", ""),
-    "a read past the image": ("*end = first < size ?", "*end = first < size + 1 ?", ""),
+    "a read past the image": ("(size - first + step - 1) / step", "(size - first + step) / step", ""),
 }
 
 
