@@ -3,7 +3,7 @@
 //
 // Input real (packed on the way in), signs or codes; output whole numbers, floats or bits. Wins over int8 because a
 // register holds 128 to 512 pairs of bits and nothing but bits moves between the layers.
-// Test: tests/ops/test_binary_conv2d.py. Bench: python -m bench run --suite C8.
+// Test: tests/ops/test_binary_conv2d.py. Bench: python -m bench.binary_conv2d.
 #include "binary_conv2d.h"
 
 #include "binary_conv2d_rows.h"

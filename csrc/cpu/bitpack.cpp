@@ -1,7 +1,7 @@
 // bitpack on the CPU: signs, thresholds and codes of maps in any layout. Compiled once per instruction set.
 //
 // Signs, the common case, run a register at a time (bitpack_rows.h); thresholds and codes number by number.
-// Test: tests/ops/test_bitpack.py. Bench: python -m bench run --suite C6 has it inside.
+// Test: tests/ops/test_bitpack.py. Bench: python -m bench.binary_conv2d.
 #include "bitpack.h"
 
 #include "bitpack_rows.h"
