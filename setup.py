@@ -23,16 +23,26 @@ from setuptools import setup
 
 # LibTorch's stable ABI as of torch 2.10: one library for that version and later ones, and for every Python.
 TORCH_TARGET = "0x020a000000000000"
-CPU_KERNELS = ["csrc/cpu/basis_conv2d.cpp", "csrc/cpu/binary_conv2d.cpp", "csrc/cpu/bitpack.cpp"]
+CPU_KERNELS = [
+    "csrc/cpu/basis_conv2d.cpp",
+    "csrc/cpu/binary_conv2d.cpp",
+    "csrc/cpu/bitpack.cpp",
+    "csrc/cpu/stacked_binary_conv2d.cpp",
+    "csrc/cpu/ternary_conv2d.cpp",
+]
 POPCOUNT_KERNELS = ["csrc/cpu/binary_conv2d.cpp"]
 AMX_KERNELS = ["csrc/cpu/basis_conv2d_amx.cpp"]
 ONCE = [
     "csrc/ops/basis_conv2d.cpp",
     "csrc/ops/binary_conv2d.cpp",
     "csrc/ops/bitpack.cpp",
+    "csrc/ops/stacked_binary_conv2d.cpp",
+    "csrc/ops/ternary_conv2d.cpp",
     "csrc/cpu/basis_conv2d_plan.cpp",
     "csrc/cpu/binary_conv2d_plan.cpp",
     "csrc/cpu/binary_conv2d_table.cpp",
+    "csrc/cpu/stacked_binary_conv2d_plan.cpp",
+    "csrc/cpu/ternary_conv2d_plan.cpp",
     "csrc/cpu/isa.cpp",
 ]
 
