@@ -136,6 +136,9 @@ def _ordinary(dtype: torch.dtype, device: str) -> Conv2dProblem:
 # --- explain ----------------------------------------------------------------------------------------------------------
 
 
+EXPLAINED = ("basis_conv2d", "tucker_conv2d")  # whose problems the options of the command can state
+
+
 def explain(op: str, problem: Conv2dProblem, asked: str | None) -> dict[str, Any]:
     """What a call would run on, why nothing else, and what it costs; nothing is run.
 
@@ -152,9 +155,10 @@ def explain(op: str, problem: Conv2dProblem, asked: str | None) -> dict[str, Any
         ValueError: an unknown op, or a problem that has no output.
     """
     candidates = op_module(op).CANDIDATES
-    if op != "basis_conv2d":
+    if op not in EXPLAINED:
         raise ValueError(
-            f"explain describes calls of basis_conv2d, got {op!r}; run the call itself with BASISCONV_LOG=dispatch"
+            f"explain describes calls of {' and '.join(EXPLAINED)}, got {op!r}; run the call itself with "
+            "BASISCONV_LOG=dispatch"
         )
     against = registry.reasons(candidates, problem)
     wished = asked or registry.wish()
