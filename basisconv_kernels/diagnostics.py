@@ -29,6 +29,8 @@ from basisconv_kernels.core.problem import Conv2dProblem, TuckerConv2dProblem, d
 from basisconv_kernels.core.version import __version__
 from basisconv_kernels.layers.decompose import break_even
 from basisconv_kernels.ops.basis_conv2d import basis_conv2d
+from basisconv_kernels.ops.binary_conv2d import binary_conv2d
+from basisconv_kernels.ops.bitpack import bitpack
 from basisconv_kernels.ops.stacked_binary_conv2d import stacked_binary_conv2d
 from basisconv_kernels.ops.ternary_conv2d import ternary_conv2d
 from basisconv_kernels.ops.tucker_conv2d import tucker_conv2d
@@ -135,6 +137,9 @@ def _ordinary(dtype: torch.dtype, device: str) -> Conv2dProblem:
 # --- explain ----------------------------------------------------------------------------------------------------------
 
 
+EXPLAINED = ("basis_conv2d", "tucker_conv2d")  # whose problems the options of the command can state
+
+
 def explain(op: str, problem: Conv2dProblem, asked: str | None) -> dict[str, Any]:
     """What a call would run on, why nothing else, and what it costs; nothing is run.
 
@@ -152,6 +157,11 @@ def explain(op: str, problem: Conv2dProblem, asked: str | None) -> dict[str, Any
         ValueError: an unknown op, or a problem that has no output.
     """
     candidates = op_module(op).CANDIDATES
+    if op not in EXPLAINED:
+        raise ValueError(
+            f"explain describes calls of {' and '.join(EXPLAINED)}, got {op!r}; run the call itself with "
+            "BASISCONV_LOG=dispatch"
+        )
     against = registry.reasons(candidates, problem)
     wished = asked or registry.wish()
     slower_than_plain = getattr(op_module(op), "slower_than_plain", functools.partial(tuning.slower, op))
@@ -273,6 +283,18 @@ def _run_basis_conv2d(backend: str, dtype: torch.dtype, device: str) -> None:
         testing.check_gradients(case, kernel)
 
 
+def _run_binary_conv2d(backend: str, dtype: torch.dtype, device: str) -> None:
+    """A small odd-sized case in every output mode, bit for bit."""
+    case = testing.binary_case("odd_sizes").at(dtype=dtype, device=device)
+    testing.check_binary(case, functools.partial(binary_conv2d, backend=backend))
+
+
+def _run_bitpack(backend: str, dtype: torch.dtype, device: str) -> None:
+    """Signs, thresholds and codes of the same case."""
+    case = testing.binary_case("odd_sizes").at(dtype=dtype, device=device)
+    testing.check_pack(case, functools.partial(bitpack, backend=backend))
+
+
 def _run_ternary_conv2d(backend: str, dtype: torch.dtype, device: str) -> None:
     """The same for ``ternary_conv2d``, with two scales."""
     kernel = functools.partial(ternary_conv2d, backend=backend)
@@ -298,6 +320,8 @@ def _run_tucker_conv2d(backend: str, dtype: torch.dtype, device: str) -> None:
 
 _TINY_RUNS = {
     "basis_conv2d": _run_basis_conv2d,
+    "binary_conv2d": _run_binary_conv2d,
+    "bitpack": _run_bitpack,
     "ternary_conv2d": _run_ternary_conv2d,
     "stacked_binary_conv2d": _run_stacked_binary_conv2d,
     "tucker_conv2d": _run_tucker_conv2d,
