@@ -23,13 +23,23 @@ from setuptools import setup
 
 # LibTorch's stable ABI as of torch 2.10: one library for that version and later ones, and for every Python.
 TORCH_TARGET = "0x020a000000000000"
-CPU_KERNELS = ["csrc/cpu/basis_conv2d.cpp", "csrc/cpu/stacked_binary_conv2d.cpp"]
+CPU_KERNELS = [
+    "csrc/cpu/basis_conv2d.cpp",
+    "csrc/cpu/binary_conv2d.cpp",
+    "csrc/cpu/bitpack.cpp",
+    "csrc/cpu/stacked_binary_conv2d.cpp",
+]
+POPCOUNT_KERNELS = ["csrc/cpu/binary_conv2d.cpp"]
 AMX_KERNELS = ["csrc/cpu/basis_conv2d_amx.cpp"]
 ONCE = [
-    "csrc/ops/basis_conv2d.cpp",
     "csrc/ops/stacked_binary_conv2d.cpp",
-    "csrc/cpu/basis_conv2d_plan.cpp",
     "csrc/cpu/stacked_binary_conv2d_plan.cpp",
+    "csrc/ops/basis_conv2d.cpp",
+    "csrc/ops/binary_conv2d.cpp",
+    "csrc/ops/bitpack.cpp",
+    "csrc/cpu/basis_conv2d_plan.cpp",
+    "csrc/cpu/binary_conv2d_plan.cpp",
+    "csrc/cpu/binary_conv2d_table.cpp",
     "csrc/cpu/isa.cpp",
 ]
 
@@ -49,10 +59,17 @@ def instruction_sets() -> dict[str, InstructionSet]:
         return sets
     avx2 = ["-mavx2", "-mfma", "-mf16c"]
     avx512 = [*avx2, "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mprefer-vector-width=512"]
+    popcount = [*avx512, "-mavx512vpopcntdq"]
     amx = [*avx512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
     for name, sources, options, body in (
         ("avx2", CPU_KERNELS, ["-DBASISCONV_AVX2", *avx2], "return _mm256_fmadd_ps(v, v, v);"),
         ("avx512", CPU_KERNELS, ["-DBASISCONV_AVX512", *avx512], "return _mm256_mask_add_ps(v, 1, v, v);"),
+        (
+            "avx512_vpopcntdq",
+            POPCOUNT_KERNELS,
+            ["-DBASISCONV_AVX512", "-DBASISCONV_VPOPCNTDQ", *popcount],
+            "return _mm256_castsi256_ps(_mm512_castsi512_si256(_mm512_popcnt_epi32(_mm512_set1_epi32(v[0]))));",
+        ),
         ("amx", AMX_KERNELS, ["-DBASISCONV_AVX512", *amx], "_tile_dpbf16ps(0, 1, 2); return v;"),
     ):
         sets[name] = InstructionSet(sources, options, f"#include <immintrin.h>\n__m256 probe(__m256 v) {{ {body} }}")

@@ -15,11 +15,13 @@ from basisconv_kernels.core.packed import PackedTensor, Threshold
 from basisconv_kernels.core.registry import use_backend
 from basisconv_kernels.core.version import __version__ as __version__
 from basisconv_kernels.layers.basis_conv2d import BasisConv2d
+from basisconv_kernels.layers.binary_conv2d import BinaryConv2d
 from basisconv_kernels.layers.stacked_binary_conv2d import StackedBinaryConv2d
 from basisconv_kernels.layers.tucker_conv2d import TuckerConv2d
 from basisconv_kernels.ops.basis_conv2d import BasisConv2dFunction, basis_conv2d
 from basisconv_kernels.ops.basis_conv2d_native import basis_conv2d_pack
 from basisconv_kernels.ops.binary_conv2d import BinaryConv2dFunction, binary_conv2d
+from basisconv_kernels.ops.binary_conv2d_native import binary_conv2d_pack
 from basisconv_kernels.ops.binary_conv2d_scaling import filter_scale, magnitude_map
 from basisconv_kernels.ops.bitpack import bitpack, unpack
 from basisconv_kernels.ops.stacked_binary_conv2d import StackedBinaryConv2dFunction, stacked_binary_conv2d
@@ -33,6 +35,7 @@ __all__ = [
     "BasisConfig",
     "BasisConv2d",
     "BasisConv2dFunction",
+    "BinaryConv2d",
     "BinaryConv2dFunction",
     "CompressionReport",
     "FileFormatError",
@@ -50,6 +53,7 @@ __all__ = [
     "basis_conv2d",
     "basis_conv2d_pack",
     "binary_conv2d",
+    "binary_conv2d_pack",
     "bitpack",
     "compress",
     "filter_scale",

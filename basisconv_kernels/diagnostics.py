@@ -29,6 +29,8 @@ from basisconv_kernels.core.problem import Conv2dProblem, TuckerConv2dProblem, d
 from basisconv_kernels.core.version import __version__
 from basisconv_kernels.layers.decompose import break_even
 from basisconv_kernels.ops.basis_conv2d import basis_conv2d
+from basisconv_kernels.ops.binary_conv2d import binary_conv2d
+from basisconv_kernels.ops.bitpack import bitpack
 from basisconv_kernels.ops.stacked_binary_conv2d import stacked_binary_conv2d
 from basisconv_kernels.ops.tucker_conv2d import tucker_conv2d
 
@@ -148,6 +150,10 @@ def explain(op: str, problem: Conv2dProblem, asked: str | None) -> dict[str, Any
         ValueError: an unknown op, or a problem that has no output.
     """
     candidates = op_module(op).CANDIDATES
+    if op != "basis_conv2d":
+        raise ValueError(
+            f"explain describes calls of basis_conv2d, got {op!r}; run the call itself with BASISCONV_LOG=dispatch"
+        )
     against = registry.reasons(candidates, problem)
     wished = asked or registry.wish()
     slower = {} if wished else tuning.slower(op, problem)
@@ -264,8 +270,22 @@ def _run_tucker_conv2d(backend: str, dtype: torch.dtype, device: str) -> None:
         testing.check_tucker_gradients(case, kernel)
 
 
+def _run_binary_conv2d(backend: str, dtype: torch.dtype, device: str) -> None:
+    """A small odd-sized case in every output mode, bit for bit."""
+    case = testing.binary_case("odd_sizes").at(dtype=dtype, device=device)
+    testing.check_binary(case, functools.partial(binary_conv2d, backend=backend))
+
+
+def _run_bitpack(backend: str, dtype: torch.dtype, device: str) -> None:
+    """Signs, thresholds and codes of the same case."""
+    case = testing.binary_case("odd_sizes").at(dtype=dtype, device=device)
+    testing.check_pack(case, functools.partial(bitpack, backend=backend))
+
+
 _TINY_RUNS = {
     "basis_conv2d": _run_basis_conv2d,
+    "binary_conv2d": _run_binary_conv2d,
+    "bitpack": _run_bitpack,
     "stacked_binary_conv2d": _run_stacked_binary_conv2d,
     "tucker_conv2d": _run_tucker_conv2d,
 }

@@ -22,7 +22,9 @@ class Variable:
 VARIABLES = (
     Variable("BASISCONV_BACKEND", "backend of every op call that names none", "a backend name of `basisconv ops`"),
     Variable(
-        "BASISCONV_CPU_ISA", "caps the instruction set of the CPU kernels; read once a process", "base|avx2|avx512|amx"
+        "BASISCONV_CPU_ISA",
+        "caps the instruction set of the CPU kernels; read once a process",
+        "base|avx2|avx512|avx512_vpopcntdq|amx",
     ),
     Variable("BASISCONV_CACHE", "folder of what is measured on this machine: tuned/<device>.json", "a path"),
     Variable("BASISCONV_DATA", "folder with data sets (cifar10.npz, fashion-mnist/)", "a path"),

@@ -14,6 +14,7 @@ from basisconv_kernels.core.autograd import refuse_double_backward
 from basisconv_kernels.core.checks import Pair, Quad
 from basisconv_kernels.core.packed import PackedTensor, Threshold
 from basisconv_kernels.core.registry import Candidate
+from basisconv_kernels.ops import binary_conv2d_native as native
 from basisconv_kernels.ops.binary_conv2d_arguments import Sizes, check_scale_group, normal_form
 from basisconv_kernels.reference import binary_conv2d as reference
 from basisconv_kernels.reference.binary_conv2d import Settings
@@ -25,11 +26,23 @@ OP = "binary_conv2d"
 # --- backends ---------------------------------------------------------------------------------------------------------
 
 
+def _cpu_supports(problem: Any) -> list[str]:
+    against = []
+    if problem.device != "cpu":
+        against.append(f"runs on the CPU, the tensors are on {problem.device}")
+    if problem.dtype not in native.DTYPES:
+        against.append(f"has no {problem.dtype} kernel")
+    return against
+
+
 def _reference_supports(problem: Any) -> list[str]:
     return []
 
 
-CANDIDATES = (Candidate("reference", "basisconv_kernels.reference.binary_conv2d:forward", _reference_supports),)
+CANDIDATES = (
+    Candidate("cpu", "basisconv_kernels.ops.binary_conv2d_native:forward", _cpu_supports),
+    Candidate("reference", "basisconv_kernels.reference.binary_conv2d:forward", _reference_supports),
+)
 
 _targets: dict[str, Callable[..., Tensor]] = {}
 
@@ -42,8 +55,11 @@ def _forward(backend: str) -> Callable[..., Tensor]:
     return target
 
 
-def _choose(problem: BinaryConv2dProblem, asked: str | None) -> str:
+def _choose(
+    device: str, dtype: torch.dtype, channels_last: bool, sizes: tuple[int, ...], asked: str | None, *fixed: Any
+) -> str:
     """Name of the backend. It looks only at what stays when batch and map size change: a constant in a graph."""
+    problem = problem_of(device, dtype, channels_last, Sizes(*sizes), Settings._make((*fixed, "")))
     asked = asked or registry.wish()
     slower = {} if asked else tuning.slower(OP, problem)
     chosen = registry.select(OP, CANDIDATES, problem, asked, slower)
@@ -54,8 +70,10 @@ def _choose(problem: BinaryConv2dProblem, asked: str | None) -> str:
 _choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def problem_of(input: Any, settings: Settings, sizes: Sizes) -> BinaryConv2dProblem:
-    """What the choice sees of a call."""
+def problem_of(
+    device: str, dtype: torch.dtype, channels_last: bool, sizes: Sizes, settings: Settings
+) -> BinaryConv2dProblem:
+    """What the choice sees of a call; ``dtype`` is that of a real input, of the float result for a packed one."""
     return BinaryConv2dProblem(
         C=sizes.C,
         K=sizes.K,
@@ -68,9 +86,9 @@ def problem_of(input: Any, settings: Settings, sizes: Sizes) -> BinaryConv2dProb
         groups=settings.groups,
         planes=sizes.planes,
         unsigned=settings.encoding == "unsigned",
-        dtype=settings.dtype if isinstance(input, PackedTensor) else input.dtype,
-        device=input.device.type,
-        channels_last=settings.encoding is not None or reference.memory_format(input) == torch.channels_last,
+        dtype=dtype,
+        device=device,
+        channels_last=channels_last,
         activation=settings.activation,
         output=settings.output,
     )
@@ -168,7 +186,12 @@ def _apply(*arguments: Any) -> Tensor:
 def _normal_form(tensors: tuple[Any, ...], arguments: tuple[Any, ...], asked: str | None) -> tuple[Settings, Sizes]:
     """Check the arguments and choose the backend."""
     settings, sizes = normal_form(*tensors, *arguments)
-    return settings._replace(backend=_choose(problem_of(tensors[0], settings, sizes), asked)), sizes
+    input = tensors[0]
+    packed = isinstance(input, PackedTensor)
+    dtype = settings.dtype if packed else input.dtype
+    channels_last = reference.layout_of(input, settings) == torch.channels_last
+    backend = _choose(input.device.type, dtype, channels_last, tuple(sizes), asked, *settings[:-1])
+    return settings._replace(backend=backend), sizes
 
 
 _PLANS_KEPT = 4096

@@ -13,6 +13,7 @@ from basisconv_kernels.core import checks, registry
 from basisconv_kernels.core.packed import ENCODINGS, PackedTensor, Threshold, check_threshold
 from basisconv_kernels.core.problem import dtype_name
 from basisconv_kernels.core.registry import Candidate
+from basisconv_kernels.ops import bitpack_native as native
 from basisconv_kernels.reference import bitpack as reference
 
 OP = "bitpack"
@@ -30,11 +31,23 @@ class BitpackProblem:
         return f"{dtype_name(self.dtype)} {self.device}"
 
 
+def _cpu_supports(problem: Any) -> list[str]:
+    against = []
+    if problem.device != "cpu":
+        against.append(f"runs on the CPU, the tensor is on {problem.device}")
+    if problem.dtype not in native.DTYPES:
+        against.append(f"has no {problem.dtype} kernel")
+    return against
+
+
 def _reference_supports(problem: Any) -> list[str]:
     return []
 
 
-CANDIDATES = (Candidate("reference", "basisconv_kernels.reference.bitpack:forward", _reference_supports),)
+CANDIDATES = (
+    Candidate("cpu", "basisconv_kernels.ops.bitpack_native:forward", _cpu_supports),
+    Candidate("reference", "basisconv_kernels.reference.bitpack:forward", _reference_supports),
+)
 
 _targets: dict[str, Callable[..., Tensor]] = {}
 

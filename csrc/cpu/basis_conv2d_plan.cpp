@@ -109,7 +109,7 @@ CpuPlan amx_plan(const BasisConv2dParams& params, const CpuPack& pack) {
 
 Isa isa_for(const BasisConv2dWeights& w, Isa isa) {
   const bool tiles = w.dtype == DType::bf16 && !w.precise && w.C / w.groups >= 8;
-  return isa == Isa::amx && !tiles ? Isa::avx512 : isa;
+  return isa > Isa::avx512 && !(isa == Isa::amx && tiles) ? Isa::avx512 : isa;
 }
 
 CpuPack cpu_pack(const BasisConv2dWeights& w, Isa wanted) {

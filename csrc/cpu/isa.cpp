@@ -45,6 +45,8 @@ const char* isa_name(Isa isa) {
   switch (isa) {
     case Isa::amx:
       return "amx";
+    case Isa::avx512_vpopcntdq:
+      return "avx512_vpopcntdq";
     case Isa::avx512:
       return "avx512";
     case Isa::avx2:
@@ -60,8 +62,9 @@ Isa isa_of_processor() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-  if (avx512 && __builtin_cpu_supports("avx512bf16") && has_amx()) return Isa::amx;
-  return avx512 ? Isa::avx512 : avx2 ? Isa::avx2 : Isa::base;
+  const bool popcount = avx512 && __builtin_cpu_supports("avx512vpopcntdq");
+  if (popcount && __builtin_cpu_supports("avx512bf16") && has_amx()) return Isa::amx;
+  return popcount ? Isa::avx512_vpopcntdq : avx512 ? Isa::avx512 : avx2 ? Isa::avx2 : Isa::base;
 #else
   return Isa::base;
 #endif
@@ -71,7 +74,7 @@ Isa isa_in_use() {
   static const Isa chosen = [] {
     Isa isa = std::min(isa_of_processor(), kWidestIsa);
     if (const char* cap = std::getenv("BASISCONV_CPU_ISA")) {
-      for (Isa wanted : {Isa::base, Isa::avx2, Isa::avx512, Isa::amx}) {
+      for (Isa wanted : {Isa::base, Isa::avx2, Isa::avx512, Isa::avx512_vpopcntdq, Isa::amx}) {
         if (std::strcmp(cap, isa_name(wanted)) == 0 && wanted < isa) isa = wanted;
       }
     }

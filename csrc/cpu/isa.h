@@ -4,8 +4,9 @@
 
 namespace basisconv {
 
-// amx: AVX-512 with bfloat16 and the matrix unit; what has no kernel of its own there runs as avx512.
-enum class Isa : int32_t { base = 0, avx2 = 1, avx512 = 2, amx = 3 };
+// avx512_vpopcntdq: AVX-512 with a popcount of its own; amx: that with bfloat16 and the matrix unit. What has no kernel
+// of its own for a set runs on the widest below that has one.
+enum class Isa : int32_t { base = 0, avx2 = 1, avx512 = 2, avx512_vpopcntdq = 3, amx = 4 };
 
 // The widest set that was compiled; setup.py names it, and leaves out those that the compiler does not know.
 constexpr Isa kWidestIsa = Isa::BASISCONV_WIDEST;

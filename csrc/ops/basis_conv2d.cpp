@@ -12,15 +12,15 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "../cpu/basis_conv2d.h"
+#include "../cpu/binary_conv2d_plan.h"
+#include "glue.h"
 
 namespace basisconv {
 namespace {
@@ -102,14 +102,15 @@ void pack_into(const BasisConv2dWeights& w, const Tensor& basis_weight, const Te
   std::memcpy(bytes, &header, sizeof(header));
   const Tensor filters = as_float(basis_weight), mixing = as_float(coefficients);
   kernels_for(w).pack(w, cpu_pack(w, isa), static_cast<const float*>(filters.const_data_ptr()),
-                        static_cast<const float*>(mixing.const_data_ptr()),
-                        reinterpret_cast<float*>(bytes + kCpuPackHeaderBytes));
+                      static_cast<const float*>(mixing.const_data_ptr()),
+                      reinterpret_cast<float*>(bytes + kCpuPackHeaderBytes));
 }
 
 Tensor pack(Tensor basis_weight, Tensor coefficients, std::vector<int64_t> stride, std::vector<int64_t> dilation,
             int64_t groups, bool precise, int64_t format) {
   STD_TORCH_CHECK(format == kCpuPackVersion, "basis_conv2d_pack: this library packs format ", kCpuPackVersion,
-                  ", the caller expects format ", format, "; a program traced with another version must be traced again");
+                  ", the caller expects format ", format,
+                  "; a program traced with another version must be traced again");
   const BasisConv2dWeights w = describe(basis_weight, coefficients, stride, dilation, groups, precise);
   Tensor packed = torch::stable::empty({cpu_packed_bytes(w)}, ScalarType::Byte);
   char* bytes = static_cast<char*>(packed.mutable_data_ptr());
@@ -139,35 +140,6 @@ int64_t packed_bytes(std::vector<int64_t> basis_weight_shape, std::vector<int64_
   return cpu_packed_bytes(w);
 }
 
-// A thread's own memory between calls; grows to the largest plan seen.
-float* thread_scratch(int64_t floats) {
-  struct Free {
-    void operator()(void* p) const { std::free(p); }
-  };
-  static thread_local std::unique_ptr<void, Free> memory;
-  static thread_local int64_t held = 0;
-  if (floats > held) {
-    const size_t bytes = (static_cast<size_t>(floats) * 4 + 63) / 64 * 64;
-    memory.reset(std::aligned_alloc(64, bytes));
-    held = memory ? floats : 0;
-    STD_TORCH_CHECK(memory != nullptr, "basis_conv2d: no memory for ", bytes, " bytes of scratch");
-  }
-  return static_cast<float*>(memory.get());
-}
-
-// The layout rule of PyTorch and of reference.memory_format: channels_last where each stride reaches past what the
-// dimensions before it span, in the order C, W, H, N. Where C is 1 or a map is one pixel both formats describe the same
-// memory, and the strides alone say which is meant; where they fit both, NCHW is.
-bool is_channels_last(const Tensor& t) {
-  if (t.numel() == 0 || t.stride(1) == 0) return false;
-  int64_t span = 0;
-  for (const int64_t dim : {1, 3, 2, 0}) {
-    if (t.stride(dim) < span || (dim == 0 && t.stride(1) == span)) return false;
-    span = t.size(dim) * t.stride(dim);
-  }
-  return true;
-}
-
 // The result and, if `keep_maps`, z, both in the dtype and the layout of input.
 std::tuple<Tensor, Tensor> run(const Tensor& input, const Tensor& basis_weight, const Tensor& coefficients,
                                const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
@@ -194,7 +166,7 @@ std::tuple<Tensor, Tensor> run(const Tensor& input, const Tensor& basis_weight, 
   STD_TORCH_CHECK(free_h >= 0 && free_w >= 0, "basis_conv2d: the padded input is smaller than the dilated kernel");
   p.OH = free_h / w.stride_h + 1;
   p.OW = free_w / w.stride_w + 1;
-  p.activation = !activation            ? Activation::none
+  p.activation = !activation              ? Activation::none
                  : *activation == "relu"  ? Activation::relu
                  : *activation == "relu6" ? Activation::relu6
                                           : Activation::none;
@@ -220,9 +192,9 @@ std::tuple<Tensor, Tensor> run(const Tensor& input, const Tensor& basis_weight, 
 
   std::vector<float> offset(w.K, 0.0f);
   if (bias) {
-    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == w.K && bias->is_cpu() &&
-                        bias->scalar_type() == input.scalar_type(),
-                    "basis_conv2d: bias must be [K] in the dtype of input");
+    STD_TORCH_CHECK(
+        bias->dim() == 1 && bias->size(0) == w.K && bias->is_cpu() && bias->scalar_type() == input.scalar_type(),
+        "basis_conv2d: bias must be [K] in the dtype of input");
     const Tensor dense = as_float(*bias);
     std::memcpy(offset.data(), dense.const_data_ptr(), w.K * sizeof(float));
   }
@@ -244,8 +216,8 @@ std::tuple<Tensor, Tensor> run(const Tensor& input, const Tensor& basis_weight, 
   if (packed) {
     STD_TORCH_CHECK(packed->is_cpu() && packed->scalar_type() == ScalarType::Byte && packed->is_contiguous(),
                     "basis_conv2d: packed must be a contiguous uint8 tensor on the CPU");
-    STD_TORCH_CHECK(packed->numel() == cpu_packed_bytes(w),
-                    "basis_conv2d: packed has ", packed->numel(), " bytes, these weights pack to ", cpu_packed_bytes(w));
+    STD_TORCH_CHECK(packed->numel() == cpu_packed_bytes(w), "basis_conv2d: packed has ", packed->numel(),
+                    " bytes, these weights pack to ", cpu_packed_bytes(w));
     bytes = static_cast<const char*>(packed->const_data_ptr());
     const CpuPackHeader expected = cpu_pack_header(w, isa);
     STD_TORCH_CHECK(std::memcmp(bytes, &expected, sizeof(expected)) == 0,
@@ -265,7 +237,7 @@ std::tuple<Tensor, Tensor> run(const Tensor& input, const Tensor& basis_weight, 
   const CpuPlan plan = cpu_plan(p, cpu_pack(w, isa), threads);
   const CpuBasisConv2d kernels = kernels_for(w);
   torch::stable::parallel_for(0, plan.units, (plan.units + threads - 1) / threads, [&](int64_t begin, int64_t end) {
-    kernels.run(p, plan, thread_scratch(plan.scratch()), begin, end);
+    kernels.run(p, plan, static_cast<float*>(thread_memory(plan.scratch() * 4)), begin, end);
   });
   return {output, maps};
 }
@@ -289,8 +261,9 @@ std::tuple<Tensor, Tensor> forward_maps(Tensor input, Tensor basis_weight, Tenso
 
 std::string build_facts() {
   std::string facts = "{\"compiler\": \"" __VERSION__ "\", \"pack_format\": " + std::to_string(kCpuPackVersion) +
+                      ", \"binary_pack_format\": " + std::to_string(kBinaryPackVersion) +
                       ", \"cpu\": {\"built\": [\"base\"";
-  for (Isa isa : {Isa::avx2, Isa::avx512, Isa::amx}) {
+  for (Isa isa : {Isa::avx2, Isa::avx512, Isa::avx512_vpopcntdq, Isa::amx}) {
     if (isa <= kWidestIsa) facts += ", \"" + std::string(isa_name(isa)) + "\"";
   }
   facts += "], \"processor\": \"" + std::string(isa_name(isa_of_processor()));

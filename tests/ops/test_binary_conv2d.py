@@ -19,22 +19,27 @@ from basisconv_kernels.testing.binary_conv2d import VIEWS, BinaryCase, arguments
 
 AVAILABLE = [candidate.name for candidate in CANDIDATES if registry.absent(candidate.name) is None]
 backends = pytest.mark.parametrize("backend", AVAILABLE)
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+# What a backend does differently by dtype: the native one in 16 bits, the reference in float64.
+DTYPES = {"cpu": (torch.float32, torch.bfloat16, torch.float16), "reference": (torch.float32, torch.float64)}
+backends_and_dtypes = pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        pytest.param(backend, dtype, id=f"{backend}-{str(dtype).removeprefix('torch.')}")
+        for backend in AVAILABLE
+        for dtype in DTYPES.get(backend, (torch.float32,))
+    ],
+)
 cases = pytest.mark.parametrize("case", testing.BINARY_CASES, ids=lambda case: case.name)
 
 
 def runs(backend, case):
-    """The op on this backend; skips what it says that it cannot run."""
+    """The op on this backend, which must not say that it cannot run the case."""
     candidate = next(c for c in CANDIDATES if c.name == backend)
-    against = candidate.supports(case.problem)
-    if against:
-        pytest.skip("; ".join(against))
+    assert not candidate.supports(case.problem)
     return functools.partial(binary_conv2d, backend=backend)
 
 
-@backends
-@dtypes
+@backends_and_dtypes
 @cases
 def test_result(backend, dtype, case):
     case = case.at(dtype=dtype)
@@ -46,7 +51,7 @@ def test_result(backend, dtype, case):
 def test_every_number_of_channels(backend, planes):
     for channels in range(1, 131):
         case = testing.binary_case("odd_sizes").at(
-            C=channels, K=1 + channels % 41, H=4, W=5, N=1, planes=planes, unsigned=planes > 1
+            C=channels, K=1 + channels % 41, H=2, W=3, N=1, planes=planes, unsigned=planes > 1
         )
         testing.check_binary(case, runs(backend, case), seed=channels)
 

@@ -289,7 +289,7 @@ bool check(Random random, Isa isa) {
 int main(int count, char** arguments) {
   if (count != 4) return 2;
   Isa isa = Isa::base;
-  for (Isa known : {Isa::avx2, Isa::avx512, Isa::amx}) {
+  for (Isa known : {Isa::avx2, Isa::avx512, Isa::avx512_vpopcntdq, Isa::amx}) {
     if (std::strcmp(arguments[1], isa_name(known)) == 0) isa = known;
   }
   if (isa > isa_of_processor()) {

@@ -12,7 +12,13 @@ import pytest
 from basisconv_kernels.core import extension
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = ("ops/test_basis_conv2d.py", "ops/test_basis_conv2d_autograd.py", "layers/test_packing.py")
+FILES = (
+    "ops/test_binary_conv2d.py",
+    "ops/test_bitpack.py",
+    "ops/test_basis_conv2d.py",
+    "ops/test_basis_conv2d_autograd.py",
+    "layers/test_packing.py",
+)
 GEOMETRIES = 5_000  # a dtype
 
 CPU = extension.facts().get("cpu", {})

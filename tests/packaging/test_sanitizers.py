@@ -59,13 +59,14 @@ def sanitized(outside: Any) -> Any:
     return outside
 
 
-@pytest.mark.parametrize("isa", ["base", "avx2", "avx512", "amx"])
+@pytest.mark.parametrize("isa", ["base", "avx2", "avx512", "avx512_vpopcntdq", "amx"])
 def test_op_tests_are_clean(sanitized: Any, isa: str) -> None:
     in_use = sanitized.cpu(BASISCONV_CPU_ISA=isa)["in_use"]
     if in_use != isa:
         pytest.skip(f"this processor has {in_use} at most")
     log = sanitized.pytest(
-        "tests/ops/test_basis_conv2d.py", "tests/ops/test_basis_conv2d_native.py", "-x", "--geometries=500",
+        "tests/ops/test_basis_conv2d.py", "tests/ops/test_basis_conv2d_native.py",
+        "tests/ops/test_binary_conv2d.py", "tests/ops/test_bitpack.py", "-x", "--geometries=500",
         "--deselect=tests/ops/test_basis_conv2d_native.py::test_every_instruction_set_passes_every_case",
         BASISCONV_CPU_ISA=isa,
     )  # fmt: skip

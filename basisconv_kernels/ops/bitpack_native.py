@@ -1,0 +1,30 @@
+"""The native torch op of ``bitpack``: calling it, and what torch must know about it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from basisconv_kernels.core import extension
+from basisconv_kernels.core.autograd import refuse_gradients
+from basisconv_kernels.core.packed import Threshold, words_for
+
+OP = "bitpack"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int32)
+PRESENT = extension.load() is None
+
+
+def forward(input: Tensor, threshold: Threshold | None, planes: int, encoding: str) -> Tensor:
+    """The torch op that C++ registers for the CPU."""
+    value, flip = (None, None) if threshold is None else (threshold.value, threshold.flip)
+    return torch.ops.basisconv.bitpack.default(input, value, flip, planes, encoding == "unsigned")
+
+
+def _fake(input: Tensor, threshold: Tensor | None, flip: Tensor | None, bits: int, codes: bool) -> Tensor:
+    N, C, H, W = input.shape
+    return input.new_empty((N, bits, H, W, words_for(C)), dtype=torch.int32)
+
+
+if PRESENT:
+    torch.library.register_fake("basisconv::bitpack", _fake)
+    refuse_gradients("bitpack", OP)

@@ -1,0 +1,77 @@
+// How binary_conv2d runs on a CPU: packed layout, rows in a pass. Pure functions of sizes and instruction
+// set, compiled once, tested without running a kernel.
+#pragma once
+#include <cstdint>
+
+#include "../ops/binary_conv2d.h"
+#include "isa.h"
+
+namespace basisconv {
+
+// The two ways to count bits, and what a register holds:
+//   words    32 bits of one filter a lane; xor with a broadcast word of the pixel, then popcount.
+//   nibbles  8 bits of one filter a lane. The four bits of the pixel choose a table of the 16 values of popc(a ^ i),
+//            those of the filter index it: one byte shuffle for the four channels of as many filters as lanes.
+enum class BinaryVariant : int32_t { words = 0, nibbles = 1 };
+
+// Layout of the packed weights, behind the header:
+//   counts [groups][R * S][padded filters]        int32, set bits of one tap of a filter
+//   bits   [groups][blocks][R * S][units][block]  words: uint32; nibbles: bytes of 8 channels, in the order `place`
+struct BinaryPack {
+  BinaryVariant variant;
+  int32_t lanes;    // filters in a register
+  int32_t vectors;  // registers of filters in a tile
+  int32_t pixels;   // pixels in a tile, at most
+  int64_t block;    // filters in a tile: lanes * vectors
+  int64_t blocks;   // of one group
+  int64_t padded;   // filters of one group, a multiple of block
+  int64_t units;    // words or bytes that hold the channels of a group
+  int64_t unit_bytes;
+  int64_t counts_bytes, bits_bytes;
+};
+
+struct BinaryPackHeader {
+  char magic[8];
+  int64_t version, isa, C, K, R, S, groups;
+};
+static_assert(sizeof(BinaryPackHeader) == 64, "bits behind it stay aligned to a cache line");
+
+constexpr int64_t kBinaryPackVersion = 1;
+
+// The set whose kernels of this op run when `isa` is in use: the matrix unit has none of its own.
+Isa binary_isa_for(Isa isa);
+BinaryPack binary_pack(const BinaryConv2dWeights& weights, Isa isa);
+BinaryPackHeader binary_pack_header(const BinaryConv2dWeights& weights, Isa isa);
+int64_t binary_packed_bytes(const BinaryConv2dWeights& weights, Isa isa);
+// The largest of all instruction sets, so that one size holds for a program that was traced elsewhere.
+int64_t binary_packed_bytes(const BinaryConv2dWeights& weights);
+
+// Where filter f of a register stands among its bytes. Widening the counts of a register from bytes to 16 bits takes
+// the low and the high halves of its 16-byte parts; in this order the results are filters in sequence.
+inline int64_t binary_place(const BinaryPack& pack, int64_t f) {
+  if (pack.variant == BinaryVariant::words) return f;
+  const int64_t half = pack.lanes / 2, high = f / half, within = f % half;
+  return within / 8 * 16 + high * 8 + within % 8;
+}
+
+constexpr int64_t kMostPassRows = 16;
+
+// One batch and map. A unit of work is a pass: `rows` output rows of one image. Scratch is each thread's own: a ring of
+// input rows in the form that the tiles read, and one row of words.
+struct BinaryPlan {
+  BinaryPack pack;
+  int64_t rows;         // output rows in a pass
+  int64_t passes;       // of one image
+  int64_t units;        // N * passes
+  int64_t columns;      // pixels in a row of the ring, padding included
+  int64_t pixel_bytes;  // of one group and plane
+  int64_t plane_bytes;  // of one row: groups * columns * pixel_bytes
+  int64_t row_bytes;    // of all planes
+  int64_t ring_rows;
+  int64_t line_words;  // the row of words, and one of a group
+  int64_t pointers;    // to rows of the ring, for the taps of all rows in a pass
+  int64_t scratch_bytes;
+};
+BinaryPlan binary_plan(const BinaryConv2dParams& params, const BinaryPack& pack, int64_t threads);
+
+}  // namespace basisconv

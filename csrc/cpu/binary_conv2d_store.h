@@ -1,0 +1,136 @@
+// From the counts of a tile to the result: whole numbers, floats with scales, bias and activation, or bits for the next
+// layer, in the same pass.
+#pragma once
+#include "binary_conv2d_plan.h"
+#include "simd.h"
+
+namespace basisconv {
+namespace BASISCONV_ISA {
+
+// One output pixel and one block of filters.
+struct Spot {
+  int64_t n, y, x;
+  int64_t k;             // the first filter, among K
+  int64_t count;         // real filters of the block
+  const int32_t* table;  // of the pixel's class, at the block's first filter
+  const int32_t* flip;   // likewise
+};
+
+// One bit a number: raw[i] <= limit[i], inverted where flip[i] is -1; n is a multiple of the lanes, at most 32.
+BASISCONV_INLINE uint32_t compare(const int32_t* raw, const int32_t* limit, const int32_t* flip, int64_t n) {
+  uint32_t bits = 0;
+#if defined(BASISCONV_AVX512)
+  for (int64_t i = 0; i < n; i += 16) {
+    const __m512i inverted = _mm512_loadu_si512(flip + i);
+    const __mmask16 above = _mm512_cmpgt_epi32_mask(_mm512_loadu_si512(raw + i), _mm512_loadu_si512(limit + i));
+    const __mmask16 found = static_cast<__mmask16>(~above ^ _mm512_movepi32_mask(inverted));
+    bits |= static_cast<uint32_t>(found) << i;
+  }
+#elif defined(BASISCONV_AVX2)
+  for (int64_t i = 0; i < n; i += 8) {
+    const __m256i counts = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(raw + i));
+    const __m256i limits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(limit + i));
+    const __m256i inverted = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(flip + i));
+    const __m256i above = _mm256_xor_si256(_mm256_cmpgt_epi32(counts, limits), inverted);
+    bits |= (~static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(above))) & 0xffu) << i;
+  }
+#else
+  for (int64_t i = 0; i < n; i++) bits |= static_cast<uint32_t>((raw[i] <= limit[i]) ^ (flip[i] != 0)) << i;
+#endif
+  return bits;
+}
+
+// Bits from place k of a pixel's words on; a group may start within a word. The words are zero before.
+BASISCONV_INLINE void put_bits(uint32_t* words, int64_t k, uint32_t bits) {
+  const int64_t shift = k % kWordBits;
+  uint32_t* word = words + k / kWordBits;
+  word[0] |= bits << shift;
+  if (shift != 0 && bits >> (kWordBits - shift) != 0) word[1] |= bits >> (kWordBits - shift);
+}
+
+static BASISCONV_INLINE void store_bits(const BinaryConv2dParams& p, const Spot& at, const int32_t* raw,
+                                        int64_t block) {
+  uint32_t* words = static_cast<uint32_t*>(p.output) + ((at.n * p.OH + at.y) * p.OW + at.x) * words_for(p.weights.K);
+  for (int64_t i = 0; i < at.count; i += kWordBits) {
+    const int64_t size = block - i < kWordBits ? block - i : kWordBits, left = at.count - i;
+    uint32_t bits = compare(raw + i, at.table + i, at.flip + i, size);
+    if (left < kWordBits) bits &= (1u << left) - 1u;
+    put_bits(words, at.k + i, bits);
+  }
+}
+
+// Where the result of output k stands, in elements, and how far the next k is.
+static BASISCONV_INLINE int64_t place_of(const BinaryConv2dParams& p, const Spot& at, int64_t& step) {
+  if (p.channels_last) {
+    step = 1;
+    return ((at.n * p.OH + at.y) * p.OW + at.x) * p.weights.K + at.k;
+  }
+  step = p.OH * p.OW;
+  return ((at.n * p.weights.K + at.k) * p.OH + at.y) * p.OW + at.x;
+}
+
+static BASISCONV_INLINE void store_sums(const BinaryConv2dParams& p, const Spot& at, const int32_t* raw) {
+  int64_t step;
+  int32_t* to = static_cast<int32_t*>(p.output) + place_of(p, at, step);
+  const int32_t factor = p.codes ? 1 : 2;
+  if (step == 1) {
+    for (int64_t i = 0; i < at.count; i++) to[i] = at.table[i] - factor * raw[i];
+  } else {
+    for (int64_t i = 0; i < at.count; i++) to[i * step] = at.table[i] - factor * raw[i];
+  }
+}
+
+template <typename T>
+static BASISCONV_INLINE void store_floats(const BinaryConv2dParams& p, const Spot& at, const int32_t* raw,
+                                          float* values) {
+  const int32_t factor = p.codes ? 1 : 2;
+  const float pixel = p.pixel_scale == nullptr ? 1.0f : p.pixel_scale[(at.n * p.OH + at.y) * p.OW + at.x];
+  const float *scale = p.scale + at.k, *bias = p.bias + at.k;
+  for (int64_t i = 0; i < at.count; i++) {
+    values[i] = static_cast<float>(at.table[i] - factor * raw[i]) * scale[i] * pixel + bias[i];
+  }
+  // Clamps that keep a NaN, which scale or bias may hold.
+  if (p.activation != BinaryActivation::none) {
+    for (int64_t i = 0; i < at.count; i++) values[i] = values[i] < 0.0f ? 0.0f : values[i];
+  }
+  if (p.activation == BinaryActivation::relu6) {
+    for (int64_t i = 0; i < at.count; i++) values[i] = values[i] > 6.0f ? 6.0f : values[i];
+  }
+  int64_t step;
+  T* to = static_cast<T*>(p.output) + place_of(p, at, step);
+  if (step == 1) {
+    int64_t i = 0;
+    for (; i + kWidth <= at.count; i += kWidth) Vec::store(to + i, Vec::load(values + i));
+    if (i < at.count) Vec::store_n(to + i, Vec::load_n(values + i, at.count - i), at.count - i);
+  } else {
+    for (int64_t i = 0; i < at.count; i++) from_float(values[i], to + i * step);
+  }
+}
+
+// All of a tile's pixels; raw [pixels][block].
+static void store_tile(const BinaryConv2dParams& p, Spot at, int64_t pixels, const int32_t* raw, int64_t block,
+                       const int32_t* table_of_row, int64_t class_size, float* values) {
+  for (int64_t i = 0; i < pixels; i++, at.x++, raw += block) {
+    at.table = table_of_row + p.column_class[at.x] * class_size;
+    switch (p.output_type) {
+      case BinaryOutput::packed:
+        store_bits(p, at, raw, block);
+        break;
+      case BinaryOutput::i32:
+        store_sums(p, at, raw);
+        break;
+      case BinaryOutput::f32:
+        store_floats<float>(p, at, raw, values);
+        break;
+      case BinaryOutput::bf16:
+        store_floats<bf16>(p, at, raw, values);
+        break;
+      case BinaryOutput::f16:
+        store_floats<f16>(p, at, raw, values);
+        break;
+    }
+  }
+}
+
+}  // namespace BASISCONV_ISA
+}  // namespace basisconv
