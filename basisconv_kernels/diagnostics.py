@@ -150,9 +150,10 @@ def explain(op: str, problem: Conv2dProblem, asked: str | None) -> dict[str, Any
         ValueError: an unknown op, or a problem that has no output.
     """
     candidates = op_module(op).CANDIDATES
-    if op != "basis_conv2d":
+    if op not in ("basis_conv2d", "tucker_conv2d"):
         raise ValueError(
-            f"explain describes calls of basis_conv2d, got {op!r}; run the call itself with BASISCONV_LOG=dispatch"
+            f"explain describes calls of basis_conv2d and tucker_conv2d, got {op!r}; run the call itself with "
+            "BASISCONV_LOG=dispatch"
         )
     against = registry.reasons(candidates, problem)
     wished = asked or registry.wish()
