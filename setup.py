@@ -28,6 +28,7 @@ CPU_KERNELS = [
     "csrc/cpu/binary_conv2d.cpp",
     "csrc/cpu/bitpack.cpp",
     "csrc/cpu/stacked_binary_conv2d.cpp",
+    "csrc/cpu/ternary_conv2d.cpp",
 ]
 POPCOUNT_KERNELS = ["csrc/cpu/binary_conv2d.cpp"]
 AMX_KERNELS = ["csrc/cpu/basis_conv2d_amx.cpp"]
@@ -40,6 +41,8 @@ ONCE = [
     "csrc/cpu/basis_conv2d_plan.cpp",
     "csrc/cpu/binary_conv2d_plan.cpp",
     "csrc/cpu/binary_conv2d_table.cpp",
+    "csrc/ops/ternary_conv2d.cpp",
+    "csrc/cpu/ternary_conv2d_plan.cpp",
     "csrc/cpu/isa.cpp",
 ]
 

@@ -32,7 +32,9 @@ from basisconv_kernels.ops.basis_conv2d import basis_conv2d
 from basisconv_kernels.ops.binary_conv2d import binary_conv2d
 from basisconv_kernels.ops.bitpack import bitpack
 from basisconv_kernels.ops.stacked_binary_conv2d import stacked_binary_conv2d
+from basisconv_kernels.ops.ternary_conv2d import ternary_conv2d
 from basisconv_kernels.ops.tucker_conv2d import tucker_conv2d
+from basisconv_kernels.testing import ternary_conv2d as ternary
 
 EXTRAS = {"cli": ("typer", "rich"), "report": ("matplotlib", "jinja2"), "triton": ("triton",)}
 OTHERS = ("torch", "numpy", "safetensors", "torchvision")
@@ -257,6 +259,15 @@ def _run_basis_conv2d(backend: str, dtype: torch.dtype, device: str) -> None:
         testing.check_gradients(case, kernel)
 
 
+def _run_ternary_conv2d(backend: str, dtype: torch.dtype, device: str) -> None:
+    """The same for ``ternary_conv2d``, with two scales."""
+    kernel = functools.partial(ternary_conv2d, backend=backend)
+    case = next(case for case in ternary.TERNARY_CASES if case.name == "two_scales").at(dtype=dtype, device=device)
+    ternary.check(case, kernel)
+    if dtype is torch.float32:
+        ternary.check_gradients(case, kernel)
+
+
 def _run_stacked_binary_conv2d(backend: str, dtype: torch.dtype, device: str) -> None:
     """The same for stacked filters; their gradients are plain PyTorch on every backend."""
     case = testing.stacked_case("odd_sizes").at(dtype=dtype, device=device)
@@ -265,7 +276,7 @@ def _run_stacked_binary_conv2d(backend: str, dtype: torch.dtype, device: str) ->
 
 def _run_tucker_conv2d(backend: str, dtype: torch.dtype, device: str) -> None:
     kernel = functools.partial(tucker_conv2d, backend=backend)
-    case = testing.tucker_case("odd_sizes").at(dtype=dtype, device=device)
+    case: Any = testing.tucker_case("odd_sizes").at(dtype=dtype, device=device)
     testing.check_tucker(case, kernel)
     if dtype is torch.float32:
         testing.check_tucker_gradients(case, kernel)
@@ -287,6 +298,7 @@ _TINY_RUNS = {
     "basis_conv2d": _run_basis_conv2d,
     "binary_conv2d": _run_binary_conv2d,
     "bitpack": _run_bitpack,
+    "ternary_conv2d": _run_ternary_conv2d,
     "stacked_binary_conv2d": _run_stacked_binary_conv2d,
     "tucker_conv2d": _run_tucker_conv2d,
 }

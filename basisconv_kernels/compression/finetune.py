@@ -117,6 +117,7 @@ def finetune(
         list of EpochRecord: one an epoch, an epoch cut short by ``max_steps`` included.
 
     Raises:
+        TypeError: ``model`` is no Module.
         ValueError: arguments that do not fit, an empty loader, or an orthogonality weight without a trained basis.
         FloatingPointError: the loss is no longer a finite number.
 
@@ -182,6 +183,8 @@ def finetune(
 def _check_arguments(
     model: nn.Module, epochs: int, scheduler_step: str, orthogonality: float, max_steps: int | None
 ) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"finetune: model must be a torch.nn.Module, got {type(model).__name__}")
     if epochs < 1:
         raise ValueError(f"finetune: epochs must be at least 1, got {epochs}")
     if max_steps is not None and max_steps < 1:

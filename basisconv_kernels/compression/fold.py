@@ -72,6 +72,8 @@ def fold_batchnorm(model: nn.Module, example_inputs: Any) -> tuple[nn.Module, Fo
         >>> [(chain.name, chain.absorbed) for chain in report.chains]
         [('0', ('1',))]
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"fold_batchnorm: model must be a torch.nn.Module, got {type(model).__name__}")
     target = copy.deepcopy(model).eval()
     with torch.no_grad():
         expected = run(target, example_inputs)

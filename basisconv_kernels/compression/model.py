@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from basisconv_kernels.compression import basis_method, prune, tucker  # noqa: F401  (they register their methods)
+from basisconv_kernels.compression import basis_method, prune, ternary, tucker  # noqa: F401  (they register)
 from basisconv_kernels.compression.config import BasisConfig
 from basisconv_kernels.compression.fold import separate_residuals
 from basisconv_kernels.compression.methods import FilterFunction, Task, method_of, own_layers
@@ -19,10 +19,11 @@ from basisconv_kernels.compression.prune_config import PruneConfig
 from basisconv_kernels.compression.report import CompressionReport
 from basisconv_kernels.compression.stacked_binary import StackedBinaryConfig
 from basisconv_kernels.compression.survey import convolutions, evaluating, run, substitute
+from basisconv_kernels.compression.ternary_config import TernaryConfig
 from basisconv_kernels.compression.tucker_config import TuckerConfig
 
 # One step, or several by name pattern: {"layer1.*": BasisConfig(...), "*": None}. None leaves the layers as they are.
-Config = BasisConfig | TuckerConfig | PruneConfig | StackedBinaryConfig
+Config = BasisConfig | TuckerConfig | PruneConfig | StackedBinaryConfig | TernaryConfig
 Step = Config | Mapping[str, Config | None]
 
 
@@ -41,7 +42,8 @@ def compress(
 
     ``BasisConfig``: each replaced ``W ≈ A·F``, Q shared filters F and coefficients A. ``TuckerConfig``: each
     ``W ≈ U_out·core·U_in``. ``PruneConfig``: filters are removed. ``StackedBinaryConfig``: each
-    ``W[k] ≈ scale[k]·concat_i B[index[k, i]]``, a bank B of ±1 filters. Fine-tune the result: it costs accuracy.
+    ``W[k] ≈ scale[k]·concat_i B[index[k, i]]``, a bank B of ±1 filters. ``TernaryConfig``: weights become −σ, 0
+    and +σ, those of Linear layers too. Fine-tune the result: it costs accuracy.
 
     A convolution is replaced if it is a Conv2d itself (parametrised weights are applied first), was reached by the
     example inputs, is allowed by ``only``, ``skip`` and ``filter_fn``, carries no hooks, shares its weight with no
@@ -51,10 +53,11 @@ def compress(
 
     Args:
         model (Module): in any mode; the training flags of its modules are kept.
-        config (BasisConfig, TuckerConfig or PruneConfig, or a list or mapping of such): what to do, to which layers.
-            A list is a pipeline, one step after the other on what the steps before left. A mapping {pattern:
-            configuration} chooses by layer: patterns are those of ``fnmatch`` on layer names (``"layer1.*"``), the
-            first that matches counts, None leaves its layers as they are, and so are layers that none matches.
+        config (BasisConfig, TuckerConfig, PruneConfig or TernaryConfig, or a list or mapping of such): what to do, to
+            which layers. A list is a pipeline, one step after the other on what the steps before left. A mapping
+            {pattern: configuration} chooses by layer: patterns are those of ``fnmatch`` on layer names
+            (``"layer1.*"``), the first that matches counts, None leaves its layers as they are, and so are layers that
+            none matches.
         example_inputs: a Tensor, a tuple or list of positional, or a mapping of keyword arguments of the network; run
             once, in eval mode without gradients, to see the size of every layer's input.
         calibration (iterable, optional): more of the same kind, for ``data_aware`` and ``basis_norm``; default: the
@@ -70,7 +73,8 @@ def compress(
         whole, with the reports of the steps in ``steps``.
 
     Raises:
-        ValueError: an unknown layer name, NaN or infinite weights, or a rule that cannot be met; nothing was changed.
+        ValueError: an unknown layer name, NaN or infinite weights, example inputs that the network does not take, or a
+            rule that cannot be met; nothing was changed.
         TypeError: arguments of a wrong kind.
 
     Source: Tayyab, Mahalanobis 2019, arXiv 1906.04509; Tayyab, Khan, Mahalanobis 2021, arXiv 2105.10436.
@@ -163,6 +167,8 @@ def to_plain(model: nn.Module, *, collapse: bool = False, inplace: bool = False)
     Returns:
         Module: the network, without any class of this package; a layer that was shared stays shared.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"to_plain: model must be a torch.nn.Module, got {type(model).__name__}")
     target = model if inplace else copy.deepcopy(model)
     separate_residuals(target)
     layers: list[Any] = [m for m in target.modules() if isinstance(m, own_layers())]

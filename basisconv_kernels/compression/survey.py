@@ -165,7 +165,11 @@ def _pixels_read(module: Convolution, input: Tensor) -> int:
 
 
 def survey(model: nn.Module, example_inputs: Any) -> list[ConvLayer]:
-    """``convolutions`` with what one run in eval mode shows of each; the network itself is not changed."""
+    """``convolutions`` with what one run in eval mode shows of each; the network itself is not changed.
+
+    Raises:
+        ValueError: the network does not take the inputs.
+    """
     layers = convolutions(model)
 
     def watcher_for(layer: ConvLayer) -> Callable[[Tensor, Tensor], None]:
@@ -180,5 +184,20 @@ def survey(model: nn.Module, example_inputs: Any) -> list[ConvLayer]:
         return watch
 
     with evaluating(model), watching({layer.module: watcher_for(layer) for layer in layers}):
-        run(model, example_inputs)
+        try:
+            run(model, example_inputs)
+        except (RuntimeError, ValueError, TypeError, LookupError) as error:
+            what = f"compress: the network does not run on example_inputs, {_kind(example_inputs)}"
+            raise ValueError(f"{what}: {error}") from error
     return layers
+
+
+def _kind(inputs: Any) -> str:
+    """What the inputs are, in a few words."""
+    if isinstance(inputs, Tensor):
+        return f"a Tensor {list(inputs.shape)}"
+    if isinstance(inputs, Mapping):
+        return f"a mapping of {', '.join(map(str, inputs)) or 'nothing'}"
+    if isinstance(inputs, (tuple, list)):
+        return f"{type(inputs).__name__} of {', '.join(map(_kind, inputs)) or 'nothing'}"
+    return f"a {type(inputs).__name__}"

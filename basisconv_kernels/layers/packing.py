@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 ORDINARY = (Tensor, torch.nn.Parameter)
-Value = TypeVar("Value", bound=tuple[Tensor | None, ...])
+Value = TypeVar("Value", bound=tuple[Any, ...])  # of tensors and None
 
 
 class Prepared(NamedTuple):
@@ -45,7 +45,7 @@ class _Entry(NamedTuple):
 
 
 class PreparedWeights:
-    """One remembered tuple of tensors, such as ``Prepared``, and the proof that it still holds.
+    """One remembered tuple of tensors and the proof that it still holds.
 
     - An address says nothing once its memory is freed and given out again, so an alias of every source tensor is kept:
       its memory stays, and an equal address is the same memory. The version counter then tells edits in place.
@@ -107,7 +107,7 @@ def _unchanged(sources: tuple[Tensor, ...], known: tuple[_Source, ...]) -> bool:
     return True
 
 
-def _ordinary(sources: tuple[Tensor, ...], value: tuple[Tensor | None, ...]) -> bool:
+def _ordinary(sources: tuple[Tensor, ...], value: tuple[Any, ...]) -> bool:
     if torch._C._are_functorch_transforms_active():
         return False
     made = [tensor for tensor in value if tensor is not None]

@@ -34,7 +34,7 @@ def forward(
     """The result, and M and Z if asked."""
     stride, padding, dilation, activation, precise, _ = settings
     layout, dtype = memory_format(input), _between(input.dtype, precise)
-    reduced = laid_out(_reduce(input, u_in, layout, precise), layout)
+    reduced = laid_out(_reduce(input, u_in, layout, precise).to(dtype), layout)
     tensors = (core, u_out, bias, residual)
     if dtype != input.dtype:
         tensors = tuple(None if t is None else t.to(dtype) for t in tensors)  # type: ignore[assignment]
@@ -49,6 +49,8 @@ def forward(
 
 def _reduce(input: Tensor, u_in: Tensor, layout: torch.memory_format, precise: bool) -> Tensor:
     """M = u_inᵀ · input in the dtype that it has between the stages, rounded once."""
+    if 0 in input.shape[2:]:  # no pixel, though the padding around may have some
+        return reduce_channels(input, u_in)
     if input.dtype in HALF and not precise:
         # The basis kernel's own first stage, whose maps it also returns: PyTorch has no fast 16-bit 1×1 on processors
         # without 16-bit arithmetic. The second stage is one output that nobody reads.

@@ -27,7 +27,7 @@ LATER = "basis_conv2d came first, complete from kernel to demo"
 # What exists of the ops that came later.
 HERE = {
     pattern.format(op=op)
-    for op in ("bitpack", "binary_conv2d", "stacked_binary_conv2d")
+    for op in ("bitpack", "binary_conv2d", "stacked_binary_conv2d", "ternary_conv2d")
     for pattern in STARRED
     if not pattern.startswith(("csrc/cuda", "triton_kernels"))
 } | {

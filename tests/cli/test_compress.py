@@ -127,6 +127,12 @@ def test_functions_that_give_no_network(basisconv, network, name, words):
     assert words in outcome.err
 
 
+def test_a_module_that_is_not_there(basisconv):
+    outcome = basisconv("compress", "--model", "no_such_module:network", *RULE)
+    assert outcome.code == 1
+    assert "--model: 'no_such_module' cannot be imported from here: No module named 'no_such_module'" in outcome.err
+
+
 def test_report_refuses_an_edited_file(basisconv, network, tmp_path):
     file = tmp_path / "small.safetensors"
     basisconv("compress", "--model", network, *RULE, "--out", file)

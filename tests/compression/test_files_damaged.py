@@ -20,7 +20,20 @@ import torch
 from basisconv_kernels.compression.files import load, read_recipe, save
 from basisconv_kernels.core.errors import ArchitectureError, FileFormatError
 
-from .file_networks import CONFIGS, REFUSALS, Small, bits, compressed, folded, joined, packed, parts, refused, snapshot
+from .file_networks import (
+    CONFIGS,
+    REFUSALS,
+    Small,
+    bits,
+    compressed,
+    folded,
+    joined,
+    packed,
+    parts,
+    refused,
+    snapshot,
+    ternary,
+)
 
 
 @pytest.fixture
@@ -233,10 +246,11 @@ def forged(content: bytes, _: bytes, dice: random.Random) -> bytes:
 
 @functools.cache
 def originals() -> tuple[bytes, ...]:
-    """Files of three networks: as compressed, folded, and with BatchNorms between the stages."""
+    """Files of four networks: as compressed, folded, with BatchNorms between the stages, and with ternary codes."""
+    networks = (compressed(), folded(), compressed(CONFIGS["norm"]), ternary())
     with tempfile.TemporaryDirectory() as folder:
-        names = [Path(folder) / str(number) for number in range(3)]
-        for name, network in zip(names, (compressed(), folded(), compressed(CONFIGS["norm"])), strict=True):
+        names = [Path(folder) / str(number) for number in range(len(networks))]
+        for name, network in zip(names, networks, strict=True):
             save(network, name)
         return tuple(name.read_bytes() for name in names)
 

@@ -170,9 +170,10 @@ def test_meta_tensors_give_the_shape():
     assert (out.shape, out.device.type) == ((p.N, p.K, *p.output_size), "meta")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @backends
-def test_a_map_without_rows_is_all_padding(backend):
-    inputs = testing.make_tucker_inputs(testing.tucker_case("rank_out_one"))
+def test_a_map_without_rows_is_all_padding(backend, dtype):
+    inputs = testing.make_tucker_inputs(testing.tucker_case("rank_out_one").at(dtype=dtype))
     out = tucker_conv2d(inputs.input[:, :, :0], *inputs.tensors[1:5], padding=2, backend=backend)
     assert torch.equal(out, inputs.bias[:, None, None].expand_as(out))
 
