@@ -33,6 +33,8 @@ CPU_KERNELS = [
 POPCOUNT_KERNELS = ["csrc/cpu/binary_conv2d.cpp"]
 AMX_KERNELS = ["csrc/cpu/basis_conv2d_amx.cpp"]
 ONCE = [
+    "csrc/ops/stacked_binary_conv2d.cpp",
+    "csrc/cpu/stacked_binary_conv2d_plan.cpp",
     "csrc/ops/basis_conv2d.cpp",
     "csrc/ops/binary_conv2d.cpp",
     "csrc/ops/bitpack.cpp",

@@ -318,6 +318,18 @@ def _run_tucker_conv2d(backend: str, dtype: torch.dtype, device: str) -> None:
         testing.check_tucker_gradients(case, kernel)
 
 
+def _run_binary_conv2d(backend: str, dtype: torch.dtype, device: str) -> None:
+    """A small odd-sized case in every output mode, bit for bit."""
+    case = testing.binary_case("odd_sizes").at(dtype=dtype, device=device)
+    testing.check_binary(case, functools.partial(binary_conv2d, backend=backend))
+
+
+def _run_bitpack(backend: str, dtype: torch.dtype, device: str) -> None:
+    """Signs, thresholds and codes of the same case."""
+    case = testing.binary_case("odd_sizes").at(dtype=dtype, device=device)
+    testing.check_pack(case, functools.partial(bitpack, backend=backend))
+
+
 _TINY_RUNS = {
     "basis_conv2d": _run_basis_conv2d,
     "binary_conv2d": _run_binary_conv2d,

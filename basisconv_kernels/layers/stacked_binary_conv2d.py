@@ -201,11 +201,12 @@ class StackedBinaryConv2d(Convertible):
             return bank, straight_through.one_hot(self.select_latent), None
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return self._prepare()  # in the graph, where freezing folds it
-        return self._prepared.get(sources, self.groups, self._prepare)
+        return self._prepared.get(sources, (self.groups, self.binarize_input), self._prepare)
 
     def _prepare(self) -> _Prepared:
         bank, index = self.filters()
-        return _Prepared(bank.to(torch.int8), index, stacked_binary_conv2d_pack(bank, index, groups=self.groups))
+        packed = stacked_binary_conv2d_pack(bank, index, groups=self.groups, binarize_input=self.binarize_input)
+        return _Prepared(bank.to(torch.int8), index, packed)
 
     def filters(self) -> tuple[Tensor, Tensor]:
         """(bank [n, cs, R, S] of ±1, index [K, splits] int64) as the next call uses them, without gradients."""

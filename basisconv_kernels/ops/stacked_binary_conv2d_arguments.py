@@ -79,7 +79,7 @@ def normal_form(
     K, n, splits, R, S = (operator.index(size) for size in (K, n, splits, R, S))
     sizes = Sizes(K, n, splits, R, S, input.planes if packed_input else 0)
     settings = Settings(
-        stride, padding, dilation, groups, binarize_input and not packed_input, activation, dtype, operator.index(C),
+        stride, padding, dilation, groups, binarize_input, activation, dtype, operator.index(C),
         input.encoding if packed_input else None, isinstance(bank, PackedTensor), estimator, "",
     )  # fmt: skip
     return settings, sizes

@@ -14,10 +14,13 @@ from basisconv_kernels.core.autograd import refuse_gradients
 from basisconv_kernels.core.checks import Pair, Quad
 from basisconv_kernels.core.layout import memory_format
 from basisconv_kernels.core.packed import PackedTensor, unpack_planes
-from basisconv_kernels.reference.stacked_binary_conv2d import Settings
+from basisconv_kernels.core.problem import dtype_name
+from basisconv_kernels.ops import binary_conv2d_native as binary
+from basisconv_kernels.reference.stacked_binary_conv2d import Settings, stacked_filters
 
 OP = "stacked_binary_conv2d"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+POPCOUNTS_A_PICK = 4
 FORMAT = 1  # of packed filters, kStackedPackVersion of csrc/cpu/stacked_binary_conv2d_plan.h
 # A constant, because graphs are traced through the functions that ask; a library of before this op has none.
 PRESENT = extension.load() is None and hasattr(torch.ops.basisconv, "stacked_binary_conv2d_pack")
@@ -32,7 +35,9 @@ def forward(
     packed: Tensor | None,
     settings: Settings,
 ) -> Tensor:
-    """The torch op that C++ registers for the CPU."""
+    """The torch op that C++ registers for the CPU; of signs, that of ``binary_conv2d`` where popcounts are faster."""
+    if settings.binarize and by_popcount(bank.shape[0], index.shape[0], settings.groups):
+        return _popcounts(input, bank, index, scale, bias, packed, settings)
     if packed is None:
         packed = _pack(bank, index, settings.packed_bank, settings.channels // settings.groups // index.shape[1],
                        settings.groups)  # fmt: skip
@@ -41,7 +46,7 @@ def forward(
             f"{OP}: packed must be what stacked_binary_conv2d_pack gives, uint8 on {input.device}, "
             f"got {packed.dtype} on {packed.device}; pack the filters again"
         )
-    mode = "signs" if settings.binarize else "real"
+    mode = "signs" if settings.binarize and settings.encoding is None else "real"
     if settings.encoding is not None:
         mode = "packed_signs" if settings.encoding == "sign" else "packed_codes"
     # Words are [n, 1, R, S, words], values [n, cs, R, S].
@@ -59,6 +64,41 @@ def forward(
     return out if out.dtype == settings.dtype else out.to(settings.dtype)  # packed input: one rounding of a float32
 
 
+def by_popcount(n: int, K: int, groups: int) -> bool:
+    """Whether signs of the input are convolved with full filters by XOR and popcount instead of tables and stacking.
+
+    Popcounts do four to six times as many products a second as tables (64 to 512 channels, AVX2 and AVX-512), and
+    stacking saves K/n of them.
+    """
+    return binary.PRESENT and POPCOUNTS_A_PICK * n >= K // groups
+
+
+def _popcounts(
+    input: Tensor,
+    bank: Tensor,
+    index: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    packed: Tensor | None,
+    settings: Settings,
+) -> Tensor:
+    filters = _full_filters(bank, index, settings.packed_bank, settings.channels // settings.groups // index.shape[1])
+    dtype = dtype_name(settings.dtype)
+    arguments = (
+        input, filters, scale, bias, None, None, None, packed, settings.stride, settings.padding, 0, settings.dilation,
+        settings.groups, settings.activation, dtype, settings.channels, settings.encoding, False,
+    )  # fmt: skip
+    if torch.compiler.is_compiling():
+        return torch.ops.basisconv.binary_conv2d.default(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.basisconv.binary_conv2d.default(*arguments)
+
+
+def _full_filters(bank: Tensor, index: Tensor, packed_bank: bool, low: int) -> Tensor:
+    values = 2 * unpack_planes(bank, low)[:, 0] - 1 if packed_bank else bank
+    return stacked_filters(values.detach().to(torch.float32), index.to(torch.int64))
+
+
 def _pack(bank: Tensor, index: Tensor, packed_bank: bool, low: int, groups: int) -> Tensor:
     values = 2 * unpack_planes(bank, low)[:, 0] - 1 if packed_bank else bank
     return torch.ops.basisconv.stacked_binary_conv2d_pack.default(
@@ -66,13 +106,15 @@ def _pack(bank: Tensor, index: Tensor, packed_bank: bool, low: int, groups: int)
     )
 
 
-def stacked_binary_conv2d_pack(bank: Tensor | PackedTensor, index: Tensor, *, groups: int = 1) -> Tensor | None:
+def stacked_binary_conv2d_pack(
+    bank: Tensor | PackedTensor, index: Tensor, *, groups: int = 1, binarize_input: bool = False
+) -> Tensor | None:
     """Rearrange bank and index once for the native kernel, for the ``packed`` argument of ``stacked_binary_conv2d``.
 
     Args:
         bank (Tensor[n, C/(groups·splits), R, S] or PackedTensor): as for ``stacked_binary_conv2d``.
         index (Tensor[K, splits]): integers, as for ``stacked_binary_conv2d``.
-        groups (int): as it will be given to ``stacked_binary_conv2d``.
+        groups (int), binarize_input (bool): as they will be given to ``stacked_binary_conv2d``.
 
     Returns:
         Tensor[bytes] (uint8), still bits, good for this instruction set only and checked on use; None where no native
@@ -84,9 +126,12 @@ def stacked_binary_conv2d_pack(bank: Tensor | PackedTensor, index: Tensor, *, gr
     """
     if not PRESENT or bank.device.type != "cpu":
         return None
-    if isinstance(bank, PackedTensor):
-        return _pack(bank.words, index, True, bank.channels, groups)
-    return _pack(bank, index, False, bank.shape[1], groups)
+    packed = isinstance(bank, PackedTensor)
+    values = bank.words if isinstance(bank, PackedTensor) else bank
+    low = bank.channels if isinstance(bank, PackedTensor) else bank.shape[1]
+    if binarize_input and by_popcount(values.shape[0], index.shape[0], groups):
+        return binary.binary_conv2d_pack(_full_filters(values, index, packed, low), groups=groups)
+    return _pack(values, index, packed, low, groups)
 
 
 def stacked_binary_conv2d_form(bank_shape: Sequence[int], index_shape: Sequence[int], groups: int = 1) -> str:

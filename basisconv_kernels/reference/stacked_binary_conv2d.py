@@ -30,7 +30,7 @@ class Settings(NamedTuple):
     """The arguments of a call that are no tensors, in normal form.
 
     Attributes:
-        binarize: whether the signs of a real input enter the sums.
+        binarize: whether the signs of the input enter the sums; nothing is left to do for packed signs.
         dtype: of the result.
         channels: C.
         encoding: of a packed input, ``"sign"`` or ``"unsigned"``; None for a real one.
@@ -230,7 +230,11 @@ def backward(
     if d_padded is not None:
         top, _, left, _ = (0, 0, 0, 0) if d_padded.shape == values.shape else settings.padding
         d_input = d_padded[:, :, top : top + values.shape[2], left : left + values.shape[3]]
-        d_input = estimated(d_input, input, settings.estimator) if settings.binarize else d_input
+        d_input = (
+            estimated(d_input, input, settings.estimator)
+            if settings.binarize and settings.encoding is None
+            else d_input
+        )
     return Gradients(d_input, d_bank, d_selection, d_scale, d_bias)
 
 

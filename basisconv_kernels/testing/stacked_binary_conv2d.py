@@ -37,7 +37,7 @@ class StackedCase:
         p = self.problem
         return {
             "stride": p.stride, "padding": p.padding, "dilation": p.dilation, "groups": p.groups,
-            "binarize_input": p.mode == "signs" and not p.planes, "activation": p.activation,
+            "binarize_input": p.mode == "signs", "activation": p.activation,
         }  # fmt: skip
 
     def __str__(self) -> str:
@@ -102,6 +102,8 @@ STACKED_CASES: tuple[StackedCase, ...] = (
     _case("signs", "XNOR mode: zeros pad", "2 26 7 9 9 2 19 3 3", padding=(1, 2, 2, 1), mode="signs", **_BOTH),
     _case("signs_channels_last", "the same in the fast layout", "2 64 6 9 12 2 24 3 3", padding=_ONE, mode="signs",
           channels_last=True),
+    _case("signs_small_bank", "XNOR mode where stacking saves most", "1 24 6 9 3 2 40 3 3", padding=_ONE, mode="signs",
+          **_BOTH),
     _case("packed_signs", "packed once, read by splits that end inside a word", "2 42 6 7 9 3 20 3 3", mode="signs",
           planes=1, padding=_ONE, **_BOTH),
     _case("codes", "few-bit activations", "2 38 6 7 9 2 20 3 3", mode="codes", planes=3, padding=_ONE, **_BOTH),
