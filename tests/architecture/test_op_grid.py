@@ -27,7 +27,6 @@ LATER = "basis_conv2d came first, complete from kernel to demo"
 # Path → why it does not exist yet. A commit that adds a file removes its line, or leaves it out of the pattern below;
 # lines are never added.
 MISSING = {
-    "csrc/cuda/basis_conv2d.cu": ELSEWHERE,
     "triton_kernels/basis_conv2d.py": ELSEWHERE,
     **{
         pattern.format(op=op): LATER
