@@ -38,17 +38,17 @@ def compiler() -> list[str]:
 
 def _fingerprint(sources: list[Path], options: list[str], root: Path) -> str:
     digest = hashlib.sha256(repr((options, sys.version_info[:2], compiler())).encode())
-    headers = [path for folder in (root / "csrc", HERE) for path in sorted(folder.rglob("*.h"))]
+    headers = [path for part in ("csrc", "tests/cuda_on_cpu") for path in sorted((root / part).rglob("*.h"))]
     for path in (*sources, *headers):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
 def build(name: str, sources: list[Path], *options: str, root: Path = ROOT) -> ModuleType:
-    """Compile ``sources`` (``.cu`` and ``.cpp``; their own headers lie under ``root``) and import the module."""
+    """Compile ``sources`` (``.cu`` and ``.cpp``, of a checkout at ``root``) and import the module."""
     path = KEPT / f"{name}_{_fingerprint(sources, list(options), root)}{sysconfig.get_config_var('EXT_SUFFIX')}"
     if not path.exists():
-        _compile(path, sources, [f"-DMODULE_NAME={name}", *options])
+        _compile(path, sources, [f"-DMODULE_NAME={name}", f"-I{root / 'tests' / 'cuda_on_cpu'}", *options])
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
@@ -63,7 +63,7 @@ def _compile(path: Path, sources: list[Path], options: list[str]) -> None:
     scratch.mkdir(parents=True)
     together = scratch / "together.cpp"
     together.write_text("".join(f'#include "{source}"\n' for source in sources), encoding="utf-8")
-    includes = [f"-I{HERE}", f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}"]
+    includes = [f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}"]
     linked = scratch / path.name
     command = [*compiler(), *FLAGS, *options, *includes, "-shared", together, "-o", linked]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -8,10 +8,11 @@ import pytest
 
 from tests.cuda_on_cpu import building
 
-KERNELS = [*sorted(building.CUDA.glob("basis_conv2d*.cu")), building.HERE / "module.cpp"]
+KERNELS = sorted(building.CUDA.glob("basis_conv2d*.cu"))
 
 
 @pytest.fixture(scope="session")
 def module() -> ModuleType:
-    """The kernels as they are."""
-    return building.build("basisconv_emulated", KERNELS)
+    """The kernels and the primitives as they are."""
+    own = [building.HERE / "primitives.cu", building.HERE / "module.cpp"]
+    return building.build("basisconv_emulated", [*KERNELS, *own])
