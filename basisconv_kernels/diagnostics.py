@@ -161,7 +161,9 @@ def explain(op: str, problem: Conv2dProblem, asked: str | None) -> dict[str, Any
         "asked": wished,
         "chosen": chosen,
         "isa": machine.isa() if chosen == "cpu" else None,
-        "candidates": {name: list(reasons) for name, reasons in against.items()},
+        "candidates": {
+            c.name: list(against[c.name]) or ([c.only_asked] if c.only_asked and not wished else []) for c in candidates
+        },
         "slower": slower,
         "tables": [str(table.path) for table in tuning.tables() if table.unused is None],
         "measured": tuning.entries_for(op, problem),
@@ -205,6 +207,11 @@ def _installation() -> list[Finding]:
         built = f"built by {facts['compiler']} for {', '.join(cpu['built'])}"
         found.append(Finding("native library", "ok", built))
         capped = " (capped by BASISCONV_CPU_ISA)" if cpu["in_use"] != cpu["processor"] else ""
+        cuda = facts.get("cuda")
+        built = (
+            f"for {cuda['built']}, by nvcc {cuda['nvcc']}" if cuda else "not built: BASISCONV_BUILD=cuda builds them"
+        )
+        found.append(Finding("CUDA kernels", "ok" if cuda else "missing", built))
         found.append(
             Finding("instruction set", "ok", f"{cpu['in_use']}{capped}; this processor has {cpu['processor']}")
         )

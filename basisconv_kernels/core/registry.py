@@ -30,11 +30,13 @@ class Candidate:
         name: the backend's name, as users say it.
         target: ``"module:function"``, imported when first chosen.
         supports: problem → reasons against, empty when the backend can run it.
+        only_asked: why automatic choice never takes it, in words; empty where it may.
     """
 
     name: str
     target: str
     supports: Callable[[Any], Sequence[str]]
+    only_asked: str = ""
 
 
 _NOTHING: Mapping[str, str] = MappingProxyType({})
@@ -72,7 +74,11 @@ def absent(backend: str) -> str | None:
             return "Triton is not installed: pip install basisconv_kernels[triton]"
         return None if torch.cuda.is_available() else "no CUDA device"
     if backend == "cuda":
-        return extension.load() or (None if torch.cuda.is_available() else "no CUDA device")
+        if (missing := extension.load()) is not None:
+            return missing
+        if "cuda" not in extension.facts():
+            return "the native library was built without CUDA kernels; BASISCONV_BUILD=cuda builds them"
+        return None if torch.cuda.is_available() else "no CUDA device"
     return f"no backend has the name {backend!r}"
 
 
@@ -100,7 +106,7 @@ def first(
         slower: {backend: by how much, in words} of those that automatic choice passes over, as from ``tuning.slower``;
             where all that can run are slower, none is passed over.
     """
-    able = [c for c in candidates if not against[c.name] and asked in (None, c.name)]
+    able = [c for c in candidates if not against[c.name] and (c.name == asked if asked else not c.only_asked)]
     fast = [c for c in able if asked is not None or c.name not in slower]
     return next(iter(fast or able), None)
 
@@ -129,8 +135,8 @@ def select(
     if chosen is None:
         raise BackendUnavailable(_refusal(op, problem, asked, against))
     if asked is None:
-        why_not = {name: "; ".join(why) or slower.get(name) for name, why in against.items() if name != chosen.name}
-        passed = [f"{name}: {why}" for name, why in why_not.items() if why]
+        why_not = {c.name: "; ".join(against[c.name]) or c.only_asked or slower.get(c.name) for c in candidates}
+        passed = [f"{name}: {why}" for name, why in why_not.items() if why and name != chosen.name]
         log.once(f"{op} [{problem}] → {chosen.name}" + (f" (not {' | '.join(passed)})" if passed else ""))
     return chosen
 

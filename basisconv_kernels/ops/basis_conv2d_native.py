@@ -16,6 +16,8 @@ from basisconv_kernels.reference import basis_conv2d as reference
 
 OP = "basis_conv2d"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CUDA_DTYPES = (torch.bfloat16, torch.float16)
+CUDA_LARGEST_Q = 256
 # Constants, because graphs are traced through the functions that ask. The format of packed weights is part of such a
 # graph: one that was cached for another layout is then not used again.
 PRESENT = extension.load() is None
@@ -45,6 +47,22 @@ def forward(
         return _call(arguments, keep_maps)
 
 
+def cuda_device_lacks(filters: int) -> list[str]:
+    """What this machine's CUDA device lacks for so many basis filters a group; nothing where there is none to ask."""
+    if not torch.cuda.is_available():
+        return []
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    if properties.major < 8:
+        return [f"needs compute capability 8.0, {properties.name} has {properties.major}.{properties.minor}"]
+    # Twice 128 filters: two taps of the basis, two chunks of coefficients and the pixels, see basis_conv2d_sm80.cu.
+    wanted, has = 160 * 1024, properties.shared_memory_per_block_optin
+    return (
+        [f"more than 128 basis filters need more shared memory than {has} bytes"]
+        if filters > 128 and has < wanted
+        else []
+    )
+
+
 def _call(arguments: tuple[Any, ...], keep_maps: bool) -> tuple[Tensor, Tensor | None]:
     if keep_maps:
         return torch.ops.basisconv.basis_conv2d_maps.default(*arguments)
@@ -71,7 +89,7 @@ def basis_conv2d_pack(
         Tensor[bytes] (uint8), good for this instruction set and geometry only and checked on use; None where the native
         kernel does not take these tensors, and then ``packed=None`` is right.
     """
-    if not PRESENT or basis_weight.device.type != "cpu" or basis_weight.dtype not in DTYPES:
+    if not PRESENT or not _packs(basis_weight, coefficients, groups):
         return None
     return torch.ops.basisconv.basis_conv2d_pack.default(
         basis_weight,
@@ -82,6 +100,15 @@ def basis_conv2d_pack(
         precise,
         FORMAT,
     )
+
+
+def _packs(basis_weight: Tensor, coefficients: Tensor, groups: int) -> bool:
+    """Whether a native kernel takes these weights, and so has a form of its own for them."""
+    if basis_weight.device.type == "cpu":
+        return basis_weight.dtype in DTYPES
+    compact = groups == 1 or coefficients.shape[1] != basis_weight.shape[0]
+    known = basis_weight.dtype in CUDA_DTYPES and compact and basis_weight.shape[0] // groups <= CUDA_LARGEST_Q
+    return basis_weight.device.type == "cuda" and "cuda" in extension.facts() and known
 
 
 def _fake_forward(
@@ -125,7 +152,10 @@ def _fake_pack(
     format: int,
 ) -> Tensor:
     shapes = ([int(size) for size in basis_weight.shape], [int(size) for size in coefficients.shape])
-    size = torch.ops.basisconv.basis_conv2d_packed_bytes.default(*shapes, stride, dilation, groups, precise)
+    if basis_weight.device.type == "cuda":
+        size = torch.ops.basisconv.basis_conv2d_cuda_packed_bytes.default(*shapes, groups)
+    else:
+        size = torch.ops.basisconv.basis_conv2d_packed_bytes.default(*shapes, stride, dilation, groups, precise)
     return basis_weight.new_empty(size, dtype=torch.uint8)
 
 

@@ -11,6 +11,9 @@ struct CudaDevice {
   int multiprocessors;
 };
 
+// Null on success. The attributes are asked for once a device and process.
+const char* cuda_device(int index, CudaDevice* found);
+
 struct CudaBasisConv2d {
   BasisConv2dParams params;  // `packed` begins with the tag; `bias` is not looked at
   const void* bias;          // [K] in the dtype, dense, or null

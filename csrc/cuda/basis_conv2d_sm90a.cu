@@ -101,7 +101,7 @@ BASISCONV_DEVICE void release(uint64_t* bar) {
 }
 
 template <class T, int Q16>
-__global__ void __launch_bounds__(HopperPlan::threads, blocks_by_registers(Q16))
+__global__ void __launch_bounds__(HopperPlan::threads, 1)
     basis_conv2d_sm90a(const __grid_constant__ Problem p, const __grid_constant__ TensorMap image,
                        const HopperPlan plan, const int tiles) {
   constexpr int width = mixing_width(Q16);
@@ -228,7 +228,7 @@ const char* launch_sm90a(const Problem& p, const HopperPlan& plan, const TensorM
                          Stream stream) {
   const int64_t tiles = int64_t{p.N} * tiles_of(p.OH, HopperPlan::tile_y) * tiles_of(p.OW, HopperPlan::tile_x);
   if (tiles > 0x3FFFFFFF) return "more than 2^30 tiles of 16x8 pixels; split the batch";
-  const dim3 grid{static_cast<unsigned>(hopper_blocks(plan, tiles, device)), 1, 1}, block{HopperPlan::threads, 1, 1};
+  const dim3 grid{static_cast<unsigned>(hopper_blocks(tiles, device)), 1, 1}, block{HopperPlan::threads, 1, 1};
   return launch(basis_conv2d_sm90a<T, Q16>, grid, block, plan.bytes, stream, p, image, plan, static_cast<int>(tiles));
 }
 

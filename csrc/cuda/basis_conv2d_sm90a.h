@@ -26,7 +26,8 @@ struct HopperPlan {
 };
 
 // The best plan that fits. Two halo tiles before all else: one is filled while the other is read, and 32 KB under way a
-// multiprocessor keep its memory busy. Then the basis resident, then the coefficients, then a third halo tile.
+// multiprocessor keep its memory busy. Then a second block, then the basis resident, then the coefficients, then a
+// third halo tile.
 inline HopperPlan hopper_plan(const Problem& p, int shared_limit) {
   HopperPlan plan{};
   plan.Q16 = padded_filters(p.Q);
@@ -39,12 +40,12 @@ inline HopperPlan hopper_plan(const Problem& p, int shared_limit) {
   plan.halo_bytes = (plan.halo_box_bytes + 1023) / 1024 * 1024;
   const int64_t basis_tiles = int64_t{p.taps} * p.slabs, most_tiles = shared_limit / 1024;  // none is below 1 KB
   struct Choice {
-    bool basis, mixing;
     int halos;
+    bool basis, mixing;
   };
-  for (const Choice& choice : {Choice{true, true, 3}, Choice{true, true, 2}, Choice{true, false, 2},
-                               Choice{false, true, 3}, Choice{false, true, 2}, Choice{false, false, 2},
-                               Choice{true, true, 1}, Choice{false, true, 1}, Choice{false, false, 1}}) {
+  for (const Choice& choice : {Choice{3, true, true}, Choice{2, true, true}, Choice{2, true, false},
+                               Choice{3, false, true}, Choice{2, false, true}, Choice{2, false, false},
+                               Choice{1, true, true}, Choice{1, false, true}, Choice{1, false, false}}) {
     if ((choice.basis && basis_tiles > most_tiles) || (choice.mixing && p.chunks > most_tiles)) continue;
     plan.halo_stages = choice.halos;
     plan.basis_resident = choice.basis;
@@ -59,16 +60,10 @@ inline HopperPlan hopper_plan(const Problem& p, int shared_limit) {
   return plan;
 }
 
-// Blocks of 288 threads for a multiprocessor's registers: two where a thread makes do with 96 without spilling, which
-// the compiler manages at 32 filters only.
-BASISCONV_EITHER constexpr int blocks_by_registers(int Q16) { return Q16 == 32 ? 2 : 1; }
-
-// Blocks of the persistent grid: as many as run at a time, never more than there are tiles.
-inline int64_t hopper_blocks(const HopperPlan& plan, int64_t tiles, const CudaDevice& device) {
-  constexpr int reserved = 1024;  // shared memory of a block that the system takes
-  const int by_memory = (device.shared_bytes + reserved) / (plan.bytes + reserved);
-  const int64_t most = int64_t{device.multiprocessors} * min(by_memory, blocks_by_registers(plan.Q16));
-  return tiles < most ? tiles : most;
+// Blocks of the persistent grid: one a multiprocessor, never more than there are tiles. A second one would have to make
+// do with 96 registers a thread, and ptxas then spills or serialises wgmma.
+inline int64_t hopper_blocks(int64_t tiles, const CudaDevice& device) {
+  return tiles < device.multiprocessors ? tiles : device.multiprocessors;
 }
 
 }  // namespace basisconv::cuda

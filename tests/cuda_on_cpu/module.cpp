@@ -94,7 +94,6 @@ PYBIND11_MODULE(MODULE_NAME, m) {
     facts["halo_stages"] = plan.halo_stages;
     facts["basis_resident"] = plan.basis_resident;
     facts["mixing_resident"] = plan.mixing_resident;
-    facts["blocks"] = plan.bytes > 0 ? cuda::hopper_blocks(plan, 1 << 20, on) : 0;
     return facts;
   });
   m.def("image_map", [](uintptr_t base, bool is_bf16, const std::vector<int64_t>& size,

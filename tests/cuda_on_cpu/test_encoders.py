@@ -106,7 +106,7 @@ def test_which_kernel_a_call_gets(module, device, changes, variant, reason):
 
 
 def test_the_plan_of_the_layers_it_is_made_for(module):
-    """3x3, stride 1, on an H200: two halo tiles or more, the basis resident where gpu memory traffic wants it."""
+    """3x3, stride 1, on an H200: two halo tiles or more, the basis resident up to 128 channels."""
 
     def plan(channels, filters):
         one = case("layer", f"1 {channels} 16 16 {filters} {channels} 3 3", padding=ONE, dtype=torch.bfloat16)
@@ -115,4 +115,3 @@ def test_the_plan_of_the_layers_it_is_made_for(module):
     plans = {(c, q): plan(c, q) for c, q in ((64, 16), (64, 32), (128, 32), (256, 64), (512, 128))}
     assert all(p["halo_stages"] >= 2 and 0 < p["bytes"] <= H200["shared_bytes"] for p in plans.values())
     assert [p["basis_resident"] for p in plans.values()] == [True, True, True, False, False]
-    assert [p["blocks"] for p in plans.values()] == [132, 132 * 1, 132, 132, 132]
