@@ -243,7 +243,6 @@ def native() -> dict:
         flags += calls if complaint("", calls) is None else []
         link += [f"-fsanitize={sanitizers}"]
     if with_cuda:
-        flags += [f"-DBASISCONV_CUDA={','.join(architectures().names)}", f"-DBASISCONV_NVCC={kit.version}"]
         link += [*kit.libraries, "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
 
     class BuildKernels(BuildExtension):
@@ -251,9 +250,9 @@ def native() -> dict:
 
         def build_extension(self, ext):
             sets, left_out = sets_that_compile()
-            cuda = f"without CUDA kernels ({kit})"
+            cuda = f"but no CUDA kernels ({kit})"
             if with_cuda:
-                cuda = f"CUDA kernels ({', '.join(architectures().names)}; nvcc {kit.version})"
+                cuda = f"and CUDA kernels ({', '.join(architectures().names)}; nvcc {kit.version})"
             say(f"CPU kernels ({', '.join(sets)}) {left_out}{cuda}, with torch {torch.__version__}")
             common = [*flags, f"-DBASISCONV_WIDEST={list(sets)[-1]}"]
 
@@ -273,6 +272,8 @@ def native() -> dict:
                     ext.extra_objects += objects
             if with_cuda:
                 ext.extra_objects += compile_cuda(kit, Path(self.build_temp) / "cuda", ext.depends)
+                facts = {"CUDA": ",".join(architectures().names), "NVCC": kit.version}
+                ext.extra_compile_args["cxx"] += [f"-DBASISCONV_{name}={value}" for name, value in facts.items()]
             ext.extra_compile_args["cxx"] += common
             super().build_extension(ext)
 
