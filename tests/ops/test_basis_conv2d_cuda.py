@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -33,16 +36,13 @@ def test_explain_says_so(monkeypatch):
     [
         ({"device": "cpu"}, "runs on CUDA devices, the tensors are on cpu"),
         ({"dtype": torch.float32}, "has no torch.float32 kernel"),
-        ({"groups": 2}, r"no kernel for groups with coefficients \[K, Q\]"),
+        ({"groups": 2}, "no kernel for groups with coefficients [K, Q]"),
         ({"Q": 300}, "at most 256 basis filters a group, here are 300"),
     ],
 )
 def test_what_it_does_not_take(changes, reason):
-    from dataclasses import replace
-
     assert not CUDA.supports(PROBLEM)
-    with pytest.raises(AssertionError, match=reason):
-        assert CUDA.supports(replace(PROBLEM, **changes)) == []
+    assert any(reason in told for told in CUDA.supports(replace(PROBLEM, **changes)))
 
 
 def inputs(dtype=torch.bfloat16, seed=0):
@@ -97,6 +97,4 @@ def test_packed_weights():
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", testing.PERFORMANCE_CASES, ids=lambda case: case.name)
 def test_the_sizes_of_the_goals_in_a_batch(case):
-    testing.check(
-        case.at(dtype=torch.bfloat16, device="cuda"), lambda *t, **more: basis_conv2d(*t, backend="cuda", **more)
-    )
+    testing.check(case.at(dtype=torch.bfloat16, device="cuda"), functools.partial(basis_conv2d, backend="cuda"))
