@@ -45,20 +45,6 @@ def _cpu_supports(problem: Conv2dProblem) -> list[str]:
     return against
 
 
-def _cuda_supports(problem: Conv2dProblem) -> list[str]:
-    against = []
-    if problem.device != "cuda":
-        against.append(f"runs on CUDA devices, the tensors are on {problem.device}")
-    if problem.dtype not in native.CUDA_DTYPES:
-        against.append(f"has no {problem.dtype} kernel")
-    if problem.groups > 1 and not problem.compact:
-        against.append("has no kernel for groups with coefficients [K, Q]; [K, Q/groups] it takes")
-    filters = problem.Q // problem.groups
-    if filters > native.CUDA_LARGEST_Q:
-        against.append(f"takes at most {native.CUDA_LARGEST_Q} basis filters a group, here are {filters}")
-    return [*against, *native.cuda_device_lacks(filters)]
-
-
 def _reference_supports(problem: Conv2dProblem) -> list[str]:
     return []
 
@@ -68,7 +54,7 @@ CANDIDATES = (
     Candidate(
         "cuda",
         "basisconv_kernels.ops.basis_conv2d_native:forward",
-        _cuda_supports,
+        native.cuda_supports,
         only_asked="not yet proven on a GPU: runs where it is asked for by name",
     ),
     Candidate("reference", "basisconv_kernels.ops.basis_conv2d:_reference_forward", _reference_supports),

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 from basisconv_kernels.core import checks, extension
 from basisconv_kernels.core.autograd import refuse_gradients
 from basisconv_kernels.core.checks import Pair, Quad
+from basisconv_kernels.core.problem import Conv2dProblem
 from basisconv_kernels.reference import basis_conv2d as reference
 
 OP = "basis_conv2d"
@@ -47,20 +48,28 @@ def forward(
         return _call(arguments, keep_maps)
 
 
-def cuda_device_lacks(filters: int) -> list[str]:
-    """What this machine's CUDA device lacks for so many basis filters a group; nothing where there is none to ask."""
+def cuda_supports(problem: Conv2dProblem) -> list[str]:
+    """The reasons against the CUDA kernels; those of this machine's device count where there is one."""
+    against = []
+    if problem.device != "cuda":
+        against.append(f"runs on CUDA devices, the tensors are on {problem.device}")
+    if problem.dtype not in CUDA_DTYPES:
+        against.append(f"has no {problem.dtype} kernel")
+    if problem.groups > 1 and not problem.compact:
+        against.append("has no kernel for groups with coefficients [K, Q]; [K, Q/groups] it takes")
+    filters = problem.Q // problem.groups
+    if filters > CUDA_LARGEST_Q:
+        against.append(f"takes at most {CUDA_LARGEST_Q} basis filters a group, here are {filters}")
     if not torch.cuda.is_available():
-        return []
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    if properties.major < 8:
-        return [f"needs compute capability 8.0, {properties.name} has {properties.major}.{properties.minor}"]
+        return against
+    device = torch.cuda.get_device_properties(torch.cuda.current_device())
+    if device.major < 8:
+        against.append(f"needs compute capability 8.0, {device.name} has {device.major}.{device.minor}")
     # Twice 128 filters: two taps of the basis, two chunks of coefficients and the pixels, see basis_conv2d_sm80.cu.
-    wanted, has = 160 * 1024, properties.shared_memory_per_block_optin
-    return (
-        [f"more than 128 basis filters need more shared memory than {has} bytes"]
-        if filters > 128 and has < wanted
-        else []
-    )
+    wanted = 160 * 1024
+    if filters > 128 and getattr(device, "shared_memory_per_block_optin", wanted) < wanted:
+        against.append(f"more than 128 basis filters a group need more shared memory than {device.name} has")
+    return against
 
 
 def _call(arguments: tuple[Any, ...], keep_maps: bool) -> tuple[Tensor, Tensor | None]:
