@@ -28,13 +28,25 @@ from setuptools import setup
 
 # LibTorch's stable ABI as of torch 2.10: one library for that version and later ones, and for every Python.
 TORCH_TARGET = "0x020a000000000000"
-CPU_KERNELS = ["csrc/cpu/basis_conv2d.cpp"]
+CPU_KERNELS = [
+    "csrc/cpu/basis_conv2d.cpp",
+    "csrc/cpu/stacked_binary_conv2d.cpp",
+    "csrc/cpu/ternary_conv2d.cpp",
+]
 AMX_KERNELS = ["csrc/cpu/basis_conv2d_amx.cpp"]
 CUDA_KERNELS = ["csrc/cuda/basis_conv2d.cu", "csrc/cuda/basis_conv2d_sm80.cu", "csrc/cuda/facts.cu"]
 SM90A_KERNELS = ["csrc/cuda/basis_conv2d_sm90a.cu"]
 CUDA_GLUE = ["csrc/ops/basis_conv2d_cuda.cpp", "csrc/ops/cuda_stream.cpp"]
 CUDA_ARCHITECTURES = "8.0;9.0a+PTX"
-ONCE = ["csrc/ops/basis_conv2d.cpp", "csrc/cpu/basis_conv2d_plan.cpp", "csrc/cpu/isa.cpp"]
+ONCE = [
+    "csrc/ops/basis_conv2d.cpp",
+    "csrc/ops/stacked_binary_conv2d.cpp",
+    "csrc/ops/ternary_conv2d.cpp",
+    "csrc/cpu/basis_conv2d_plan.cpp",
+    "csrc/cpu/stacked_binary_conv2d_plan.cpp",
+    "csrc/cpu/ternary_conv2d_plan.cpp",
+    "csrc/cpu/isa.cpp",
+]
 
 
 class InstructionSet(NamedTuple):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import fields
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -142,7 +143,9 @@ def compress(
     model: Model,
     input: Input,
     weights: Weights = None,
+    method: Annotated[str, typer.Option(help="basis, or tucker: 1×1 → core → 1×1.")] = "basis",
     energy: Annotated[float | None, typer.Option(help="Rule: keep this share of the filters' energy, 0..1.")] = None,
+    evbmf: Annotated[float | None, typer.Option(help="Rule of tucker: EVBMF, weakened by this share, 0..1.")] = None,
     fraction: Annotated[float | None, typer.Option(help="Rule: this fraction of a layer's filters, 0..1.")] = None,
     basis_channels: Annotated[int | None, typer.Option(help="Rule: this many basis filters in every layer.")] = None,
     macs: Annotated[float | None, typer.Option(help="Rule: most multiply-accumulates; up to 1, a fraction.")] = None,
@@ -161,7 +164,7 @@ def compress(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Convert a network's convolutions to basis convolutions, save it and print what was done.
+    """Convert a network's convolutions to cheaper ones, save it and print what was done.
 
     Give exactly one rule. Fine-tune the result afterwards: truncation costs accuracy.
     """
@@ -170,16 +173,20 @@ def compress(
     from basisconv_kernels.compression.config import BasisConfig
     from basisconv_kernels.compression.files import save
     from basisconv_kernels.compression.model import compress as convert
+    from basisconv_kernels.compression.tucker_config import TuckerConfig
 
-    rules: dict[str, Any] = {"energy": energy, "fraction": fraction, "basis_channels": basis_channels, "macs": macs,
-             "parameters": parameters, "latency": latency}  # fmt: skip
+    kinds: dict[str, Any] = {"basis": BasisConfig, "tucker": TuckerConfig}
+    terminal.one_of("--method", method, list(kinds))
+    known = {each.name for each in fields(kinds[method])}
+    rules = {"energy": energy, "fraction": fraction, "basis_channels": basis_channels, "macs": macs,
+             "parameters": parameters, "latency": latency, "evbmf": evbmf}  # fmt: skip
     given = {name: value for name, value in rules.items() if value is not None}
-    if len(given) != 1:
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in rules)
+    if len(given) != 1 or not given.keys() <= known:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in rules if name in known)
         raise typer.BadParameter(f"give exactly one of {names}", param_hint="the rule")
     shape = terminal.sizes(input, "--input", 4)
-    settings: dict[str, Any] = {"min_channels": min_channels, "multiple_of": multiple_of, "measure": measure}
-    config = BasisConfig(**given, keep_dense=keep_dense.value, **settings)
+    settings = {"multiple_of": multiple_of, "measure": measure, "keep_dense": keep_dense.value}
+    config = kinds[method](**given, **settings, **({"min_channels": min_channels} if method == "basis" else {}))
     example = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
     network = _model(model, weights)
     small, report = convert(network, config, example_inputs=example, only=only or (), skip=skip or ())
@@ -321,8 +328,9 @@ def ops(as_json: Json = False) -> None:
 def explain(
     op: Annotated[str, typer.Argument(help="Name of the op, as in `basisconv ops`.")],
     input: Annotated[str, typer.Option("--input", metavar="N,C,H,W", help="Shape of the input.")],
-    basis_channels: Annotated[int, typer.Option(min=1, help="Q, basis filters.")],
+    basis_channels: Annotated[int, typer.Option(min=1, help="Q, basis filters; rank_out of tucker_conv2d.")],
     out_channels: Annotated[int, typer.Option(min=1, help="K, outputs.")],
+    rank_in: Annotated[int | None, typer.Option(min=1, help="Of tucker_conv2d alone.")] = None,
     kernel: Annotated[str, typer.Option(metavar="R[,S]", help="Filter height and width.")] = "3",
     stride: Annotated[str, typer.Option(metavar="V[,H]", help="Vertical, horizontal.")] = "1",
     padding: Annotated[str, typer.Option(metavar="V[,H]", help="Vertical, horizontal, or same.")] = "0",
@@ -345,19 +353,15 @@ def explain(
 
     sizes = (*terminal.sizes(input, "--input", 4), basis_channels, out_channels, *terminal.pair(kernel, "--kernel", 1))
     geometry = {
+        **({} if rank_in is None else {"rank_in": rank_in}),
         "stride": terminal.pair(stride, "--stride", 1),
         "padding": padding if padding in ("same", "valid") else terminal.pair(padding, "--padding", 0),
         "dilation": terminal.pair(dilation, "--dilation", 1),
         "groups": groups,
         "compact": compact,
     }
-    flags = {
-        "channels_last": channels_last,
-        "bias": bias,
-        "residual": residual,
-        "activation": activation,
-        "precise": precise,
-    }
+    flags = {"channels_last": channels_last, "bias": bias, "residual": residual, "activation": activation,
+             "precise": precise}  # fmt: skip
     problem = _problem(op, sizes, geometry, dtype, device, flags)
     found = diagnostics.explain(op, problem, backend)
     if as_json:
@@ -374,7 +378,7 @@ def _problem(
 ) -> Conv2dProblem:
     """The problem that the options of ``explain`` state, in normal form and checked as the op checks its arguments."""
     from basisconv_kernels.core import checks
-    from basisconv_kernels.core.problem import Conv2dProblem
+    from basisconv_kernels.core.problem import Conv2dProblem, TuckerConv2dProblem
 
     for option, value, known in (
         ("--device", device, ["cpu", "cuda"]),
@@ -386,8 +390,11 @@ def _problem(
     for name, value in (("C", C), ("Q", Q), *((("K", K),) if geometry["compact"] else ())):
         if value % groups:
             raise ValueError(f"{op}: {name} = {value} must be divisible by groups = {groups}")
+    if ("rank_in" in geometry) != (op == "tucker_conv2d") or (op == "tucker_conv2d" and groups > 1):
+        raise ValueError(f"{op}: --rank-in belongs to tucker_conv2d, which needs it and has no groups")
     padding = checks.padding4(op, geometry["padding"], (R, S), geometry["stride"], geometry["dilation"])
-    return Conv2dProblem(
+    kind: Any = TuckerConv2dProblem if op == "tucker_conv2d" else Conv2dProblem
+    return kind(
         N=N, C=C, H=H, W=W, Q=Q, K=K, R=R, S=S, **{**geometry, "padding": padding}, **flags,
         dtype=terminal.dtype(dtype), device=device,
     )  # fmt: skip

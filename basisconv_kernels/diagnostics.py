@@ -25,10 +25,14 @@ import torch
 from basisconv_kernels import ops as ops_package
 from basisconv_kernels import testing
 from basisconv_kernels.core import checks, env, extension, machine, registry, tuning
-from basisconv_kernels.core.problem import Conv2dProblem, dtype_name
+from basisconv_kernels.core.problem import Conv2dProblem, TuckerConv2dProblem, dtype_name
 from basisconv_kernels.core.version import __version__
 from basisconv_kernels.layers.decompose import break_even
 from basisconv_kernels.ops.basis_conv2d import basis_conv2d
+from basisconv_kernels.ops.stacked_binary_conv2d import stacked_binary_conv2d
+from basisconv_kernels.ops.ternary_conv2d import ternary_conv2d
+from basisconv_kernels.ops.tucker_conv2d import tucker_conv2d
+from basisconv_kernels.testing import ternary_conv2d as ternary
 
 EXTRAS = {"cli": ("typer", "rich"), "report": ("matplotlib", "jinja2"), "triton": ("triton",)}
 OTHERS = ("torch", "numpy", "safetensors", "torchvision")
@@ -151,9 +155,10 @@ def explain(op: str, problem: Conv2dProblem, asked: str | None) -> dict[str, Any
     slower = {} if wished else tuning.slower(op, problem)
     first = registry.first(candidates, against, wished, slower)
     chosen = first.name if first else None
-    Q_star = break_even(problem.K, problem.taps, problem.groups if problem.compact else 1)
+    chain = isinstance(problem, TuckerConv2dProblem)  # two ranks: there is no single break-even
+    Q_star = None if chain else break_even(problem.K, problem.taps, problem.groups if problem.compact else 1)
     OH, OW = problem.output_size
-    mixing = problem.K * problem.mixed
+    fewer_weights = problem.weights() < problem.dense_weights()
     return {
         "op": op,
         "problem": str(problem),
@@ -170,10 +175,10 @@ def explain(op: str, problem: Conv2dProblem, asked: str | None) -> dict[str, Any
         "unknown_backend": wished if wished is not None and wished not in against else None,
         "macs_dense": problem.dense_macs(),
         "macs_basis": problem.macs(),
-        "weights_dense": problem.K * problem.taps,
-        "weights_basis": problem.Q * problem.taps + mixing,
+        "weights_dense": problem.dense_weights(),
+        "weights_basis": problem.weights(),
         "break_even": Q_star,
-        "pays": problem.Q * problem.taps + mixing < problem.K * problem.taps,
+        "pays": fewer_weights and (not chain or problem.macs() < problem.dense_macs()),
     }
 
 
@@ -254,7 +259,35 @@ def _run_basis_conv2d(backend: str, dtype: torch.dtype, device: str) -> None:
         testing.check_gradients(case, kernel)
 
 
-_TINY_RUNS = {"basis_conv2d": _run_basis_conv2d}
+def _run_ternary_conv2d(backend: str, dtype: torch.dtype, device: str) -> None:
+    """The same for ``ternary_conv2d``, with two scales."""
+    kernel = functools.partial(ternary_conv2d, backend=backend)
+    case = next(case for case in ternary.TERNARY_CASES if case.name == "two_scales").at(dtype=dtype, device=device)
+    ternary.check(case, kernel)
+    if dtype is torch.float32:
+        ternary.check_gradients(case, kernel)
+
+
+def _run_stacked_binary_conv2d(backend: str, dtype: torch.dtype, device: str) -> None:
+    """The same for stacked filters; their gradients are plain PyTorch on every backend."""
+    case = testing.stacked_case("odd_sizes").at(dtype=dtype, device=device)
+    testing.check_stacked(case, functools.partial(stacked_binary_conv2d, backend=backend))
+
+
+def _run_tucker_conv2d(backend: str, dtype: torch.dtype, device: str) -> None:
+    kernel = functools.partial(tucker_conv2d, backend=backend)
+    case: Any = testing.tucker_case("odd_sizes").at(dtype=dtype, device=device)
+    testing.check_tucker(case, kernel)
+    if dtype is torch.float32:
+        testing.check_tucker_gradients(case, kernel)
+
+
+_TINY_RUNS = {
+    "basis_conv2d": _run_basis_conv2d,
+    "ternary_conv2d": _run_ternary_conv2d,
+    "stacked_binary_conv2d": _run_stacked_binary_conv2d,
+    "tucker_conv2d": _run_tucker_conv2d,
+}
 
 
 def _tables() -> list[Finding]:

@@ -21,7 +21,7 @@ from rich.text import Text
 
 from bench import basis_conv2d
 from bench.harness import compare as comparing
-from bench.harness import engines, machine, report, roofline, rows, tables
+from bench.harness import engines, machine, readme, report, roofline, rows, tables
 from bench.harness.case import Case, Suite
 from bench.harness.errors import UnknownNameError
 from bench.harness.rows import Row
@@ -170,13 +170,14 @@ def run(
     threads: Annotated[int, typer.Option(min=1, help="Threads of every engine.")] = 1,
     rounds: Annotated[int, typer.Option(min=1, help="Samples of each engine, taken in turn.")] = 15,
     sample_ms: Annotated[float, typer.Option(min=0.1, help="Aimed length of a sample.")] = 20.0,
+    patience: Annotated[float, typer.Option(min=0, help="Seconds a sample may wait for the core's full speed.")] = 0.5,
     out: Annotated[Path | None, typer.Option(help="Append the rows to this JSONL file.")] = None,
     save: Annotated[bool, typer.Option("--save", help="Append the rows to bench/results/<device>/.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 if a must is not reached.")] = False,
     as_json: Json = False,
 ) -> None:
     """Check, measure and judge."""
-    options = Options(rounds, sample_ms / 1e3, threads)
+    options = Options(rounds, sample_ms / 1e3, threads, patience)
     try:
         chosen = [(s, _cases(s, case or []), _engines_of(s, engine or [], candidate or [])) for s in _suites(suite)]
     except UnknownNameError as error:
@@ -251,11 +252,20 @@ def compare(
 def report_(
     files: Annotated[list[Path], typer.Argument(help="JSONL files.")],
     out: Annotated[Path | None, typer.Option(help="Write report.md and SVG plots into this folder.")] = None,
+    readme_: Annotated[
+        Path | None, typer.Option("--readme", help="Make the table between the marks of this document anew.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """A Markdown document on stdout, or with plots in a folder."""
     found = _read(files)
     suites = basis_conv2d.suites()
+    if readme_ is not None:
+        try:
+            readme_.write_text(readme.updated(readme_.read_text(encoding="utf-8"), found, suites), encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise _usage(error) from None
+        return
     if as_json:
         by_suite = {name: outcomes(found, s) for name, s in suites.items() if any(r.suite == name for r in found)}
         print(json.dumps({name: [asdict(o) for o in got] for name, got in by_suite.items()}, ensure_ascii=False))

@@ -19,6 +19,7 @@ from basisconv_kernels import testing
 from basisconv_kernels.core import registry, tuning
 from basisconv_kernels.ops import basis_conv2d as op
 from basisconv_kernels.testing import Case
+from basisconv_kernels.testing.candidates import SIGNATURES
 
 hypothesis.settings.register_profile("default", max_examples=150, deadline=None)
 hypothesis.settings.register_profile("full", max_examples=2_000, deadline=None)
@@ -55,6 +56,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--geometries", type=int, metavar="N", help="geometries that the fuzz test draws for each dtype")
     group.addoption("--candidate", metavar="package.module:function", help="run the op cases on this kernel alone")
+    group.addoption(
+        "--candidate-op", default="basis_conv2d", choices=list(SIGNATURES), help="what --candidate computes"
+    )
     group.addoption("--candidate-device", default="cpu", help="device of the tensors for --candidate (default: cpu)")
 
 
@@ -79,7 +83,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kept, dropped = [], []
     for item in items:
         long = item.get_closest_marker("full") is not None and not config.getoption("--full")
-        foreign = config.getoption("--candidate") and "kernel" not in getattr(item, "fixturenames", ())
+        of_its_op = getattr(getattr(item, "module", None), "OP", None) == config.getoption("--candidate-op")
+        takes_it = "kernel" in getattr(item, "fixturenames", ()) and of_its_op
+        foreign = config.getoption("--candidate") and not takes_it
         (dropped if long or foreign else kept).append(item)
         if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
@@ -97,7 +103,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     candidate = metafunc.config.getoption("--candidate")
     if candidate:
-        kernel = KernelUnderTest(candidate, metafunc.config.getoption("--candidate-device"), testing.load(candidate))
+        run = testing.load(candidate, metafunc.config.getoption("--candidate-op"))
+        kernel = KernelUnderTest(candidate, metafunc.config.getoption("--candidate-device"), run)
         metafunc.parametrize("kernel", [pytest.param(kernel, id=candidate)])
         return
     op = importlib.import_module(f"basisconv_kernels.ops.{metafunc.module.OP}")

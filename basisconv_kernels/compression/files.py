@@ -18,6 +18,8 @@ from basisconv_kernels.compression import (
     container,
     recipe_graphs,
     recipe_layers,  # noqa: F401  (registers the layer kinds)
+    recipe_stacked,  # noqa: F401  (and one more)
+    recipe_ternary,  # noqa: F401
 )
 from basisconv_kernels.compression.recipe import Recipe
 from basisconv_kernels.compression.recipe_network import Network, describe, refuse_difference, refuse_empty, some

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from basisconv_kernels.compression.basis import orthogonality_loss
 from basisconv_kernels.layers.basis_conv2d import BasisConv2d
+from basisconv_kernels.layers.tucker_conv2d import TuckerConv2d
 
 TRAINED = ("all", "coefficients_and_norm")
 
@@ -49,8 +50,8 @@ def trainable_parameters(model: nn.Module, what: str = "all") -> list[nn.Paramet
 
     Args:
         model (Module): any network.
-        what ("all" or "coefficients_and_norm"): all that ask for gradients, or of these only the coefficients and
-            biases of ``BasisConv2d`` layers and whatever belongs to a BatchNorm.
+        what ("all" or "coefficients_and_norm"): all that ask for gradients, or of these only the last stages, that is
+            coefficients or u_out, and biases of this package's layers, and whatever belongs to a BatchNorm.
 
     Raises:
         ValueError: another ``what``, or nothing to train.
@@ -64,6 +65,8 @@ def trainable_parameters(model: nn.Module, what: str = "all") -> list[nn.Paramet
         for module in model.modules():
             if isinstance(module, BasisConv2d):
                 found += [p for p in (module.coefficients, module.bias) if p is not None]
+            elif isinstance(module, TuckerConv2d):
+                found += [p for p in (module.u_out, module.bias) if p is not None]
             elif isinstance(module, _BatchNorm):
                 found += list(module.parameters(recurse=False))
     unique = [p for p in dict.fromkeys(found) if p.requires_grad]
@@ -114,6 +117,7 @@ def finetune(
         list of EpochRecord: one an epoch, an epoch cut short by ``max_steps`` included.
 
     Raises:
+        TypeError: ``model`` is no Module.
         ValueError: arguments that do not fit, an empty loader, or an orthogonality weight without a trained basis.
         FloatingPointError: the loss is no longer a finite number.
 
@@ -179,6 +183,8 @@ def finetune(
 def _check_arguments(
     model: nn.Module, epochs: int, scheduler_step: str, orthogonality: float, max_steps: int | None
 ) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"finetune: model must be a torch.nn.Module, got {type(model).__name__}")
     if epochs < 1:
         raise ValueError(f"finetune: epochs must be at least 1, got {epochs}")
     if max_steps is not None and max_steps < 1:

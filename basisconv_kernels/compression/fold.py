@@ -20,6 +20,7 @@ from basisconv_kernels.compression.report import FoldedChain, FoldReport
 from basisconv_kernels.compression.survey import run
 from basisconv_kernels.layers import folding
 from basisconv_kernels.layers.basis_conv2d import BasisConv2d
+from basisconv_kernels.layers.tucker_conv2d import TuckerConv2d
 
 _ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _RELU = {torch.relu, torch.relu_, F.relu, F.relu_, "relu", "relu_"}
@@ -32,6 +33,8 @@ _IN_PLACE = {
     operator.ior,
     operator.setitem,
 }
+Fused = BasisConv2d | TuckerConv2d
+FUSED = (BasisConv2d, TuckerConv2d)  # layers that take in what follows them
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 # What a network that fx cannot trace may raise: its own code meets stand-ins instead of tensors.
 TRACE_ERRORS = (
@@ -41,15 +44,15 @@ TRACE_ERRORS = (
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, BasisConv2d) or super().is_leaf_module(module, name)
+        return isinstance(module, FUSED) or super().is_leaf_module(module, name)
 
 
 def fold_batchnorm(model: nn.Module, example_inputs: Any) -> tuple[nn.Module, FoldReport]:
     """A copy of a network for inference, with BatchNorms, residual additions and activations inside its convolutions.
 
     ``Conv2d → BatchNorm2d`` becomes the Conv2d with other weights; ``BasisConv2d → BatchNorm2d → (+ residual) → ReLU``
-    or ``ReLU6`` becomes one BasisConv2d. A BatchNorm inside a BasisConv2d is folded too. Only chains whose links are
-    used nowhere else are folded, and only additions of equal shapes.
+    or ``ReLU6`` becomes one BasisConv2d, and so with TuckerConv2d. A BatchNorm inside a BasisConv2d is folded too. Only
+    chains whose links are used nowhere else are folded, and only additions of equal shapes.
 
     Args:
         model (Module): stays as it is.
@@ -69,6 +72,8 @@ def fold_batchnorm(model: nn.Module, example_inputs: Any) -> tuple[nn.Module, Fo
         >>> [(chain.name, chain.absorbed) for chain in report.chains]
         [('0', ('1',))]
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"fold_batchnorm: model must be a torch.nn.Module, got {type(model).__name__}")
     target = copy.deepcopy(model).eval()
     with torch.no_grad():
         expected = run(target, example_inputs)
@@ -107,12 +112,12 @@ class _Folder:
 
     def fold(self, module: nn.Module, name: str, inputs: Any = None) -> nn.Module:
         """The module with its chains folded; ``inputs``, where known, give the shapes that residual additions need."""
-        if not any(isinstance(m, (nn.Conv2d, BasisConv2d)) for m in module.modules()):
+        if not any(isinstance(m, (nn.Conv2d, *FUSED)) for m in module.modules()):
             return module
         for part in module.modules():
             if isinstance(part, BasisConv2d) and folding.has_statistics(part.basis_norm or part):
                 part.fold()
-        if isinstance(module, (nn.Conv2d, BasisConv2d)):
+        if isinstance(module, (nn.Conv2d, *FUSED)):
             return module
         try:
             graph = fx.GraphModule(module, _Tracer().trace(module), type(module).__name__)
@@ -142,7 +147,7 @@ class _Folder:
 
     def _fold_chain(self, graph: fx.GraphModule, node: fx.Node, name: str) -> None:
         conv = graph.get_submodule(str(node.target))
-        if type(conv) is not nn.Conv2d and not isinstance(conv, BasisConv2d):
+        if type(conv) is not nn.Conv2d and not isinstance(conv, FUSED):
             return
         absorbed: list[str] = []
         following = _only_user(graph, node)
@@ -150,13 +155,13 @@ class _Folder:
         if any(user.target is F.batch_norm for user in node.users):
             self.left_alone.append((name, "is followed by a BatchNorm that is no torch.nn.BatchNorm2d module"))
         if following is not None and norm is not None and type(norm) in NORMS and folding.has_statistics(norm):
-            if isinstance(conv, BasisConv2d) and (conv.activation is not None or len(node.all_input_nodes) > 1):
+            if isinstance(conv, FUSED) and (conv.activation is not None or len(node.all_input_nodes) > 1):
                 self.left_alone.append((name, "has an activation or a residual before its BatchNorm"))
                 return
             _absorb_norm(conv, norm)
             _skip(graph, following, node)
             absorbed.append(str(following.target))
-        if isinstance(conv, BasisConv2d):
+        if isinstance(conv, FUSED):
             node, addition = _absorb_residual(graph, node, conv)
             absorbed += [addition] if addition else []
             following = _only_user(graph, node)
@@ -201,7 +206,7 @@ def _skip(graph: fx.GraphModule, node: fx.Node, source: fx.Node) -> None:
 
 @torch.no_grad()
 def _absorb_norm(conv: nn.Module, norm: nn.Module) -> None:
-    if isinstance(conv, BasisConv2d):
+    if isinstance(conv, FUSED):
         conv.fold(norm)
     elif isinstance(conv, nn.Conv2d):
         weight, bias = folding.fold_after(conv.weight, conv.bias, *folding.scale_and_offset(norm))
@@ -221,7 +226,7 @@ def _activation(graph: fx.GraphModule, node: fx.Node | None) -> str | None:
     return "relu6" if node.op == "call_function" and node.target is F.relu6 else None
 
 
-def _absorb_residual(graph: fx.GraphModule, node: fx.Node, conv: BasisConv2d) -> tuple[fx.Node, str]:
+def _absorb_residual(graph: fx.GraphModule, node: fx.Node, conv: Fused) -> tuple[fx.Node, str]:
     """Turn ``conv(x) + other`` into ``conv(x, other)`` where both have one shape; the node of the call, and what it
     took.
 
@@ -277,7 +282,7 @@ def separate_residuals(model: nn.Module) -> None:
     for graph in [m for m in model.modules() if isinstance(m, fx.GraphModule)]:
         for node in list(graph.graph.nodes):
             conv = _called(graph, node)
-            if not isinstance(conv, BasisConv2d) or len(node.args) + len(node.kwargs) < 2:
+            if not isinstance(conv, FUSED) or len(node.args) + len(node.kwargs) < 2:
                 continue
             residual = node.args[1] if len(node.args) > 1 else node.kwargs["residual"]
             node.args = node.args[:1]

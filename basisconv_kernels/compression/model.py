@@ -1,30 +1,35 @@
-"""``compress``: the convolutions of a network become ``BasisConv2d`` layers; ``to_plain``: and ordinary ones again."""
+"""``compress``: the convolutions of a network are replaced, method by method; ``to_plain``: and ordinary ones again."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-from basisconv_kernels.compression import plan
+from basisconv_kernels.compression import basis_method, prune, ternary, tucker  # noqa: F401  (they register)
 from basisconv_kernels.compression.config import BasisConfig
 from basisconv_kernels.compression.fold import separate_residuals
-from basisconv_kernels.compression.names import resolve, resolve_exact
-from basisconv_kernels.compression.report import CompressionReport, LayerReport
-from basisconv_kernels.compression.survey import ConvLayer, evaluating, run, substitute, survey, watching
-from basisconv_kernels.layers.basis_conv2d import BasisConv2d
-from basisconv_kernels.layers.calibration import ChannelMoments
-from basisconv_kernels.layers.conversion import foreign_hooks, refusal
-from basisconv_kernels.layers.decompose import break_even
+from basisconv_kernels.compression.methods import FilterFunction, Task, method_of, own_layers
+from basisconv_kernels.compression.names import resolve
+from basisconv_kernels.compression.prune_config import PruneConfig
+from basisconv_kernels.compression.report import CompressionReport
+from basisconv_kernels.compression.stacked_binary import StackedBinaryConfig
+from basisconv_kernels.compression.survey import convolutions, evaluating, run, substitute
+from basisconv_kernels.compression.ternary_config import TernaryConfig
+from basisconv_kernels.compression.tucker_config import TuckerConfig
 
-FilterFunction = Callable[[str, nn.Module], bool]
+# One step, or several by name pattern: {"layer1.*": BasisConfig(...), "*": None}. None leaves the layers as they are.
+Config = BasisConfig | TuckerConfig | PruneConfig | StackedBinaryConfig | TernaryConfig
+Step = Config | Mapping[str, Config | None]
 
 
 def compress(
     model: nn.Module,
-    config: BasisConfig,
+    config: Step | Sequence[Step],
     *,
     example_inputs: Any,
     calibration: Iterable[Any] | None = None,
@@ -33,18 +38,26 @@ def compress(
     skip: Iterable[str] = (),
     inplace: bool = False,
 ) -> tuple[nn.Module, CompressionReport]:
-    """Replace convolutions of a network by basis convolutions, truncated by the rule of ``config``.
+    """Replace convolutions of a network by cheaper ones, as ``config`` says.
 
-    Each replaced ``W ≈ A·F``: Q shared filters F and coefficients A. Fine-tune the result: truncation costs accuracy.
+    ``BasisConfig``: each replaced ``W ≈ A·F``, Q shared filters F and coefficients A. ``TuckerConfig``: each
+    ``W ≈ U_out·core·U_in``. ``PruneConfig``: filters are removed. ``StackedBinaryConfig``: each
+    ``W[k] ≈ scale[k]·concat_i B[index[k, i]]``, a bank B of ±1 filters. ``TernaryConfig``: weights become −σ, 0
+    and +σ, those of Linear layers too. Fine-tune the result: it costs accuracy.
 
     A convolution is replaced if it is a Conv2d itself (parametrised weights are applied first), was reached by the
     example inputs, is allowed by ``only``, ``skip`` and ``filter_fn``, carries no hooks, shares its weight with no
     other module, and, with ``keep_dense="auto"``, gains by it. A module that is used several times is replaced once and
-    stays shared. Linear layers and transposed convolutions stay. Everything is checked before anything is changed.
+    stays shared. Linear layers and transposed convolutions stay. Everything is checked before anything is changed; in a
+    list, each step by itself.
 
     Args:
         model (Module): in any mode; the training flags of its modules are kept.
-        config (BasisConfig): the rule for Q and when to keep a layer dense.
+        config (BasisConfig, TuckerConfig, PruneConfig or TernaryConfig, or a list or mapping of such): what to do, to
+            which layers. A list is a pipeline, one step after the other on what the steps before left. A mapping
+            {pattern: configuration} chooses by layer: patterns are those of ``fnmatch`` on layer names
+            (``"layer1.*"``), the first that matches counts, None leaves its layers as they are, and so are layers that
+            none matches.
         example_inputs: a Tensor, a tuple or list of positional, or a mapping of keyword arguments of the network; run
             once, in eval mode without gradients, to see the size of every layer's input.
         calibration (iterable, optional): more of the same kind, for ``data_aware`` and ``basis_norm``; default: the
@@ -56,10 +69,12 @@ def compress(
             result is a new module either way.
 
     Returns:
-        (Module, CompressionReport): the network, and for every convolution what was done and why.
+        (Module, CompressionReport): the network, and for every convolution what was done and why; of several steps the
+        whole, with the reports of the steps in ``steps``.
 
     Raises:
-        ValueError: an unknown layer name, NaN or infinite weights, or a rule that cannot be met; nothing was changed.
+        ValueError: an unknown layer name, NaN or infinite weights, example inputs that the network does not take, or a
+            rule that cannot be met; nothing was changed.
         TypeError: arguments of a wrong kind.
 
     Source: Tayyab, Mahalanobis 2019, arXiv 1906.04509; Tayyab, Khan, Mahalanobis 2021, arXiv 2105.10436.
@@ -77,116 +92,91 @@ def compress(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"compress: model must be a torch.nn.Module, got {type(model).__name__}")
-    if not isinstance(config, BasisConfig):
-        raise TypeError(f"compress: config must be a BasisConfig, got {type(config).__name__}")
     only_names, skip_names = resolve(model, "only", only), resolve(model, "skip", skip)
-    named_by_rule = resolve_exact(model, config.rule, config.named_layers() or ())
+    steps = [step for part in _listed(config) for step in _steps(model, part)]
+    for each, _ in steps:
+        method = method_of(each)
+        if method.check is not None:
+            method.check(model, each)
     batches = [example_inputs] if calibration is None else list(calibration)
+    task = Task(example_inputs, batches, only_names, skip_names, filter_fn)
 
     target = model if inplace else copy.deepcopy(model)
-    layers = survey(target, example_inputs)
-    reasons: dict[str, str] = {}
-    for layer in layers:
-        reason = _why_not(layer, only_names, skip_names, filter_fn)
-        if reason is None and config.named_layers() is not None and layer.name not in named_by_rule:
-            reason = f"not named in {config.rule}"
-        if reason is not None:
-            reasons[layer.name] = reason
-    open_layers = [layer for layer in layers if layer.name not in reasons]
-    before = network_parameters(target)
-    decisions = plan.decide(target, layers, open_layers, config, named_by_rule, batches)
+    if any(is_lazy(p) for p in target.parameters()):
+        with evaluating(target):
+            run(target, example_inputs)  # which gives them their sizes
+    reports = []
+    for each, named in steps:
+        before = network_parameters(target)
+        target, rows = method_of(each).convert(target, each, task if named is None else task.narrowed(named))
+        reports.append(CompressionReport(str(each), rows, before, network_parameters(target)))
+    return target, reports[0] if len(reports) == 1 else CompressionReport.joined(reports)
 
-    replaced = {layer.module: d.basis for layer in open_layers if (d := decisions[layer.name]).basis is not None}
-    for layer in open_layers:
-        reasons[layer.name] = decisions[layer.name].reason
-    rows = tuple(_report(layer, decisions.get(layer.name), reasons[layer.name]) for layer in layers)
-    target = substitute(target, replaced)
-    if config.basis_norm:
-        _insert_norms(target, list(replaced.values()), batches)
-    return target, CompressionReport(str(config), rows, before, network_parameters(target))
+
+def _listed(config: Any) -> list[Any]:
+    """The steps of a pipeline; one step alone is one."""
+    if not isinstance(config, Sequence) or isinstance(config, str):
+        return [config]
+    if not config:
+        raise ValueError("compress: the list of steps is empty; give at least one configuration")
+    return list(config)
+
+
+def _steps(model: nn.Module, part: Any) -> list[tuple[Any, frozenset[str] | None]]:
+    """(configuration, names of the layers it is for) of one step; None means all layers.
+
+    A layer belongs to the first pattern that one of its names matches. Equal configurations are one, so that a budget
+    is of all their layers together.
+    """
+    if not isinstance(part, Mapping):
+        method_of(part)
+        return [(part, None)]
+    wanted = dict.fromkeys(part, False)
+    found: list[tuple[Any, set[str]]] = []
+    for layer in convolutions(model):
+        pattern = next((p for p in part if any(fnmatchcase(name, p) for name in layer.names)), None)
+        if pattern is None:
+            continue
+        wanted[pattern] = True
+        if part[pattern] is None:
+            continue
+        names = next((names for config, names in found if config == part[pattern]), None)
+        if names is None:
+            method_of(part[pattern])
+            found.append((part[pattern], names := set()))
+        names.update(layer.names)
+    for pattern, matched in wanted.items():
+        if not matched:
+            raise ValueError(
+                f"compress: the pattern {pattern!r} is the first to match no convolution of this network; patterns are "
+                "those of fnmatch, as in 'layer1.*', and an earlier one may have taken its layers"
+            )
+    if not found:
+        raise ValueError("compress: every pattern stands for None, so nothing is left to do")
+    return [(config, frozenset(names)) for config, names in found]
 
 
 def to_plain(model: nn.Module, *, collapse: bool = False, inplace: bool = False) -> nn.Module:
-    """Replace every ``BasisConv2d`` of a network by ordinary modules, for other tools and formats.
+    """Replace every layer of this package in a network by ordinary modules, for other tools and formats.
 
     Args:
         model (Module): any network, also one that ``fold_batchnorm`` gave.
-        collapse (bool): one dense convolution a layer instead of two.
+        collapse (bool): one dense convolution a layer instead of its stages.
         inplace (bool): change ``model`` itself instead of a deep copy.
 
     Returns:
         Module: the network, without any class of this package; a layer that was shared stays shared.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"to_plain: model must be a torch.nn.Module, got {type(model).__name__}")
     target = model if inplace else copy.deepcopy(model)
     separate_residuals(target)
-    layers = [m for m in target.modules() if isinstance(m, BasisConv2d)]
+    layers: list[Any] = [m for m in target.modules() if isinstance(m, own_layers())]
     return substitute(target, {layer: layer.to_plain(collapse=collapse) for layer in layers})
 
 
 def network_parameters(model: nn.Module) -> int:
-    """Parameters of a network, each counted once, and its frozen bases."""
-    frozen = [m.basis_weight for m in model.modules() if isinstance(m, BasisConv2d) and not m.trains_basis]
-    return sum(p.numel() for p in model.parameters()) + sum(basis.numel() for basis in frozen)
-
-
-def _why_not(
-    layer: ConvLayer, only: frozenset[str] | None, skip: frozenset[str] | None, filter_fn: FilterFunction | None
-) -> str | None:
-    """Why a layer is out of the question, whatever its filters hold; None where it is not."""
-    against = refusal(layer.module)
-    if against is not None:
-        return against
-    names = set(layer.names)
-    if only is not None and not names & only:
-        return "not in only"
-    if skip is not None and names & skip:
-        return "in skip"
-    if filter_fn is not None and not filter_fn(layer.name, layer.module):
-        return "refused by filter_fn"
-    if layer.tied_to is not None:
-        return f"shares its weight parameter with {layer.tied_to}"
-    if foreign_hooks(layer.module):
-        return "carries hooks, which a conversion would lose"
-    if layer.calls == 0:
-        return "not reached by example_inputs"
-    return None
-
-
-def _insert_norms(model: nn.Module, layers: list[BasisConv2d], batches: list[Any]) -> None:
-    """A calibrated BatchNorm between the stages of each layer, from the maps of the compressed network."""
-    moments = {layer: ChannelMoments(layer.basis_channels) for layer in layers}
-
-    def watcher_for(layer: BasisConv2d) -> Callable[[Any, Any], None]:
-        return lambda input, output: moments[layer].add(layer.basis_maps(input))
-
-    with evaluating(model), watching({layer: watcher_for(layer) for layer in layers}):
-        for batch in batches:
-            run(model, batch)
-    for layer, found in moments.items():
-        layer.set_basis_norm(found)
-
-
-def _report(layer: ConvLayer, decision: plan.Decision | None, reason: str) -> LayerReport:
-    K, C, R, S, G = layer.shape
-    per_group = None if decision is None or decision.basis is None else decision.per_group
-    replaced = decision is not None and per_group is not None
-    return LayerReport(
-        name=layer.name,
-        verdict="replaced" if replaced else "kept",
-        reason=reason,
-        K=K,
-        C=C,
-        R=R,
-        S=S,
-        groups=G,
-        break_even=break_even(K, layer.taps, G),
-        basis_channels=None if per_group is None else per_group * G,
-        energy_kept=decision.energy_kept if decision is not None and replaced else None,
-        relative_error=decision.relative_error if decision is not None and replaced else None,
-        macs_before=layer.dense_macs,
-        macs_after=layer.dense_macs if per_group is None else layer.basis_macs(per_group),
-        parameters_before=layer.dense_parameters,
-        parameters_after=layer.dense_parameters if per_group is None else layer.basis_parameters(per_group),
-        dense_ms=None if decision is None else decision.dense_ms,
-        basis_ms=None if decision is None else decision.basis_ms,
-    )
+    """Parameters of a network, each counted once, and the frozen weights of this package's layers."""
+    ours = [m for m in model.modules() if isinstance(m, own_layers())]
+    frozen = [buffer for layer in ours for buffer in layer.buffers(recurse=False)]
+    return sum(p.numel() for p in model.parameters()) + sum(buffer.numel() for buffer in frozen)

@@ -87,6 +87,8 @@ def from_function(name: str, weights: Path | None) -> nn.Module:
     sys.path.insert(0, str(Path.cwd()))
     try:
         module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ImportError(f"--model: {module_name!r} cannot be imported from here: {error}") from error
     finally:
         sys.path.pop(0)
     function = getattr(module, attribute, None)

@@ -119,7 +119,7 @@ def _one_layer(name: str, facts: Rankable, config: BasisConfig, named_by_rule: d
     if decision.per_group is not None and decision.per_group > facts.spectrum.cap:
         decision.reason = f"Q = {wish} lowered to the rank of the filters"
         if isinstance(value, dict):
-            warnings.warn(f"compress: layer {name!r}: {decision.reason}", stacklevel=4)
+            warnings.warn(f"compress: layer {name!r}: {decision.reason}", stacklevel=5)
     return decision
 
 

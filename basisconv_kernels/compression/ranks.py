@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from basisconv_kernels.layers.decompose import FilterSpectrum, pays
+from basisconv_kernels.layers.tucker_decompose import evbmf_rank
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,17 @@ def by_fraction(K: int, groups: int, fraction: float) -> int:
     """Q/G for ``Q = ceil(fraction·K)``, rounded up to a multiple of the groups."""
     # 0.55·20 is 11.000000000000002 in binary: what is whole up to rounding counts as whole.
     return max(1, math.ceil(round(fraction * K / groups, 9)))
+
+
+def evbmf_per_group(spectrum: FilterSpectrum, weakening: float) -> int:
+    """Q/G by EVBMF on the filters of each group, the largest of the groups; see ``tucker_decompose.evbmf_rank``.
+
+    Args:
+        spectrum: of the filters.
+        weakening: 0..1, the share of the way from the EVBMF rank up to the rank of the filters.
+    """
+    found = max(1, *(evbmf_rank(mixing @ rows) for mixing, rows in zip(spectrum.mixing, spectrum.rows, strict=True)))
+    return min(found, spectrum.cap) + math.floor(weakening * max(0, spectrum.cap - found))
 
 
 def by_budget(layers: Sequence[Rankable], budget: float, cost: str) -> dict[str, int]:
@@ -148,7 +160,9 @@ def by_sensitivity(
 
 
 class Option(NamedTuple):
-    """One way to run a layer: measured milliseconds, energy kept, and Q/G, None for the dense convolution."""
+    """One way to run a layer: measured milliseconds, or another cost, energy kept, and Q/G or another number of the
+    way, None for the dense convolution.
+    """
 
     ms: float
     energy: float
@@ -158,10 +172,7 @@ class Option(NamedTuple):
 def by_latency(
     options: Mapping[str, Sequence[Option]], share: float, *, keep_dense: bool = True
 ) -> dict[str, int | None]:
-    """The option of each layer that keeps most energy within a share of the dense layers' time.
-
-    Each layer starts at its fastest option; then the step with most energy gained a millisecond is taken, along the
-    upper hull of the layer's options, as long as the time holds.
+    """The option of each layer that keeps most energy within a share of the dense layers' time, as ``within`` does.
 
     Args:
         options: by layer name; each holds the dense one.
@@ -172,18 +183,31 @@ def by_latency(
         ValueError: the fastest options together take longer.
     """
     dense = sum(next(o.ms for o in many if o.per_group is None) for many in options.values())
-    hulls = {
-        name: _hull([option for option in many if keep_dense or option.per_group is not None])
+    allowed = {
+        name: [option for option in many if keep_dense or option.per_group is not None]
         for name, many in options.items()
     }
-    taken = dict.fromkeys(hulls, 0)
-    left = share * dense - sum(hull[0].ms for hull in hulls.values())
-    if left < 0:
+    chosen = within(allowed, share * dense)
+    if chosen is None:
+        least = sum(min(option.ms for option in many) for many in allowed.values())
         raise ValueError(
             f"compress: latency={share} asks for {share * dense:.3f} ms in the convertible convolutions, but their "
-            f"fastest options take {share * dense - left:.3f} ms of {dense:.3f} ms dense; ask for more time, or use "
-            "another rule"
+            f"fastest options take {least:.3f} ms of {dense:.3f} ms dense; ask for more time, or use another rule"
         )
+    return chosen
+
+
+def within(options: Mapping[str, Sequence[Option]], limit: float) -> dict[str, int | None] | None:
+    """The option of each layer that keeps most energy within a limit of time, or of another cost in ``ms``.
+
+    Each layer starts at its cheapest option; then the step with most energy gained a cost is taken, along the upper
+    hull of the layer's options, as long as the limit holds. None where the cheapest options together exceed it.
+    """
+    hulls = {name: _hull(many) for name, many in options.items()}
+    taken = dict.fromkeys(hulls, 0)
+    left = limit - sum(hull[0].ms for hull in hulls.values())
+    if left < 0:
+        return None
     slopes = [
         ((after.energy - before.energy) / (after.ms - before.ms), name, position)
         for name, hull in hulls.items()

@@ -1,4 +1,4 @@
-"""The layer kinds that ``compress`` and ``fold_batchnorm`` make: basis convolutions, convolutions, identities.
+"""The layer kinds that ``compress`` and ``fold_batchnorm`` make: basis, Tucker and plain convolutions, identities.
 
 Convolutions that stayed dense are described too: a file then fits no network of another stride, whose weights have the
 same shapes, and a convolution that took in a BatchNorm may have a bias that the dense network does not have.
@@ -29,6 +29,7 @@ from basisconv_kernels.core.checks import ACTIVATIONS, FLOAT_DTYPES
 from basisconv_kernels.core.errors import ArchitectureError
 from basisconv_kernels.layers import conversion, folding
 from basisconv_kernels.layers.basis_conv2d import BASES, PADDING_MODES, BasisConv2d
+from basisconv_kernels.layers.tucker_conv2d import TuckerConv2d
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
 
@@ -63,7 +64,7 @@ _BASIS = {
 
 
 def _geometry(module: Any) -> dict[str, Any]:
-    """What a Conv2d and a BasisConv2d have in common."""
+    """What a Conv2d and the layers that replace it have in common."""
     return {
         "in_channels": module.in_channels,
         "out_channels": module.out_channels,
@@ -71,7 +72,7 @@ def _geometry(module: Any) -> dict[str, Any]:
         "stride": list(module.stride),
         "padding": module.padding if isinstance(module.padding, str) else list(module.padding),
         "dilation": list(module.dilation),
-        "groups": module.groups,
+        "groups": getattr(module, "groups", 1),
         "padding_mode": module.padding_mode,
         "bias": module.bias is not None,
     }
@@ -162,6 +163,36 @@ def _rebuild_basis(description: dict[str, Any], module: nn.Module) -> nn.Module:
     return layer.train(module.training)
 
 
+# --- Tucker convolutions ----------------------------------------------------------------------------------------------
+
+_TUCKER = {
+    **{name: field for name, field in _GEOMETRY.items() if name != "groups"},
+    "rank_in": integer(1),
+    "rank_out": integer(1),
+    "activation": one_of(*ACTIVATIONS),
+    "precise": BOOLEAN,
+}
+
+
+def _describe_tucker(layer: TuckerConv2d) -> dict[str, Any]:
+    return {
+        **{name: value for name, value in _geometry(layer).items() if name != "groups"},
+        "rank_in": layer.rank_in,
+        "rank_out": layer.rank_out,
+        "activation": layer.activation,
+        "precise": layer.precise,
+    }
+
+
+def _rebuild_tucker(description: dict[str, Any], module: nn.Module) -> nn.Module:
+    if isinstance(module, TuckerConv2d):
+        raise ArchitectureError(difference(description, _describe_tucker(module)))
+    _same_geometry({**description, "groups": 1}, module)
+    layer = TuckerConv2d(**_arguments(description), device="meta", dtype=_weight_dtype(module))
+    _asks_for_gradients(layer, module)
+    return layer.train(module.training)
+
+
 # --- what was folded away ---------------------------------------------------------------------------------------------
 
 
@@ -174,5 +205,6 @@ def _rebuild_identity(description: dict[str, Any], module: nn.Module) -> nn.Modu
 
 
 register(LayerKind("basis_conv2d", BasisConv2d, _BASIS, _describe_basis, _rebuild_basis))
+register(LayerKind("tucker_conv2d", TuckerConv2d, _TUCKER, _describe_tucker, _rebuild_tucker))
 register(LayerKind("conv2d", nn.Conv2d, _GEOMETRY, _geometry, _rebuild_conv, subclasses=True))
 register(LayerKind("identity", nn.Identity, {}, lambda module: {}, _rebuild_identity, subclasses=True))

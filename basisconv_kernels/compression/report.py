@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+UNNAMED = "no pattern names it"  # the reason why a step by name pattern passed over a layer
 
 
 @dataclass(frozen=True)
@@ -15,17 +18,21 @@ class LayerReport:
 
     Attributes:
         name: its first name in the network.
-        verdict: ``"replaced"`` or ``"kept"``.
+        verdict: ``"replaced"``, ``"pruned"`` or ``"kept"``.
         reason: why it was kept; for a replaced layer a note, or empty.
         K, C, R, S, groups: output and input channels, filter height and width, channel groups.
         break_even: Q*, from where the basis costs no less than the dense convolution.
-        basis_channels: Q of the replaced layer, else None.
+        basis_channels: Q of the replaced layer, rank_out of a TuckerConv2d, n of a
+            StackedBinaryConv2d, else None.
         energy_kept: share of the filters' energy that the basis keeps (of the expected output's, if data-aware).
         relative_error: ‖weight − coefficients·basis‖ / ‖weight‖, Frobenius.
         macs_before, macs_after: multiply-accumulates an image, over all calls; 0 where the layer was never reached.
         parameters_before, parameters_after: weights and bias, the frozen basis included; a BatchNorm between the stages
-            folds away and is not counted.
-        dense_ms, basis_ms: measured milliseconds a call at the shape of its example input; None where not measured.
+            folds away and is not counted. Bits of a StackedBinaryConv2d count in words of 32.
+        dense_ms, basis_ms: measured milliseconds a call at the shape of its example input, of the dense and of the
+            replaced layer; None where not measured.
+        rank_in: of a TuckerConv2d, else None.
+        channels_after: (K, C) that pruning left, None where it removed nothing.
     """
 
     name: str
@@ -46,10 +53,12 @@ class LayerReport:
     parameters_after: int
     dense_ms: float | None = None
     basis_ms: float | None = None
+    rank_in: int | None = None
+    channels_after: tuple[int, int] | None = None
 
     @property
     def replaced(self) -> bool:
-        """Whether the layer is a BasisConv2d now."""
+        """Whether another layer is in its place now."""
         return self.verdict == "replaced"
 
 
@@ -64,16 +73,28 @@ class CompressionReport:
     Attributes:
         rule: the configuration, in words.
         layers: in the order of the network's modules.
+        steps: where there were several, the report of each; ``layers`` tell then what all of them did together.
     """
 
     rule: str
     layers: tuple[LayerReport, ...]
     network_parameters_before: int
     network_parameters_after: int
+    steps: tuple[CompressionReport, ...] = ()
+
+    @classmethod
+    def joined(cls, steps: Sequence[CompressionReport]) -> CompressionReport:
+        """The report of a pipeline: costs before the first and after the last step."""
+        rows: dict[str, LayerReport] = {}
+        for row in (row for step in steps for row in step.layers):
+            rows[row.name] = row if row.name not in rows else _joined(rows[row.name], row)
+        rule = " | ".join(step.rule for step in steps)
+        before, after = steps[0].network_parameters_before, steps[-1].network_parameters_after
+        return cls(rule, tuple(rows.values()), before, after, tuple(steps))
 
     @property
     def replaced(self) -> tuple[LayerReport, ...]:
-        """The layers that are BasisConv2d now."""
+        """The layers in whose place another is now."""
         return tuple(layer for layer in self.layers if layer.replaced)
 
     @property
@@ -118,8 +139,8 @@ class CompressionReport:
 
     @property
     def filters_after(self) -> int:
-        """ΣQ of the replaced and ΣK of the kept layers."""
-        return sum(layer.K if layer.basis_channels is None else layer.basis_channels for layer in self.layers)
+        """ΣQ of the replaced and ΣK of the other layers."""
+        return sum(layer.basis_channels or (layer.channels_after or (layer.K,))[0] for layer in self.layers)
 
     def totals(self) -> dict[str, int]:
         """The sums, by name."""
@@ -128,7 +149,8 @@ class CompressionReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionaries, lists, strings and numbers."""
-        return {"rule": self.rule, "totals": self.totals(), "layers": [asdict(layer) for layer in self.layers]}
+        own = {"rule": self.rule, "totals": self.totals(), "layers": [asdict(layer) for layer in self.layers]}
+        return own | ({"steps": [step.to_dict() for step in self.steps]} if self.steps else {})
 
     def to_json(self, indent: int | None = 2) -> str:
         """``to_dict`` as JSON."""
@@ -140,17 +162,30 @@ class CompressionReport:
         body = _rich_table(rows, width) if importlib.util.find_spec("rich") else _plain_table(rows)
         return f"{body}\n{self.summary()}"
 
+    def _pruned(self) -> str:
+        count = sum(layer.channels_after is not None for layer in self.layers)
+        return f", {count} pruned" if count else ""
+
     def summary(self) -> str:
         """The totals in two lines."""
         return (
-            f"{len(self.replaced)} of {len(self.layers)} convolutions replaced; filters {self.filters_before} → "
-            f"{self.filters_after}; MACs an image {_short(self.macs_before)} → {_short(self.macs_after)} "
-            f"({_change(self.macs_before, self.macs_after)})\n"
+            f"{len(self.replaced)} of {len(self.layers)} convolutions replaced{self._pruned()}; filters "
+            f"{self.filters_before} → {self.filters_after}; MACs an image {_short(self.macs_before)} → "
+            f"{_short(self.macs_after)} ({_change(self.macs_before, self.macs_after)})\n"
             f"parameters of the convolutions {_short(self.parameters_before)} → {_short(self.parameters_after)} "
             f"({_change(self.parameters_before, self.parameters_after)}), of the network "
             f"{_short(self.network_parameters_before)} → {_short(self.network_parameters_after)} "
             f"({_change(self.network_parameters_before, self.network_parameters_after)})"
         )
+
+
+def _joined(earlier: LayerReport, later: LayerReport) -> LayerReport:
+    """One layer after two steps: the later says what it is now, the earlier what it was."""
+    if later.reason == UNNAMED or (earlier.verdict != "kept" and later.verdict == "kept"):
+        return replace(earlier, macs_after=later.macs_after, parameters_after=later.parameters_after)
+    was = ("K", "C", "R", "S", "groups", "macs_before", "parameters_before")
+    channels = later.channels_after or earlier.channels_after
+    return replace(later, **{name: getattr(earlier, name) for name in was}, channels_after=channels)
 
 
 @dataclass(frozen=True)
@@ -188,11 +223,13 @@ _COLUMNS = ("layer", "C→K R×S", "Q", "Q*", "energy", "error", "MACs", "parame
 
 def _row(layer: LayerReport) -> tuple[str, ...]:
     shape = f"{layer.C}→{layer.K} {layer.R}×{layer.S}" + (f" /{layer.groups}" if layer.groups > 1 else "")
-    changed = layer.replaced
+    changed = layer.verdict != "kept"
+    if layer.channels_after is not None:
+        shape = f"{shape}: {layer.channels_after[1]}→{layer.channels_after[0]}"
     return (
         layer.name or "(the model itself)",
         shape,
-        "" if layer.basis_channels is None else str(layer.basis_channels),
+        "" if layer.basis_channels is None else "·".join(str(r) for r in (layer.rank_in, layer.basis_channels) if r),
         f"{layer.break_even:.1f}",
         "" if layer.energy_kept is None else f"{layer.energy_kept:.3f}",
         "" if layer.relative_error is None else f"{layer.relative_error:.3f}",

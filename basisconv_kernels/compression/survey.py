@@ -21,6 +21,7 @@ class ConvLayer:
         name: its first name in the network; ``names`` holds all.
         module: the convolution.
         pixels: Σ over its calls of OH·OW (transposed convolutions: H·W of the input), an image; 0 if never reached.
+        pixels_in: Σ over its calls of H·W of the input, an image, padding that is not of zeros included.
         example: shape, dtype, device and memory format of its first input, to time it with.
         tied_to: the layer whose weight parameter it shares, or None.
     """
@@ -29,6 +30,7 @@ class ConvLayer:
     names: tuple[str, ...]
     module: Convolution
     pixels: int = 0
+    pixels_in: int = 0
     calls: int = 0
     example: Tensor | None = field(default=None, repr=False)
     tied_to: str | None = None
@@ -153,13 +155,27 @@ def convolutions(model: nn.Module) -> list[ConvLayer]:
     return layers
 
 
+def _pixels_read(module: Convolution, input: Tensor) -> int:
+    """H·W of the input, or of what explicit padding makes of it."""
+    height, width = input.shape[-2:]
+    if module.padding_mode != "zeros":
+        right, bottom = module._reversed_padding_repeated_twice[:2], module._reversed_padding_repeated_twice[2:]
+        height, width = height + sum(bottom), width + sum(right)
+    return height * width
+
+
 def survey(model: nn.Module, example_inputs: Any) -> list[ConvLayer]:
-    """``convolutions`` with what one run in eval mode shows of each; the network itself is not changed."""
+    """``convolutions`` with what one run in eval mode shows of each; the network itself is not changed.
+
+    Raises:
+        ValueError: the network does not take the inputs.
+    """
     layers = convolutions(model)
 
     def watcher_for(layer: ConvLayer) -> Callable[[Tensor, Tensor], None]:
         def watch(input: Tensor, output: Tensor) -> None:
             measured = input if isinstance(layer.module, nn.ConvTranspose2d) else output
+            layer.pixels_in += _pixels_read(layer.module, input)
             layer.pixels += measured.shape[-1] * measured.shape[-2]
             layer.calls += 1
             if layer.example is None:
@@ -168,5 +184,20 @@ def survey(model: nn.Module, example_inputs: Any) -> list[ConvLayer]:
         return watch
 
     with evaluating(model), watching({layer.module: watcher_for(layer) for layer in layers}):
-        run(model, example_inputs)
+        try:
+            run(model, example_inputs)
+        except (RuntimeError, ValueError, TypeError, LookupError) as error:
+            what = f"compress: the network does not run on example_inputs, {_kind(example_inputs)}"
+            raise ValueError(f"{what}: {error}") from error
     return layers
+
+
+def _kind(inputs: Any) -> str:
+    """What the inputs are, in a few words."""
+    if isinstance(inputs, Tensor):
+        return f"a Tensor {list(inputs.shape)}"
+    if isinstance(inputs, Mapping):
+        return f"a mapping of {', '.join(map(str, inputs)) or 'nothing'}"
+    if isinstance(inputs, (tuple, list)):
+        return f"{type(inputs).__name__} of {', '.join(map(_kind, inputs)) or 'nothing'}"
+    return f"a {type(inputs).__name__}"

@@ -13,11 +13,14 @@ from torch import Tensor, nn
 from basisconv_kernels import testing
 from basisconv_kernels.compression.survey import evaluating, watching
 from basisconv_kernels.core.checks import Pair, Quad
-from basisconv_kernels.core.problem import Conv2dProblem
+from basisconv_kernels.core.problem import Conv2dProblem, TuckerConv2dProblem
 from basisconv_kernels.layers.basis_conv2d import BasisConv2d
+from basisconv_kernels.layers.tucker_conv2d import TuckerConv2d
+from basisconv_kernels.ops import tucker_conv2d_tuning
 from basisconv_kernels.ops.basis_conv2d_tuning import measure
 
 SIZES = ("N", "C", "H", "W", "Q", "K", "R", "S")
+OTHERS = ("rank_in", "stride", "padding", "dilation", "groups")
 LAYOUTS = ("both", "channels_last", "nchw")
 
 
@@ -29,13 +32,19 @@ def default_problems() -> list[Conv2dProblem]:
 def parse_problem(text: str) -> Conv2dProblem:
     """``N=8,C=64,H=56,W=56,Q=16,K=64,R=3,padding=1`` → a problem; S is R, stride, dilation and groups 1, padding 0.
 
+    With ``rank_in=16`` it is one of ``tucker_conv2d``, and Q is rank_out.
+
     Raises:
         ValueError: another form, an unknown or a missing key.
     """
     pairs = [part.partition("=") for part in re.split(r"[,\s]+", text.strip()) if part]
     values = {}
     for key, equals, number in pairs:
-        if key not in (*SIZES, "stride", "padding", "dilation", "groups") or not equals or not number.isdecimal():
+        if (
+            key not in (*SIZES, "rank_in", "stride", "padding", "dilation", "groups")
+            or not equals
+            or not number.isdecimal()
+        ):
             raise ValueError(
                 f"tune: a problem reads N=8,C=64,H=56,W=56,Q=16,K=64,R=3,padding=1, got {text!r} at {key!r}"
             )
@@ -50,10 +59,13 @@ def parse_problem(text: str) -> Conv2dProblem:
 
     around: Quad = (values.get("padding", 0),) * 4
     sizes: dict[str, Any] = {key: values[key] for key in SIZES}
-    problem = Conv2dProblem(
-        **sizes, stride=pair("stride", 1), dilation=pair("dilation", 1), padding=around,
-        groups=values.get("groups", 1), bias=True,
-    )  # fmt: skip
+    geometry: dict[str, Any] = {"stride": pair("stride", 1), "dilation": pair("dilation", 1), "padding": around}
+    geometry["groups"] = values.get("groups", 1)
+    chain: dict[str, Any] = {"rank_in": values["rank_in"]} if values.get("rank_in") else {}
+    if chain and geometry["groups"] != 1:
+        raise ValueError(f"tune: tucker_conv2d, which rank_in stands for, has no groups, got {text!r}")
+    kind = TuckerConv2dProblem if chain else Conv2dProblem
+    problem = kind(**sizes, **geometry, **chain, bias=True)
     if problem.groups < 1 or problem.C % problem.groups or problem.Q % problem.groups:
         raise ValueError(f"tune: C and Q must be divisible by groups, got {text!r}")
     if min(*problem.stride, *problem.dilation) < 1:
@@ -63,18 +75,18 @@ def parse_problem(text: str) -> Conv2dProblem:
 
 
 def model_problems(model: nn.Module, example: Tensor) -> list[Conv2dProblem]:
-    """The problems of the ``BasisConv2d`` layers of a network on these images, each once.
+    """The problems of the ``BasisConv2d`` and ``TuckerConv2d`` layers of a network on these images, each once.
 
     Raises:
         ValueError: the network has no such layer.
     """
     found: dict[Conv2dProblem, None] = {}
 
-    def watcher_for(layer: BasisConv2d) -> Callable[[Tensor, Tensor], None]:
+    def watcher_for(layer: BasisConv2d | TuckerConv2d) -> Callable[[Tensor, Tensor], None]:
         return lambda input, output: found.setdefault(_problem_of(layer, input))
 
     layers: dict[nn.Module, Callable[[Tensor, Tensor], None]] = {
-        module: watcher_for(module) for module in model.modules() if isinstance(module, BasisConv2d)
+        module: watcher_for(module) for module in model.modules() if isinstance(module, (BasisConv2d, TuckerConv2d))
     }
     if not layers:
         raise ValueError("tune: no layer of the network became a BasisConv2d; raise --fraction, or give --problem")
@@ -83,19 +95,23 @@ def model_problems(model: nn.Module, example: Tensor) -> list[Conv2dProblem]:
     return list(found)
 
 
-def _problem_of(layer: BasisConv2d, input: Tensor) -> Conv2dProblem:
-    Q, _, R, S = layer.basis_weight.shape
-    K, mixed = layer.coefficients.shape
+def _problem_of(layer: BasisConv2d | TuckerConv2d, input: Tensor) -> Conv2dProblem:
     N, C, H, W = input.shape
     padding = layer.pad_amounts
     if layer.padding_mode != "zeros":  # the layer pads before the op
         top, bottom, left, right = padding
         H, W, padding = H + top + bottom, W + left + right, (0, 0, 0, 0)
-    return Conv2dProblem(
-        N=N, C=C, H=H, W=W, Q=Q, K=K, R=R, S=S, stride=layer.stride, padding=padding,
-        dilation=layer.dilation, groups=layer.groups, compact=mixed != Q, dtype=input.dtype, device=input.device.type,
-        bias=layer.bias is not None, activation=layer.activation, precise=layer.precise,
-    )  # fmt: skip
+    common: dict[str, Any] = {
+        "N": N, "C": C, "H": H, "W": W, "stride": layer.stride, "padding": padding, "dilation": layer.dilation,
+        "dtype": input.dtype, "device": input.device.type, "bias": layer.bias is not None,
+        "activation": layer.activation, "precise": layer.precise,
+    }  # fmt: skip
+    if isinstance(layer, TuckerConv2d):
+        rank_out, rank_in, R, S = layer.core.shape
+        return TuckerConv2dProblem(**common, Q=rank_out, rank_in=rank_in, K=layer.out_channels, R=R, S=S)
+    Q, _, R, S = layer.basis_weight.shape
+    K, mixed = layer.coefficients.shape
+    return Conv2dProblem(**common, Q=Q, K=K, R=R, S=S, groups=layer.groups, compact=mixed != Q)
 
 
 def variants(problems: Sequence[Conv2dProblem], layout: str, dtype: torch.dtype) -> list[Conv2dProblem]:
@@ -118,5 +134,8 @@ def tune(
     for done, problem in enumerate(problems):
         if progress is not None:
             progress(done / len(problems))
-        entries.append(measure(problem, seconds))
+        if isinstance(problem, TuckerConv2dProblem):
+            entries.append(tucker_conv2d_tuning.measure(problem, seconds))
+        else:
+            entries.append(measure(problem, seconds))
     return entries

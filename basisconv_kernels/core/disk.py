@@ -14,6 +14,8 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
         OSError: it could not be written; the old file is as it was, and nothing else is left behind.
     """
     target = Path(os.path.realpath(path))  # a link stays a link
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {os.fspath(path)}: there is no folder {target.parent}; create it first")
     temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "xb") as stream:

@@ -75,6 +75,14 @@ class Conv2dProblem:
         oh, ow = self.output_size
         return self.N * oh * ow * self.K * self.taps
 
+    def weights(self) -> int:
+        """Numbers in the weights of the stages, Q·D + K·mixed."""
+        return self.Q * self.taps + self.K * self.mixed
+
+    def dense_weights(self) -> int:
+        """Numbers in the weights of the dense convolution, K·D."""
+        return self.K * self.taps
+
     def to_json(self) -> dict[str, Any]:
         """All fields but the device, which a file states once, as JSON values."""
         values = {**asdict(self), "dtype": dtype_name(self.dtype)}
@@ -100,3 +108,38 @@ class Conv2dProblem:
         if self.activation:
             flags.append(self.activation)
         return " ".join([text, *flags])
+
+
+@dataclass(frozen=True)
+class TuckerConv2dProblem(Conv2dProblem):
+    """Shapes and flags of a call of ``tucker_conv2d``: Q is ``rank_out``, and ``rank_in`` channels reach the core.
+
+    One channel group, no compact coefficients.
+    """
+
+    rank_in: int = 1
+
+    @property
+    def taps(self) -> int:
+        """rank_in·R·S, the length of one filter of the core."""
+        return self.rank_in * self.R * self.S
+
+    def macs(self) -> int:
+        """``N·(H·W·C·rank_in + OH·OW·(Q·rank_in·R·S + K·Q))``: the first 1×1 runs on all pixels of the input."""
+        return self.N * self.H * self.W * self.C * self.rank_in + super().macs()
+
+    def dense_macs(self) -> int:
+        """Multiply-accumulates of the dense convolution that this call replaces, ``N·OH·OW·K·C·R·S``."""
+        oh, ow = self.output_size
+        return self.N * oh * ow * self.dense_weights()
+
+    def weights(self) -> int:
+        """Numbers in the weights of the three stages."""
+        return self.C * self.rank_in + super().weights()
+
+    def dense_weights(self) -> int:
+        """Numbers in the weights of the dense convolution, K·C·R·S."""
+        return self.K * self.C * self.R * self.S
+
+    def __str__(self) -> str:
+        return super().__str__().replace(f"{self.C}→{self.Q}→", f"{self.C}→{self.rank_in}→{self.Q}→", 1)

@@ -147,7 +147,8 @@ def recipe_rows(recipe: dict[str, Any]) -> list[tuple[str, ...]]:
         basis = _tensor(recipe, layer, "basis_weight")
         coefficients = _tensor(recipe, layer, "coefficients")
         if basis is None or coefficients is None:
-            rows.append((name, layer["kind"], *_dense_cells(about)))
+            cells = _tucker_cells(about) if "rank_in" in about else _dense_cells(about)
+            rows.append((name, layer["kind"], *cells))
             continue
         Q, taps_in, R, S = basis
         K, mixed = coefficients
@@ -178,6 +179,14 @@ def _dense_cells(about: dict[str, Any]) -> tuple[str, ...]:
     return (f"{C}→{K}", f"{R}×{S}", "", "", f"{K * (C // groups) * R * S:,}", _short(shown))
 
 
+def _tucker_cells(about: dict[str, Any]) -> tuple[str, ...]:
+    """The cells of a Tucker convolution; both ranks stand in the place of Q."""
+    C, K, (R, S), i, o = (about[k] for k in ("in_channels", "out_channels", "kernel_size", "rank_in", "rank_out"))
+    shown = {key: value for key, value in about.items() if key in SHOWN and value not in ORDINARY}
+    change = f"{K * C * R * S:,} → {C * i + o * (i * R * S + K):,}"
+    return (f"{C}→{K}", f"{R}×{S}", f"{i}·{o}", "", change, _short(shown))
+
+
 SHOWN = ("stride", "dilation", "groups", "activation", "padding_mode", "basis_norm", "precise")
 ORDINARY: tuple[Any, ...] = (None, False, 1, [1, 1], "zeros")
 
@@ -202,7 +211,8 @@ def tuned_rows(entries: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
     rows = [("problem", *(f"{name} ms" for name in backends), "fastest", "reference / fastest", "passed over")]
     for entry in entries:
         p = entry["problem"]
-        shape = f"N{p['N']} {p['C']}→{p['Q']}→{p['K']} {p['R']}×{p['S']} @{p['H']}×{p['W']}"
+        ranks = f"{p['rank_in']}→{p['Q']}" if "rank_in" in p else p["Q"]
+        shape = f"N{p['N']} {p['C']}→{ranks}→{p['K']} {p['R']}×{p['S']} @{p['H']}×{p['W']}"
         shape += f" stride {p['stride'][0]}" if p["stride"] != [1, 1] else ""
         shape += " channels_last" if p["channels_last"] else " NCHW"
         best = entry["ms"][entry["fastest"]]["median"]
@@ -240,8 +250,12 @@ def explanation_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
     ratio = _fewer(found["macs_dense"], found["macs_basis"])
     macs = f"{found['macs_basis']:,} instead of {found['macs_dense']:,} ({ratio})"
     weights = f"{found['weights_basis']:,} instead of {found['weights_dense']:,}"
+    rows += [("MACs", macs), ("weights", weights)]
+    if found["break_even"] is None:
+        advice = "the stages cost less" if found["pays"] else "the dense convolution costs no more MACs or weights"
+        return [*rows, ("verdict", advice)]
     advice = "below it: the basis costs less" if found["pays"] else "not below it: the dense convolution costs no more"
-    return [*rows, ("MACs", macs), ("weights", weights), ("break-even Q*", f"{found['break_even']:.2f}; {advice}")]
+    return [*rows, ("break-even Q*", f"{found['break_even']:.2f}; {advice}")]
 
 
 def _fewer(before: int, after: int) -> str:

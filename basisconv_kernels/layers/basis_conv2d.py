@@ -12,12 +12,12 @@ from basisconv_kernels.core import checks
 from basisconv_kernels.core.checks import Pair, Quad
 from basisconv_kernels.layers import bases, folding
 from basisconv_kernels.layers.basis_conv2d_conversion import NAME, Convertible
+from basisconv_kernels.layers.conversion import PADDING_MODES
 from basisconv_kernels.layers.packing import Prepared, PreparedWeights
 from basisconv_kernels.ops.basis_conv2d import basis_conv2d
 from basisconv_kernels.ops.basis_conv2d_native import basis_conv2d_pack
 from basisconv_kernels.reference.basis_conv2d import laid_out, memory_format
 
-PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 BASES = ("random_orthogonal", "dct", "learned")
 
 

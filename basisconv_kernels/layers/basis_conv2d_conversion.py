@@ -164,6 +164,8 @@ class Convertible(nn.Module):
             raise TypeError(f"{op}: conv {against}; only torch.nn.Conv2d itself can be converted")
         if basis_channels is not None and energy is not None:
             raise ValueError(f"{op}: give basis_channels or energy, not both")
+        if energy is not None and not 0 <= energy <= 1:
+            raise ValueError(f"{op}: energy must lie in 0..1, got {energy}")
         weight, bias = conversion.dense_parameters(conv)
         if spectrum is None:
             spectrum = decompose(weight, conv.groups, input_correlation, name=op)

@@ -19,6 +19,7 @@ from basisconv_kernels.layers import folding
 if TYPE_CHECKING:
     from basisconv_kernels.layers.basis_conv2d_conversion import Convertible
 
+PADDING_MODES = ("zeros", "reflect", "replicate", "circular")  # of Conv2d
 # Hooks of PyTorch's older reparametrisations: they compute the weight before every call.
 _WEIGHT_HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
 

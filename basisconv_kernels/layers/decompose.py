@@ -104,7 +104,7 @@ def decompose(
 
     Source: Tayyab, Mahalanobis 2019, arXiv 1906.04509; the groups and the data-aware form are derived.
     """
-    H = _filter_matrix(weight, groups, name)
+    H = filter_matrix(weight, groups, name)
     root = None if input_correlation is None else _correlation_root(input_correlation, groups, H.shape[2], name)
     if root is None:
         U, s, V = torch.linalg.svd(H, full_matrices=False)
@@ -121,7 +121,7 @@ def decompose(
     return FilterSpectrum(s, rows * signs[:, :, None], mixing * signs[:, None, :], (taps_in, R, S), eps)
 
 
-def _filter_matrix(weight: Tensor, groups: int, name: str) -> Tensor:
+def filter_matrix(weight: Tensor, groups: int, name: str) -> Tensor:
     """[G, K/G, D] in float64 on the CPU, checked."""
     if not weight.is_floating_point() or weight.is_meta:
         what = "has no values (meta device)" if weight.is_meta else f"is {weight.dtype}"

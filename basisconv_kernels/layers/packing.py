@@ -6,12 +6,13 @@ It is a plain attribute, no buffer: it never reaches a state_dict, a copy, a pic
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 ORDINARY = (Tensor, torch.nn.Parameter)
+Value = TypeVar("Value", bound=tuple[Any, ...])  # of tensors and None
 
 
 class Prepared(NamedTuple):
@@ -40,11 +41,11 @@ class _Source(NamedTuple):
 class _Entry(NamedTuple):
     settings: Hashable
     sources: tuple[_Source, ...]
-    value: Prepared
+    value: Any
 
 
 class PreparedWeights:
-    """One remembered ``Prepared`` and the proof that it still holds.
+    """One remembered tuple of tensors and the proof that it still holds.
 
     - An address says nothing once its memory is freed and given out again, so an alias of every source tensor is kept:
       its memory stays, and an equal address is the same memory. The version counter then tells edits in place.
@@ -65,7 +66,7 @@ class PreparedWeights:
         """Forget the entry and release what it kept."""
         self._entry = None
 
-    def get(self, sources: tuple[Tensor, ...], settings: Hashable, build: Callable[[], Prepared]) -> Prepared:
+    def get(self, sources: tuple[Tensor, ...], settings: Hashable, build: Callable[[], Value]) -> Value:
         """The remembered value if no source changed since, else ``build()``, run without gradients and remembered.
 
         Nothing is remembered of tensor subclasses, fake and meta tensors, and under a ``torch.func`` transform.
@@ -106,7 +107,7 @@ def _unchanged(sources: tuple[Tensor, ...], known: tuple[_Source, ...]) -> bool:
     return True
 
 
-def _ordinary(sources: tuple[Tensor, ...], value: Prepared) -> bool:
+def _ordinary(sources: tuple[Tensor, ...], value: tuple[Any, ...]) -> bool:
     if torch._C._are_functorch_transforms_active():
         return False
     made = [tensor for tensor in value if tensor is not None]

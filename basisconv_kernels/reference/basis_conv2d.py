@@ -13,6 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from basisconv_kernels.core.checks import Pair, Quad
+from basisconv_kernels.core.layout import laid_out as laid_out
+from basisconv_kernels.core.layout import memory_format as memory_format
+from basisconv_kernels.core.layout import symmetric as symmetric
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -25,43 +28,6 @@ class Gradients(NamedTuple):
     coefficients: Tensor | None
     bias: Tensor | None
     residual: Tensor | None
-
-
-def memory_format(input: Tensor) -> torch.memory_format:
-    """The layout that the strides of ``input`` [N, C, H, W] state, and that the result gets: channels_last or NCHW.
-
-    PyTorch's own rule, so that a layer fits between two of PyTorch's: channels_last where each stride reaches past what
-    the dimensions before it span, in the order C, W, H, N. Where C is 1 or a map is one pixel, both formats describe
-    the same memory and the strides of the dimensions of size 1 say which is meant; where they fit both, NCHW is.
-    """
-    size, stride = input.shape, input.stride()
-    if stride[1] == 0:
-        return torch.contiguous_format
-    span = 0
-    for dim in (1, 3, 2, 0):
-        if size[dim] == 0 or stride[dim] < span or (dim == 0 and stride[1] == span):
-            return torch.contiguous_format
-        span = size[dim] * stride[dim]
-    return torch.channels_last
-
-
-def laid_out(maps: Tensor, layout: torch.memory_format) -> Tensor:
-    """Dense ``maps`` in a layout, with strides that state it; not copied if they do.
-
-    ``contiguous`` alone leaves maps with one channel, or of one pixel, in the strides that they have.
-    """
-    return maps.contiguous(memory_format=layout).to(memory_format=layout)
-
-
-def symmetric(input: Tensor, padding: Quad) -> tuple[Tensor, Pair]:
-    """Split the padding into what conv2d takes (equal on both sides) and zeros written around the input."""
-    top, bottom, left, right = padding
-    N, C, H, W = input.shape
-    if H == 0 or W == 0:  # conv2d refuses a map without pixels, though its padding may have some
-        return input.new_zeros(N, C, H + top + bottom, W + left + right), (0, 0)
-    if top == bottom and left == right:
-        return input, (top, left)
-    return F.pad(input, (left, right, top, bottom)), (0, 0)
 
 
 def coefficient_groups(coefficients: Tensor, basis_channels: int, groups: int) -> int:

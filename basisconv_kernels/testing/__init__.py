@@ -35,29 +35,77 @@ kernel has any. Layers and whole networks, computed in two ways, are compared by
 ``check_same_network``. The loops of ``testing.naive`` are the lowest oracle, for maps of a few pixels.
 """
 
+from basisconv_kernels.testing.binary_conv2d import (
+    BINARY_CASES,
+    BinaryCase,
+    binary_case,
+    check_binary,
+    check_pack,
+    make_binary_inputs,
+)
 from basisconv_kernels.testing.candidates import Kernel, load
 from basisconv_kernels.testing.cases import CASES, DTYPES, PERFORMANCE_CASES, Case, case
 from basisconv_kernels.testing.compare import Mismatch, Report, check, check_gradients, check_rounding, plain
 from basisconv_kernels.testing.inputs import Inputs, make_inputs, poisoned_allocations
 from basisconv_kernels.testing.same import check_same_layer, check_same_network
+from basisconv_kernels.testing.stacked_binary_conv2d import (
+    STACKED_CASES,
+    STACKED_PERFORMANCE_CASES,
+    StackedCase,
+    check_stacked,
+    make_stacked_inputs,
+    stacked_case,
+)
+from basisconv_kernels.testing.tucker_conv2d import (
+    TUCKER_CASES,
+    TuckerCase,
+    TuckerInputs,
+    check_tucker,
+    check_tucker_gradients,
+    check_tucker_rounding,
+    make_tucker_inputs,
+    plain_tucker,
+    tucker_case,
+)
 
 __all__ = [
+    "BINARY_CASES",
     "CASES",
     "DTYPES",
     "PERFORMANCE_CASES",
+    "STACKED_CASES",
+    "STACKED_PERFORMANCE_CASES",
+    "TUCKER_CASES",
+    "BinaryCase",
     "Case",
     "Inputs",
     "Kernel",
     "Mismatch",
     "Report",
+    "StackedCase",
+    "TuckerCase",
+    "TuckerInputs",
+    "binary_case",
     "case",
     "check",
+    "check_binary",
     "check_gradients",
+    "check_pack",
     "check_rounding",
     "check_same_layer",
     "check_same_network",
+    "check_stacked",
+    "check_tucker",
+    "check_tucker_gradients",
+    "check_tucker_rounding",
     "load",
+    "make_binary_inputs",
     "make_inputs",
+    "make_stacked_inputs",
+    "make_tucker_inputs",
     "plain",
+    "plain_tucker",
     "poisoned_allocations",
+    "stacked_case",
+    "tucker_case",
 ]

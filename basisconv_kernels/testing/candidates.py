@@ -10,18 +10,29 @@ from torch import Tensor
 
 Kernel = Callable[..., Tensor]
 
-ARGUMENTS = ("stride", "padding", "dilation", "groups", "activation", "residual", "precise")
+# What a kernel of each op must take: tensors by position, the rest by name.
+SIGNATURES = {
+    "basis_conv2d": (
+        ("input", "basis_weight", "coefficients", "bias"),
+        ("stride", "padding", "dilation", "groups", "activation", "residual", "precise"),
+    ),
+    "tucker_conv2d": (
+        ("input", "u_in", "core", "u_out", "bias"),
+        ("stride", "padding", "dilation", "activation", "residual", "precise"),
+    ),
+}
 
 
-def load(name: str) -> Kernel:
-    """Import a kernel with the signature of ``basis_conv2d``.
+def load(name: str, op: str = "basis_conv2d") -> Kernel:
+    """Import a kernel with the signature of an op.
 
     Args:
         name (str): ``"package.module:function"``, importable from here.
+        op (str): a key of ``SIGNATURES``.
 
     Returns:
-        Callable: takes ``(input, basis_weight, coefficients, bias, *, stride, padding, dilation, groups, activation,
-        residual, precise)`` in normal form: pairs, padding as (top, bottom, left, right).
+        Callable: takes, for ``basis_conv2d``, ``(input, basis_weight, coefficients, bias, *, stride, padding, dilation,
+        groups, activation, residual, precise)`` in normal form: pairs, padding as (top, bottom, left, right).
 
     Raises:
         ValueError: the name has no such form.
@@ -40,19 +51,18 @@ def load(name: str) -> Kernel:
         raise ImportError(f"candidate: module {module_name!r} has no {attribute!r}")
     if not callable(kernel):
         raise TypeError(f"candidate: {name} must be a function, got {type(kernel).__name__}")
-    _check_signature(name, kernel)
+    _check_signature(name, kernel, *SIGNATURES[op])
     return kernel
 
 
-def _check_signature(name: str, kernel: Kernel) -> None:
+def _check_signature(name: str, kernel: Kernel, tensors: tuple[str, ...], named: tuple[str, ...]) -> None:
     try:
         signature = inspect.signature(kernel)
     except (TypeError, ValueError):  # a built-in function or a torch op states none
         return
     try:
-        signature.bind("input", "basis_weight", "coefficients", "bias", **dict.fromkeys(ARGUMENTS))
+        signature.bind(*tensors, **dict.fromkeys(named))
     except TypeError as error:
         raise TypeError(
-            f"candidate: {name}{signature} must take (input, basis_weight, coefficients, bias, *, "
-            f"{', '.join(ARGUMENTS)}): {error}"
+            f"candidate: {name}{signature} must take ({', '.join(tensors)}, *, {', '.join(named)}): {error}"
         ) from error

@@ -6,11 +6,14 @@ All sizes of a case differ, so that a kernel that swaps two axes cannot pass; no
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from basisconv_kernels.core.problem import Conv2dProblem
+
+if TYPE_CHECKING:
+    from typing import Self
 
 VIEWS = ("dense", "offset", "sliced", "expanded", "transposed", "mixed")
 
@@ -34,7 +37,7 @@ class Case:
     problem: Conv2dProblem
     view: str = "dense"
 
-    def at(self, **changes: Any) -> Case:
+    def at(self, **changes: Any) -> Self:
         """The same case with some fields of its problem changed, e.g. ``at(dtype=torch.bfloat16, device="cuda")``."""
         return replace(self, problem=replace(self.problem, **changes))
 

@@ -15,7 +15,7 @@ from basisconv_kernels.reference import basis_conv2d as reference
 from basisconv_kernels.testing import tolerances
 from basisconv_kernels.testing.candidates import Kernel
 from basisconv_kernels.testing.cases import Case
-from basisconv_kernels.testing.inputs import Inputs, bits, grid_unit, make_inputs, poisoned_allocations
+from basisconv_kernels.testing.inputs import AnyInputs, Inputs, bits, grid_unit, make_inputs, poisoned_allocations
 
 
 class Mismatch(AssertionError):
@@ -69,7 +69,7 @@ def _call(candidate: Kernel, inputs: Inputs) -> Tensor:
     return candidate(input, basis_weight, coefficients, bias, residual=residual, **inputs.case.arguments())
 
 
-def _form(case: Case, inputs: Inputs, got: Tensor) -> None:
+def _form(case: Case, inputs: AnyInputs, got: Tensor) -> None:
     """Type, shape, dtype, device and memory format of a result."""
     p = case.problem
     if not isinstance(got, Tensor):
@@ -89,13 +89,13 @@ def _form(case: Case, inputs: Inputs, got: Tensor) -> None:
         raise Mismatch(f"{case}: the result must be dense in {layout}, got strides {got.stride()} of shape {shape}")
 
 
-def _untouched(case: Case, inputs: Inputs) -> None:
+def _untouched(case: Case, inputs: AnyInputs) -> None:
     changed = inputs.changed()
     if changed:
         raise Mismatch(f"{case}: the kernel wrote to {', '.join(changed)}")
 
 
-def _own_memory(case: Case, inputs: Inputs, got: Tensor, again: Tensor) -> None:
+def _own_memory(case: Case, inputs: AnyInputs, got: Tensor, again: Tensor) -> None:
     others = {"an input": [t for t in inputs.tensors if t is not None], "an earlier result": [got]}
     for what, tensors in others.items():
         if any(_storage(tensor) == _storage(again) for tensor in tensors if again.numel()):

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import sqrt
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +22,21 @@ _SIGNIFICANT_BITS = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24, to
 def bits(tensor: Tensor) -> Tensor:
     """The same memory as integers, so that NaN equals NaN and −0 differs from 0."""
     return tensor.view(_BITS[tensor.element_size()])
+
+
+class AnyInputs(Protocol):
+    """What the comparison needs of the tensors of a call, whatever the op."""
+
+    @property
+    def input(self) -> Tensor:
+        """The feature maps."""
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All tensors, the feature maps first."""
+
+    def changed(self) -> list[str]:
+        """What a kernel wrote to."""
 
 
 @dataclass(frozen=True)

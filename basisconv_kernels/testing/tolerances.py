@@ -21,6 +21,10 @@ from torch import Tensor
 
 from basisconv_kernels.core.problem import Conv2dProblem
 from basisconv_kernels.reference import basis_conv2d as reference
+from basisconv_kernels.reference import stacked_binary_conv2d as stacked
+from basisconv_kernels.reference import ternary_conv2d as ternary
+from basisconv_kernels.reference.stacked_binary_conv2d_problem import StackedBinaryConv2dProblem
+from basisconv_kernels.reference.ternary_conv2d_problem import TernaryConv2dProblem
 
 # Half a unit in the last place of 1: the relative error of one rounding to nearest.
 UNIT_ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -157,6 +161,129 @@ def backward_bound(
         partial_sums = torch.maximum(expected.abs(), total / sqrt(additions))
         bounds[name] = Bound(expected, allowed * SECOND_ORDER + smallest, partial_sums)
     return bounds
+
+
+def ternary_forward_bound(
+    problem: TernaryConv2dProblem,
+    input: Tensor,
+    planes: Tensor,
+    scale: Tensor | None,
+    negative_scale: Tensor | None,
+    bias: Tensor | None,
+) -> Bound:
+    """Rule 1 for ``ternary_conv2d``: one rounding of the result, and the additions of D numbers in any order."""
+    x = input.double()
+    a, n, b = (None if t is None else t.double() for t in (scale, negative_scale, bias))
+    geometry = _ternary_geometry(problem)
+    expected = ternary.forward(x, planes, a, n, b, *geometry, problem.activation)
+    plus, minus = ternary.unpack_planes(planes, problem.C // problem.groups, torch.float64)
+    either = ternary.pack_planes(plus + minus)
+    largest = torch.ones(problem.K, device=x.device).double() if a is None else a.abs()
+    largest = largest if n is None else torch.maximum(largest, n.abs())
+    sums = ternary.forward(x.abs(), either, largest, None, None if b is None else b.abs(), *geometry, None)
+    allowed = lost_in_sums(problem.dtype, problem.taps + EXTRA_ADDITIONS) * sums
+    allowed += UNIT_ROUNDOFF[problem.dtype] * expected.abs()
+    smallest = torch.finfo(problem.dtype).smallest_normal * torch.finfo(problem.dtype).eps
+    return Bound(expected, allowed * SECOND_ORDER + smallest, sums)
+
+
+def ternary_backward_bound(
+    problem: TernaryConv2dProblem,
+    grad_output: Tensor,
+    output: Tensor,
+    input: Tensor,
+    planes: Tensor,
+    scale: Tensor | None,
+    negative_scale: Tensor | None,
+) -> dict[str, Bound]:
+    """The same rule for the gradients of ``ternary_conv2d``."""
+    x, g = input.double(), grad_output.double()
+    a, n = (None if t is None else t.double() for t in (scale, negative_scale))
+    geometry = _ternary_geometry(problem)
+    wanted = (True, a is not None, n is not None, True)
+    exact = ternary.backward(g, output.double(), x, planes, a, n, *geometry, problem.activation, wanted)
+    plus, minus = ternary.unpack_planes(planes, problem.C // problem.groups, torch.float64)
+    either = ternary.pack_planes(plus + minus)
+    largest = torch.ones(problem.K, device=x.device).double() if a is None else a.abs()
+    largest = largest if n is None else torch.maximum(largest, n.abs())
+    sums = ternary.backward(
+        g.abs(), None, x.abs(), either, largest, None, *geometry, None, (True, True, False, True)
+    )._asdict()
+    sums["negative_scale"] = sums["scale"]
+    oh, ow = problem.output_size
+    additions = problem.N * oh * ow + problem.taps + problem.K * problem.R * problem.S + EXTRA_ADDITIONS
+    share = lost_in_sums(problem.dtype, additions)
+    smallest = torch.finfo(problem.dtype).smallest_normal * torch.finfo(problem.dtype).eps
+    bounds = {}
+    for name, expected in exact._asdict().items():
+        if expected is not None:
+            allowed = share * sums[name] + UNIT_ROUNDOFF[problem.dtype] * expected.abs()
+            bounds[name] = Bound(expected, allowed * SECOND_ORDER + smallest, sums[name])
+    return bounds
+
+
+def _ternary_geometry(
+    p: TernaryConv2dProblem,
+) -> tuple[tuple[int, int], tuple[int, int, int, int], tuple[int, int], int]:
+    return p.stride, p.padding, p.dilation, p.groups
+
+
+def binary_bound(
+    sums: Tensor,
+    dtype: torch.dtype,
+    *,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    pixel_scale: Tensor | None = None,
+    activation: str | None = None,
+) -> Bound:
+    """Rule 1 for the floats of ``binary_conv2d``: its sums are exact, what follows rounds four times.
+
+    v to float, two factors and the bias, each at most one rounding of a value no larger than |v·scale·pixel| + |bias|;
+    then once to the dtype.
+    """
+    expected = sums.double()
+    for factor in (None if scale is None else scale[:, None, None], pixel_scale):
+        expected = expected if factor is None else expected * factor.double()
+    size = expected.abs()
+    if bias is not None:
+        expected, size = expected + bias.double()[:, None, None], size + bias.double().abs()[:, None, None]
+    if activation is not None:
+        expected = expected.clamp(min=0.0, max=6.0 if activation == "relu6" else None)
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    u = UNIT_ROUNDOFF[dtype] if dtype in reference.HALF else 0.0
+    allowed = lost_in_sums(dtype, 4) * size + u * expected.abs()
+    return Bound(expected, allowed * SECOND_ORDER + smallest, size)
+
+
+def stacked_bound(
+    problem: StackedBinaryConv2dProblem,
+    values: Tensor,
+    bank: Tensor,
+    index: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+) -> Bound:
+    """Rule 1 for ``stacked_binary_conv2d``: sums of ±values in any order, a factor, an offset, one rounding.
+
+    Args:
+        values (Tensor[N, C, H, W]): what enters the sums, in float64.
+    """
+    p = problem
+    filters = stacked.stacked_filters(bank.double(), index)
+    factor = torch.ones((), dtype=torch.float64) if scale is None else scale.double()[:, None, None]
+    offset = torch.zeros((), dtype=torch.float64) if bias is None else bias.double()[:, None, None]
+    top, bottom, left, right = p.padding
+    padded = F.pad(values, (left, right, top, bottom))
+    expected = F.conv2d(padded, filters, None, p.stride, 0, p.dilation, p.groups) * factor + offset
+    sums = F.conv2d(padded.abs(), filters.abs(), None, p.stride, 0, p.dilation, p.groups) * factor.abs() + offset.abs()
+    partial_sums = expected.abs() + offset.abs()
+    if p.activation is not None:
+        expected = expected.clamp(min=0.0, max=6.0 if p.activation == "relu6" else None)
+    smallest = torch.finfo(p.dtype).smallest_normal * torch.finfo(p.dtype).eps
+    u = UNIT_ROUNDOFF[p.dtype]
+    allowed = lost_in_sums(p.dtype, p.taps + p.splits + EXTRA_ADDITIONS) * sums + u * expected.abs()
+    return Bound(expected, allowed * SECOND_ORDER + smallest, torch.maximum(partial_sums, sums / sqrt(p.taps)))
 
 
 def worst_beside_plain(plain_worst: float, partial_sums: float, dtype: torch.dtype) -> float:

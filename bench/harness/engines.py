@@ -118,6 +118,7 @@ def timing_environment(threads: int) -> dict[str, str]:
     return {
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
+        "OPENBLAS_NUM_THREADS": "1",  # NumPy's, which only the probe of quiet.py uses
         "OMP_WAIT_POLICY": "PASSIVE",
         "KMP_BLOCKTIME": "0",
         "MALLOC_MMAP_THRESHOLD_": threshold,

@@ -14,7 +14,9 @@ from bench.harness.tables import bar, outcome_value, percent, reference_row, tim
 from bench.harness.verdict import Outcome, is_ours, outcomes
 
 
-def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+
     def clean(cell: str) -> str:
         return cell.replace("|", "\\|").replace("\n", " ")
 
@@ -73,7 +75,7 @@ def _times_table(rows: Sequence[Row]) -> str:
             for name in engines
         ]
         lines.append(line)
-    return _table(head, lines)
+    return table(head, lines)
 
 
 def _memory_table(rows: Sequence[Row]) -> str:
@@ -86,7 +88,7 @@ def _memory_table(rows: Sequence[Row]) -> str:
         m = row.memory
         sizes = [mib(m[f"{name}_bytes"]) for name in ("extra", "output", "maps", "im2col")] if m else [row.status] * 4
         lines.append([row.case, row.engine, row.form, row.layout, *sizes])
-    return _table(head, lines)
+    return table(head, lines)
 
 
 def _outcomes_table(found: Sequence[Outcome]) -> str:
@@ -96,7 +98,7 @@ def _outcomes_table(found: Sequence[Outcome]) -> str:
          f"**{o.verdict}**" if o.verdict == "short" else o.verdict, o.note]
         for o in found
     ]  # fmt: skip
-    return _table(head, lines)
+    return table(head, lines)
 
 
 def _against_dense(rows: Sequence[Row]) -> str:
@@ -112,7 +114,7 @@ def _against_dense(rows: Sequence[Row]) -> str:
         theory = best.work["flops"] / reference.work["flops"] if best.work and reference.work else None
         ratio = times(paired_ratio(best.samples, reference.samples))
         lines.append([case, f"{best.engine} {best.layout}", ratio, f"{theory:.2f}×" if theory else "–"])
-    return _table(["case", "fastest dense", "its time ÷ ours", "ratio of operations"], lines) if lines else ""
+    return table(["case", "fastest dense", "its time ÷ ours", "ratio of operations"], lines) if lines else ""
 
 
 def _details(rows: Sequence[Row]) -> str:

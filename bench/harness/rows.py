@@ -33,6 +33,7 @@ class Row:
         problem: shapes and flags in words and numbers.
         samples: seconds a call, one a round; each is the median over the calls of that round. Empty unless ok.
         calls: calls a sample.
+        disturbed: samples during which the core did not have its full speed (see ``quiet``).
         error: of the correctness gate: ``worst`` (largest share of the allowed error, must be ≤ 1) and its parts.
         work: ``flops``, ``bytes`` and ``roofline_s`` of this form on this machine.
         memory: of ``memory`` cases: bytes.
@@ -53,6 +54,7 @@ class Row:
     problem: dict[str, Any] = field(default_factory=dict)
     samples: list[float] = field(default_factory=list)
     calls: int = 0
+    disturbed: int = 0
     error: dict[str, Any] = field(default_factory=dict)
     work: dict[str, Any] = field(default_factory=dict)
     memory: dict[str, Any] = field(default_factory=dict)
@@ -115,14 +117,15 @@ def parse(line: str, where: str = "row") -> Row:
 
 
 def read(paths: Iterable[Path]) -> list[Row]:
-    """All rows of some files, in order; a later row replaces an earlier one of the same key."""
+    """All rows of some files, in order; a later row replaces an earlier one of the same key on the same processor."""
     found: dict[tuple[Any, ...], Row] = {}
     for path in paths:
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
             if line.strip():
                 row = parse(line, f"{path}:{number}")
-                found.pop(row.key, None)
-                found[row.key] = row
+                key = (row.context.get("device", {}).get("cpu"), *row.key)
+                found.pop(key, None)
+                found[key] = row
     return list(found.values())
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from bench.harness import gate, payload, rows
+from bench.harness import gate, payload, quiet, rows
 from bench.harness.case import Case, Form, Suite
 from bench.harness.engines import find, memory_environment
 from bench.harness.errors import EngineMissingError, WorkerDiedError
@@ -33,11 +33,15 @@ class Options:
         rounds: samples of each method; in every round each engine is asked once.
         sample_s: aimed length of a sample, seconds.
         threads: of every engine.
+        patience_s: how long a sample may wait for the core's full speed.
+        more_rounds: disturbed rounds are taken again, up to ``more_rounds * rounds`` in all.
     """
 
     rounds: int = 15
     sample_s: float = 0.02
     threads: int = 1
+    patience_s: float = 0.5
+    more_rounds: float = 2.0
 
 
 @dataclass
@@ -47,6 +51,7 @@ class _Entry:
     row: Row
     method: int
     samples: list[float] = field(default_factory=list)
+    probes: list[float] = field(default_factory=list)
 
 
 def _work_of(case: Case, form: Form, peaks: Peaks) -> dict[str, Any]:
@@ -90,6 +95,7 @@ class Runner:
         self.context = context
         self.options = options
         self.say = say
+        self._best_probe = math.inf
 
     def run(self, case: Case) -> list[Row]:
         """All rows of a case: one a method, or one that says why an engine has none."""
@@ -149,7 +155,7 @@ class Runner:
                 done.append(self._row(case, engine, status="died", reason=str(why)))
         done += self._rounds(case, entries)
         for engine, kept in entries.items():
-            done += [replace(entry.row, samples=entry.samples, time=now()) for entry in kept]
+            done += [replace(entry.row, time=now()) for entry in kept]
             try:
                 self.pool.get(engine).ask("release")
             except WorkerDiedError:  # its samples stand; the next case gets a fresh process
@@ -157,24 +163,47 @@ class Runner:
         return done
 
     def _rounds(self, case: Case, entries: dict[str, list[_Entry]]) -> list[Row]:
-        """A B C A B C …: each round asks every method of every engine for one sample; returns rows of the dead."""
+        """A B C A B C …: each round asks every method of every engine for one sample; returns rows of the dead.
+
+        Rounds in which a probe found the core slow are taken again as long as the options allow; the quietest stay.
+        """
         dead: list[Row] = []
-        for number in range(self.options.rounds):
-            self.say(f"{self.suite.name} {case.id}: round {number + 1} of {self.options.rounds}")
+        slowest: list[float] = []  # probe of each round
+        wanted = self.options.rounds
+        while len(slowest) < wanted or (
+            len(slowest) < wanted * self.options.more_rounds
+            and sum(probe <= quiet.SLOWER * self._best_probe for probe in slowest) < wanted
+        ):
+            self.say(f"{self.suite.name} {case.id}: round {len(slowest) + 1} of {wanted}")
+            slowest.append(0.0)
             for engine in list(entries):
                 try:
                     worker = self.pool.get(engine)
                     for entry in entries[engine]:
-                        if not number:
-                            sized = worker.ask("calibrate", method=entry.method, seconds=self.options.sample_s)
-                            entry.row.calls = sized["calls"]
-                        got = worker.ask("sample", method=entry.method, calls=entry.row.calls)
-                        entry.samples.append(got["seconds"])
+                        slowest[-1] = max(slowest[-1], self._sample(worker, entry))
                 except WorkerDiedError as why:
                     self.pool.drop(engine)
                     del entries[engine]
                     dead.append(self._row(case, engine, status="died", reason=str(why)))
+        kept = quiet.quietest(slowest, wanted)
+        for entry in (entry for found in entries.values() for entry in found):
+            entry.row.samples = [entry.samples[number] for number in kept]
+            entry.row.disturbed = sum(entry.probes[number] > quiet.SLOWER * self._best_probe for number in kept)
         return dead
+
+    def _sample(self, worker: WorkerProcess, entry: _Entry) -> float:
+        """One more sample of a method; returns the slower of the probes around it."""
+        if not entry.samples:
+            sized = worker.ask("calibrate", method=entry.method, seconds=self.options.sample_s)
+            entry.row.calls = sized["calls"]
+        got = worker.ask(
+            "sample", method=entry.method, calls=entry.row.calls, patience_s=self.options.patience_s,
+            best_probe=self._best_probe if math.isfinite(self._best_probe) else 0.0,
+        )  # fmt: skip
+        self._best_probe = min(self._best_probe, got["best_probe"])
+        entry.samples.append(got["seconds"])
+        entry.probes.append(got["probe"])
+        return float(got["probe"])
 
     # --- memory -------------------------------------------------------------------------------------------------------
 

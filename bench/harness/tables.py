@@ -50,7 +50,8 @@ def _speed(row: Row) -> str:
 
 def _result(row: Row) -> str:
     if row.samples:
-        return milliseconds(summarize(row.samples))
+        disturbed = f", {row.disturbed} of {len(row.samples)} disturbed" if row.disturbed else ""
+        return milliseconds(summarize(row.samples)) + disturbed
     if row.memory:
         return f"+{row.memory['extra_bytes'] / 2**20:.2f} MiB"
     return f"{row.status}: {row.reason}"

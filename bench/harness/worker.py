@@ -21,6 +21,7 @@ import numpy as np
 from bench.harness import engines, memory
 from bench.harness.errors import UnsupportedError
 from bench.harness.protocol import Engine, Files, Method
+from bench.harness.quiet import Watch
 
 MAX_CALLS = 5000
 
@@ -52,6 +53,7 @@ class Worker:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.methods: list[Method] = []
+        self.watch = Watch()
 
     def prepare(self, folder: str) -> dict[str, Any]:
         """Build every method of a case; ``unsupported`` says why there is none."""
@@ -76,12 +78,14 @@ class Worker:
         once = _time(self.methods[method].call, 3)
         return {"calls": max(1, min(MAX_CALLS, round(seconds / once)))}
 
-    def sample(self, method: int, calls: int) -> dict[str, Any]:
-        """One sample."""
+    def sample(self, method: int, calls: int, patience_s: float, best_probe: float) -> dict[str, Any]:
+        """One sample, taken while the core has its full speed, or as it is once patience ends."""
         gc.disable()
-        seconds = _time(self.methods[method].call, calls)
+        seconds, probe = self.watch.during(
+            lambda: _time(self.methods[method].call, calls), patience_s, best_probe or float("inf")
+        )
         gc.enable()
-        return {"seconds": seconds}
+        return {"seconds": seconds, "probe": probe, "best_probe": self.watch.best}
 
     def memory(self, method: int) -> dict[str, Any]:
         """Peak resident bytes that one call adds."""

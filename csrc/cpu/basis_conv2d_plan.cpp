@@ -7,10 +7,23 @@
 namespace basisconv {
 namespace {
 
-constexpr int64_t kCacheFloats = 128 * 1024;    // half of a 1 MiB second-level cache
-constexpr int64_t kScratchFloats = 240 * 1024;  // a thread's scratch stays under 1 MiB where one tile allows
-constexpr int64_t kTilePixels = 14;             // pixels of a full AVX-512 tile
-constexpr int64_t kChunk = 2;                   // winograd: channel blocks that keep a pass in the first-level cache
+constexpr int64_t kScratchFloats = 240 * 1024;   // a thread's scratch stays under 1 MiB where one tile allows
+constexpr int64_t kTilePixels = 14;              // pixels of a full AVX-512 tile
+constexpr int64_t kProductsFloats = 120 * 1024;  // winograd: products of a pass, where six tiles allow
+
+// Half of the second-level cache: 1 MiB or more beside AVX-512, half of that in processors without.
+int64_t cache_floats(int64_t width) { return (width == 16 ? 128 : 64) * 1024; }
+
+// Winograd passes: tiles in one, and channel blocks transformed and multiplied at a time. AVX-512: a row of positions
+// of one chunk stays in a first-level cache of 48 KiB. Narrower registers: one position does, in 32 KiB; filters that
+// do not fit the second level beside everything else are read once for more tiles.
+struct PassSizes {
+  int64_t tiles, chunk;
+};
+PassSizes pass_sizes(int64_t width, int64_t filters_floats) {
+  if (width == 16) return {14, 2};
+  return {filters_floats > cache_floats(width) ? 48 : 24, 8};
+}
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t aligned(int64_t floats) { return ceil_div(floats, 16) * 16; }
@@ -90,7 +103,7 @@ CpuPlan amx_plan(const BasisConv2dParams& params, const CpuPack& pack) {
   const int64_t reach = (w.R - 1) * w.dilation_h + 1;
   const int64_t a_ring_row = w.stride_w * p.ring_columns * w.groups * pack.channel_blocks * kAmxDepth / 2;
   const int64_t a_map_row = columns * w.groups * pack.maps;
-  const int64_t wanted = pack.group_size > kCacheFloats ? ceil_div(4 * kAmxSide, columns) : 1;
+  const int64_t wanted = pack.group_size > cache_floats(pack.width) ? ceil_div(4 * kAmxSide, columns) : 1;
   p.rows = 1;
   while (p.rows < wanted && p.rows < params.OH &&
          (reach + p.rows * w.stride_h) * a_ring_row + (p.rows + 1) * 2 * a_map_row <= kScratchFloats) {
@@ -127,7 +140,6 @@ CpuPack cpu_pack(const BasisConv2dWeights& w, Isa wanted) {
   p.lanes = tile.lanes;
   p.vectors = tile.vectors;
   p.channel_blocks = ceil_div(group_channels, p.block);
-  p.chunk = p.channel_blocks <= 2 * kChunk ? p.channel_blocks : kChunk;
   p.positions = p.variant == CpuVariant::winograd ? 16 : w.R * w.S;
   p.filters = static_cast<int64_t>(p.vectors) * p.width / p.lanes;
   p.filter_blocks = ceil_div(group_filters, p.filters);
@@ -140,6 +152,8 @@ CpuPack cpu_pack(const BasisConv2dWeights& w, Isa wanted) {
   p.planar_panels = ceil_div(outputs, planar_rows_of(isa));
   p.planar_rows = ceil_div(outputs, p.planar_panels);
   p.group_size = p.filter_blocks * p.channel_blocks * p.positions * (p.block / p.lanes) * p.vectors * p.width;
+  const int64_t chunk = pass_sizes(p.width, p.group_size).chunk;
+  p.chunk = p.channel_blocks <= 2 * chunk ? p.channel_blocks : chunk;
   p.filters_size = w.groups * p.group_size;
   p.coefficients_size = w.mixing_groups * p.panels * p.slots * p.output_vectors * p.width;
   p.planar_size = w.mixing_groups * p.planar_panels * p.slots * p.planar_rows;
@@ -163,12 +177,15 @@ CpuPlan cpu_plan(const BasisConv2dParams& params, const CpuPack& pack, int64_t t
     p.tile_columns = ceil_div(params.OW, 2);
     p.units = params.N * ceil_div(params.OH, 2);
     const int64_t mine = std::max<int64_t>(ceil_div(p.units, threads), 1) * p.tile_columns;
-    // Small passes stay in the first-level cache; a map of few tiles is one pass that reads the filters once.
-    const int64_t most = mine <= 16 ? 16 : kTilePixels;
+    // A map of few tiles is one pass that reads the filters once.
+    const int64_t fitting = std::max<int64_t>(kProductsFloats / (16 * all_maps), 6);
+    const int64_t most = mine <= 16 ? 16 : std::min(pass_sizes(pack.width, pack.group_size).tiles, fitting);
     p.tiles = ceil_div(mine, ceil_div(mine, most));
     // Whole rows of tiles, where they fit, leave z of several rows in one piece.
     if (p.tile_columns <= most)
       p.tiles = std::min(most, p.tiles + p.tile_columns - 1) / p.tile_columns * p.tile_columns;
+    // What comes from the second level is fetched in time by itself where registers are narrow.
+    p.fetches_filters = pack.width == 16 || pack.group_size > cache_floats(pack.width);
     p.in_place = whole_blocks;
     p.ring_rows = p.in_place ? 0 : 4 * (p.tiles / p.tile_columns + 2);
     p.ring_columns = 2 * p.tile_columns + 2;
@@ -189,10 +206,10 @@ CpuPlan cpu_plan(const BasisConv2dParams& params, const CpuPack& pack, int64_t t
   const int64_t a_ring_row = w.stride_w * p.ring_columns * pixel;
   const int64_t a_map_row = params.OW * all_maps;
   const int64_t panel = pack.group_size / pack.filter_blocks;
-  p.chunk = panel <= kCacheFloats ? pack.channel_blocks
-                                  : std::max<int64_t>(1, pack.channel_blocks * (kCacheFloats / 2) / panel);
+  const int64_t cache = cache_floats(pack.width);
+  p.chunk = panel <= cache ? pack.channel_blocks : std::max<int64_t>(1, pack.channel_blocks * (cache / 2) / panel);
   // Weights beyond the cache are read once a pass: then several rows share a pass.
-  const int64_t wanted = pack.group_size > kCacheFloats ? ceil_div(4 * kTilePixels, params.OW) : 1;
+  const int64_t wanted = pack.group_size > cache ? ceil_div(4 * kTilePixels, params.OW) : 1;
   p.rows = 1;
   while (p.rows < wanted && p.rows < params.OH &&
          (reach + p.rows * w.stride_h) * a_ring_row + (p.rows + 1) * 2 * a_map_row <= kScratchFloats) {

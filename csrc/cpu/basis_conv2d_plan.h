@@ -61,6 +61,7 @@ struct CpuPlan {
   int64_t chunk;         // direct: channel blocks between two visits of a tile; amx: all
   int64_t tiles;         // winograd: tiles in a pass
   int64_t tile_columns;  // winograd: tiles in a row
+  bool fetches_filters;  // winograd: the first pixels of a filter block fetch the next one towards the core
   bool in_place;         // read where the input lies, without a ring: float, channels_last, whole blocks;
                          // direct: and no padding columns
   int64_t ring_rows;     // padded input rows kept
@@ -88,7 +89,7 @@ struct CpuPackHeader {
 };
 constexpr int64_t kCpuPackHeaderBytes = 128;
 // Counts up with every change of the layout or its size; programs that were traced with another one are refused.
-constexpr int64_t kCpuPackVersion = 2;
+constexpr int64_t kCpuPackVersion = 3;
 static_assert(sizeof(CpuPackHeader) <= kCpuPackHeaderBytes, "the header must fit in front of the floats");
 
 CpuPackHeader cpu_pack_header(const BasisConv2dWeights& weights, Isa isa);

@@ -26,7 +26,7 @@ struct Stage1 {
   int64_t plane;          // floats between channel blocks
   int64_t pixel_stride;   // floats between pixels, read if IN_PLACE
   int64_t block_weights;  // floats of weights of one channel block
-  int64_t ahead;          // floats from a weight in use to the one to fetch
+  int64_t ahead;          // floats from a weight in use to the one to fetch, 0: none
   float* z;
   int64_t z_stride;  // floats between pixels
   float* partial;

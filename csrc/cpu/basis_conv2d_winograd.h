@@ -22,6 +22,11 @@ namespace BASISCONV_ISA {
 
 constexpr int64_t kBlock = 16;  // channels in a channel block
 
+// Positions of a row that a register tile runs through before the next one takes its turn. Large passes (see
+// basis_conv2d_plan.cpp) take the positions one by one: the tiles of one position then stay in the first-level cache
+// for all filter blocks, and a filter block for all its tiles.
+constexpr int64_t kPositionsTogether = kWidth == 16 ? 4 : 1;
+
 // The two rows of the padded input that one row of BT d B needs, for a row of neighbouring tiles: column x of channel
 // block b lies at first + x * first_pixel + b * block; columns outside begin ... end-1 are zeros.
 struct InputRows {
@@ -206,7 +211,7 @@ struct Winograd {
     s.plane = plan.tiles * kBlock;
     s.block_weights = kBlock / pack.lanes * registers;
     s.z_stride = pack.maps;
-    s.times = 4;
+    s.times = kPositionsTogether;
     s.next_pixels = pack.chunk * s.plane;
     s.next_z = plan.tiles * pack.maps;
     s.next_partial = plan.tiles * registers;
@@ -217,15 +222,17 @@ struct Winograd {
         s.last = begin + s.blocks == blocks;
         s.next_weights = s.blocks * s.block_weights;
         transform<ROW>(at, tiles, group * blocks + begin, s.blocks);
-        for (int64_t f = 0; f < pack.filter_blocks; f++) {
-          s.weights = filters + group * pack.group_size + winograd_filters_at(pack, 4 * ROW, f, begin);
-          s.ahead = 4 * s.next_weights;  // to the next chunk or filter block
-          for (int64_t t = 0; t < tiles; t += tile) {
-            s.pixels = transformed + t * kBlock;
-            s.z = products + ((group * 16 + 4 * ROW) * plan.tiles + t) * pack.maps + f * pack.filters;
-            s.partial = partial + (f * 4 * plan.tiles + t) * registers;
-            stage1[tiles - t < tile ? tiles - t : tile](s);
-            s.ahead = 0;
+        for (int64_t i = 0; i < 4; i += s.times) {
+          for (int64_t f = 0; f < pack.filter_blocks; f++) {
+            s.weights = filters + group * pack.group_size + winograd_filters_at(pack, 4 * ROW + i, f, begin);
+            s.ahead = plan.fetches_filters ? 4 * s.next_weights : 0;  // to the next chunk or filter block
+            for (int64_t t = 0; t < tiles; t += tile) {
+              s.pixels = transformed + i * s.next_pixels + t * kBlock;
+              s.z = products + ((group * 16 + 4 * ROW + i) * plan.tiles + t) * pack.maps + f * pack.filters;
+              s.partial = partial + ((f * 4 + i) * plan.tiles + t) * registers;
+              stage1[tiles - t < tile ? tiles - t : tile](s);
+              s.ahead = 0;
+            }
           }
         }
       }

@@ -176,11 +176,16 @@ std::tuple<Tensor, Tensor> forward_maps(Tensor input, Tensor basis_weight, Tenso
              precise, true);
 }
 
+#if defined(__GNUC__) && !defined(__clang__)
+#define BASISCONV_COMPILER "GCC " __VERSION__
+#else
+#define BASISCONV_COMPILER __VERSION__  // says its name
+#endif
 #define BASISCONV_TEXT_OF(...) #__VA_ARGS__
 #define BASISCONV_TEXT(...) BASISCONV_TEXT_OF(__VA_ARGS__)
 
 std::string build_facts() {
-  std::string facts = "{\"compiler\": \"" __VERSION__ "\", \"pack_format\": " + std::to_string(kCpuPackVersion) +
+  std::string facts = "{\"compiler\": \"" BASISCONV_COMPILER "\", \"pack_format\": " + std::to_string(kCpuPackVersion) +
                       ", \"cpu\": {\"built\": [\"base\"";
   for (Isa isa : {Isa::avx2, Isa::avx512, Isa::amx}) {
     if (isa <= kWidestIsa) facts += ", \"" + std::string(isa_name(isa)) + "\"";

@@ -24,6 +24,23 @@ NEVER = {"basisconv_kernels/layers/bitpack.py"}  # packing has no parameters
 ELSEWHERE = "the CPU kernel of this op came first"
 LATER = "basis_conv2d came first, complete from kernel to demo"
 
+# What exists of the ops that came later.
+HERE = (
+    {pattern.format(op=op) for op in ("bitpack", "binary_conv2d") for pattern in (STARRED[0], STARRED[1], STARRED[8])}
+    | {
+        pattern.format(op=op)
+        for op in ("stacked_binary_conv2d", "ternary_conv2d")
+        for pattern in STARRED
+        if "cuda" not in pattern and "triton" not in pattern
+    }
+    | {
+        "basisconv_kernels/reference/tucker_conv2d.py",
+        "basisconv_kernels/ops/tucker_conv2d.py",
+        "basisconv_kernels/layers/tucker_conv2d.py",
+        "tests/ops/test_tucker_conv2d.py",
+    }
+)
+
 # Path → why it does not exist yet. A commit that adds a file removes its line, or leaves it out of the pattern below;
 # lines are never added.
 MISSING = {
@@ -33,7 +50,7 @@ MISSING = {
         for op in OPS
         if op != "basis_conv2d"
         for pattern in STARRED
-        if pattern.format(op=op) not in NEVER
+        if pattern.format(op=op) not in NEVER | HERE
     },
 }
 

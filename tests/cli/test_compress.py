@@ -50,6 +50,23 @@ def test_every_rule_is_passed_on(basisconv, network, rule, value):
     assert found["totals"]["macs_after"] < found["totals"]["macs_before"]
 
 
+def test_tucker_on_the_command_line(basisconv, network, tmp_path):
+    file = tmp_path / "small.safetensors"
+    call = ("compress", "--model", network, "--input", "1,3,12,12", "--method", "tucker")
+    found = basisconv(*call, "--fraction", "0.4", "--out", file, "--json").json
+    assert found["rule"].startswith("Tucker: fraction=0.4")
+    replaced = [layer for layer in found["layers"] if layer["verdict"] == "replaced"]
+    assert any(layer["rank_in"] for layer in replaced)
+    assert "tucker_conv2d" in basisconv("report", file).out
+    load(file, importlib.import_module("tiny_network_for_cli").small())
+    assert basisconv(*call, "--evbmf", "0.5", "--json").json["rule"].startswith("Tucker: evbmf=0.5")
+    for wrong in (("--basis-channels", "4"), ("--evbmf", "0", "--energy", "0.5")):
+        outcome = basisconv(*call, *wrong)
+        assert outcome.code == 2
+        assert "--evbmf" in outcome.err
+    assert basisconv("compress", "--model", network, "--input", "1,3,12,12", "--evbmf", "0").code == 2
+
+
 @pytest.mark.parametrize("kind", ["safetensors", "state_dict", "checkpoint"])
 def test_weights_from_files(basisconv, network, tmp_path, kind):
     import safetensors.torch
@@ -108,6 +125,12 @@ def test_functions_that_give_no_network(basisconv, network, name, words):
     outcome = basisconv("compress", "--model", f"{network.split(':')[0]}:{name}", *RULE)
     assert outcome.code == 1
     assert words in outcome.err
+
+
+def test_a_module_that_is_not_there(basisconv):
+    outcome = basisconv("compress", "--model", "no_such_module:network", *RULE)
+    assert outcome.code == 1
+    assert "--model: 'no_such_module' cannot be imported from here: No module named 'no_such_module'" in outcome.err
 
 
 def test_report_refuses_an_edited_file(basisconv, network, tmp_path):

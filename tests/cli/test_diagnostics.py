@@ -119,3 +119,24 @@ def test_explain_groups_compact(basisconv):
     found = basisconv(*EXPLAIN, *grouped, "--json").json
     assert found["weights_basis"] == 16 * 16 * 9 + 64 * 4
     assert found["break_even"] == pytest.approx(64 * 144 / (144 + 16))
+
+
+TUCKER = ("explain", "tucker_conv2d", "--input", "2,64,9,9", "--basis-channels", "16", "--out-channels", "32")
+
+
+def test_explain_of_a_tucker_convolution(basisconv):
+    found = basisconv(*TUCKER, "--rank-in", "8", "--padding", "1", "--json").json
+    assert found["problem"].startswith("N2 64→8→16→32 3×3 @9×9")
+    assert found["macs_basis"] == 2 * 81 * (64 * 8 + 16 * 8 * 9 + 32 * 16)
+    assert found["macs_dense"] == 2 * 81 * 32 * 64 * 9
+    assert (found["weights_basis"], found["weights_dense"]) == (64 * 8 + 16 * 8 * 9 + 32 * 16, 32 * 64 * 9)
+    assert (found["break_even"], found["pays"]) == (None, True)
+    assert "the stages cost less" in basisconv(*TUCKER, "--rank-in", "8").out
+    assert "the dense convolution costs no more MACs" in basisconv(*TUCKER, "--rank-in", "640").out
+    assert basisconv(*TUCKER).code == 1
+    assert "--rank-in belongs to tucker_conv2d" in basisconv(*EXPLAIN, "--rank-in", "8").err
+
+
+def test_doctor_runs_every_op():
+    ran = {finding.what for finding in diagnostics.doctor() if finding.state == "ok"}
+    assert {f"{name} on reference" for name in diagnostics._TINY_RUNS} <= ran

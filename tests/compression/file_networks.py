@@ -15,7 +15,9 @@ from basisconv_kernels.compression.config import BasisConfig
 from basisconv_kernels.compression.files import load, save
 from basisconv_kernels.compression.fold import fold_batchnorm
 from basisconv_kernels.compression.model import compress
+from basisconv_kernels.compression.ternary_config import TernaryConfig
 from basisconv_kernels.core.errors import ArchitectureError, FileFormatError
+from basisconv_kernels.layers.ternary import TernaryLayer
 
 ROOT = Path(__file__).parents[2]
 HALF = BasisConfig(fraction=0.5, keep_dense="never")
@@ -53,6 +55,16 @@ def compressed(config: BasisConfig = HALF, network: nn.Module | None = None) -> 
 
 def folded() -> nn.Module:
     made, _ = fold_batchnorm(compressed(), image())
+    return made
+
+
+def ternary() -> nn.Module:
+    """Convolutions and the linear layer as packed codes, one of them sparse enough for gaps."""
+    made = compressed(TernaryConfig(method="twn"))
+    made.mix.threshold = 2.0
+    for layer in made.modules():
+        if isinstance(layer, TernaryLayer):
+            layer.pack()
     return made
 
 

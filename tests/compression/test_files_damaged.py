@@ -20,7 +20,20 @@ import torch
 from basisconv_kernels.compression.files import load, read_recipe, save
 from basisconv_kernels.core.errors import ArchitectureError, FileFormatError
 
-from .file_networks import CONFIGS, REFUSALS, Small, bits, compressed, folded, joined, packed, parts, refused, snapshot
+from .file_networks import (
+    CONFIGS,
+    REFUSALS,
+    Small,
+    bits,
+    compressed,
+    folded,
+    joined,
+    packed,
+    parts,
+    refused,
+    snapshot,
+    ternary,
+)
 
 
 @pytest.fixture
@@ -76,7 +89,11 @@ EDITS = {
     "no_digest": ("sha256", None, "sha256 must be 64 hexadecimal digits, got None"),
     "unknown_key": ("more", 1, "the recipe must hold exactly layers, graphs, shared"),
     "layers": ("layers", {}, "layers must be a list"),
-    "kind": ("layers.0.kind", "tucker_conv2d", "'tucker_conv2d', which this package does not know: a newer package"),
+    "kind": (
+        "layers.0.kind",
+        "hexagonal_conv2d",
+        "'hexagonal_conv2d', which this package does not know: a newer package",
+    ),
     "field": ("layers.0.depth", 1, r"layer 'grouped' \(basis_conv2d\) must hold exactly"),
     "bool_for_int": ("layers.0.basis_channels", True, "basis_channels must be an int in 1..2147483647, got True"),
     "zero": ("layers.0.basis_channels", 0, "basis_channels must be an int in 1"),
@@ -229,10 +246,11 @@ def forged(content: bytes, _: bytes, dice: random.Random) -> bytes:
 
 @functools.cache
 def originals() -> tuple[bytes, ...]:
-    """Files of three networks: as compressed, folded, and with BatchNorms between the stages."""
+    """Files of four networks: as compressed, folded, with BatchNorms between the stages, and with ternary codes."""
+    networks = (compressed(), folded(), compressed(CONFIGS["norm"]), ternary())
     with tempfile.TemporaryDirectory() as folder:
-        names = [Path(folder) / str(number) for number in range(3)]
-        for name, network in zip(names, (compressed(), folded(), compressed(CONFIGS["norm"])), strict=True):
+        names = [Path(folder) / str(number) for number in range(len(networks))]
+        for name, network in zip(names, networks, strict=True):
             save(network, name)
         return tuple(name.read_bytes() for name in names)
 

@@ -66,6 +66,11 @@ def test_save_refuses(model, error, message, path):
     assert path.read_bytes() == b"old"
 
 
+def test_save_names_a_folder_that_does_not_exist(path):
+    with pytest.raises(FileNotFoundError, match=r"cannot write .*there is no folder .*missing; create it first"):
+        save(Small(), path.parent / "missing" / path.name)
+
+
 def test_save_refuses_graphs_with_other_arguments(path):
     model = folded()
     node = next(node for node in model.graph.nodes if node.op == "call_method")

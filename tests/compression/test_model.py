@@ -11,6 +11,8 @@ from torch.nn.utils import parametrizations
 
 from basisconv_kernels.compression import plan
 from basisconv_kernels.compression.config import BasisConfig, Sensitivity
+from basisconv_kernels.compression.finetune import finetune
+from basisconv_kernels.compression.fold import fold_batchnorm
 from basisconv_kernels.compression.model import compress, network_parameters, to_plain
 from basisconv_kernels.layers.basis_conv2d import BasisConv2d
 
@@ -184,8 +186,28 @@ def test_weights_that_are_no_numbers_are_refused_by_name(mixed, image):
 def test_errors_of_types(mixed, image):
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got int"):
         compress(3, QUARTER, example_inputs=image)
-    with pytest.raises(TypeError, match="config must be a BasisConfig, got float"):
+    with pytest.raises(TypeError, match=r"config must be a BasisConfig, .* a mapping of name patterns .*, got float"):
         compress(mixed, 0.5, example_inputs=image)
+    for function, arguments in ((to_plain, ()), (fold_batchnorm, (image,)), (finetune, ([],))):
+        with pytest.raises(TypeError, match=rf"{function.__name__}: model must be a torch\.nn\.Module, got str"):
+            function("text", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "kind"),
+    [
+        (torch.zeros(1, 5, 8, 8).double(), r"a Tensor \[1, 5, 8, 8\]: .*channels"),
+        ([torch.zeros(2), 3], r"list of a Tensor \[2\], a int: "),
+        ({"picture": 1}, "a mapping of picture: .*unexpected keyword"),
+        ((), "tuple of nothing: "),
+    ],
+)
+def test_example_inputs_that_the_network_does_not_take(mixed, inputs, kind):
+    before = state(mixed)
+    with pytest.raises(ValueError, match=f"compress: the network does not run on example_inputs, {kind}"):
+        compress(mixed, QUARTER, example_inputs=inputs, inplace=True)
+    assert unchanged(mixed, before)
+    assert type(mixed.stem) is nn.Conv2d
 
 
 # --- what stays as it was ---------------------------------------------------------------------------------------------

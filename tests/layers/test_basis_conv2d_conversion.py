@@ -245,6 +245,8 @@ def test_errors_of_from_conv(convolution):
         BasisConv2d.from_conv(nn.Conv2d(3, 4, 3, device="meta"))
     with pytest.raises(ValueError, match=r"give basis_channels or energy, not both"):
         BasisConv2d.from_conv(conv, basis_channels=3, energy=0.5)
+    with pytest.raises(ValueError, match=r"BasisConv2d.from_conv: energy must lie in 0\.\.1, got 2\.0"):
+        BasisConv2d.from_conv(conv, energy=2.0)
     for wish in (0, -3, 4):
         with pytest.raises(ValueError, match=rf"at least 1 and divisible by groups = 3, got {wish}"):
             BasisConv2d.from_conv(conv, basis_channels=wish)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
-import importlib
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -215,6 +213,16 @@ def test_flop_counter_counts_two_a_multiply_add(backend):
         assert counter.get_total_flops() == 2 * case.problem.macs()
 
 
+@pytest.mark.skipif("cpu" not in AVAILABLE, reason=f"cpu: {registry.absent('cpu')}")
+def test_the_profiler_shows_the_op_and_its_gradient_by_name():
+    inputs = testing.make_inputs(testing.case("odd_sizes"))
+    coefficients = inputs.coefficients.clone().requires_grad_()
+    with torch.profiler.profile() as profile:
+        basis_conv2d(inputs.input, inputs.basis_weight, coefficients, backend="cpu").sum().backward()
+    names = {event.key for event in profile.key_averages()}
+    assert {"basisconv::basis_conv2d_maps", "BasisConv2dFunction", "BasisConv2dFunctionBackward"} <= names
+
+
 @pytest.mark.parametrize("backend", AVAILABLE)
 def test_use_backend_is_the_same_as_the_argument(backend):
     inputs = testing.make_inputs(testing.case("channels_last"))
@@ -273,8 +281,3 @@ def test_a_map_without_rows_is_all_padding(backend):
     inputs = testing.make_inputs(testing.case("bias"))
     out = basis_conv2d(inputs.input[:, :, :0], *inputs.tensors[1:4], padding=2, backend=backend)
     assert torch.equal(out, inputs.bias[:, None, None].expand_as(out))
-
-
-@pytest.mark.parametrize("module", ["basisconv_kernels.testing", "basisconv_kernels.ops.basis_conv2d"])
-def test_the_examples_of_the_documentation_run(module):
-    assert doctest.testmod(importlib.import_module(module)).failed == 0

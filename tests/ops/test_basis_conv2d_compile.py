@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from basisconv_kernels import basis_conv2d, testing
+from basisconv_kernels import BasisConv2d, basis_conv2d, testing
 from basisconv_kernels.core import registry
 from basisconv_kernels.ops.basis_conv2d import CANDIDATES
 from basisconv_kernels.ops.basis_conv2d_native import FORMAT as PACK_FORMAT
@@ -145,6 +145,23 @@ def test_export_round_trip(backend, with_residual):
         assert all(name.startswith(("basisconv.", "aten.")) or "operator" in name or "sym" in name for name in called)
 
 
+@pytest.mark.full
+@pytest.mark.skipif("cpu" not in AVAILABLE, reason=f"cpu: {registry.absent('cpu')}")
+def test_a_program_compiled_ahead_of_time_runs_the_kernel(tmp_path):
+    """Layers with the packing of their weights inside: no Python of this package is left in the program."""
+    network = torch.nn.Sequential(
+        BasisConv2d(6, 9, 3, 4, padding=1, activation="relu"), BasisConv2d(9, 5, 3, 3, stride=2)
+    ).eval()
+    with torch.no_grad():
+        shapes = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+        program = torch.export.export(network, (torch.randn(2, 6, 8, 11),), dynamic_shapes=(shapes,))
+        package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "network.pt2"))
+        compiled = torch._inductor.aoti_load_package(package)
+        for size in ((2, 6, 8, 11), (3, 6, 12, 10)):
+            input = torch.randn(size)
+            assert torch.equal(compiled(input), network(input))
+
+
 NATIVE_CASES = (
     "odd_sizes", "groups_compact", "asymmetric_padding", "channels_last_stride", "sliced", "empty_batch",
     "one_channel", "one_channel_channels_last", "one_output_channels_last", "one_pixel_channels_last",
@@ -160,8 +177,14 @@ def native_arguments(case):
 
 
 @native
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", NATIVE_CASES)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        pytest.param(name, dtype, id=f"{name}-{dtype}", marks=pytest.mark.full if half and i else [])
+        for i, name in enumerate(NATIVE_CASES)
+        for half, dtype in enumerate((torch.float32, torch.bfloat16))
+    ],
+)
 def test_opcheck(name, dtype):
     op = torch.ops.basisconv.basis_conv2d.default
     result = torch.library.opcheck(op, native_arguments(testing.case(name).at(dtype=dtype)))

@@ -14,7 +14,8 @@ from basisconv_kernels.core import extension, registry
 
 pytestmark = pytest.mark.skipif(registry.absent("cpu") is not None, reason=f"cpu: {registry.absent('cpu')}")
 
-OTHER_SETS = [s for s in extension.facts().get("cpu", {}).get("built", []) if s != extension.facts()["cpu"]["in_use"]]
+CPU = extension.facts().get("cpu", {})
+OTHER_SETS = [name for name in CPU.get("built", []) if name != CPU["in_use"]]
 
 PROGRAM = """
 import functools, sys, torch
@@ -32,6 +33,8 @@ print(extension.facts()["cpu"]["in_use"])
 @pytest.mark.parametrize("instruction_set", OTHER_SETS)
 def test_every_instruction_set_passes_every_case(instruction_set):
     """The set is chosen once a process, so each has its own."""
+    if CPU["built"].index(instruction_set) > CPU["built"].index(CPU["processor"]):
+        pytest.skip(f"this processor has {CPU['processor']} at most; tests/packaging emulates wider sets")
     environment = {
         **os.environ,
         "BASISCONV_CPU_ISA": instruction_set,

@@ -1,9 +1,12 @@
-"""The kernels in a program of their own, by other compilers and processors too, with pages that may not be touched."""
+"""The kernels in a program of their own, with pages that may not be touched: by other compilers, on other processors,
+and with instructions that this processor lacks.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +28,9 @@ STRICT = [
     "-Wno-unknown-warning-option",
 ]
 LACKS_THE_SET = 3  # exit status of the program
+# AVX-512 and AMX by means of AVX2. Not optimized: that takes the compiler minutes, and the run only seconds as it is.
+HEADERS = ROOT / "tests" / "packaging" / "emulated"
+EMULATED = ["-O0", "-mavx2", "-mfma", "-mf16c", "-DBASISCONV_AVX512", "-isystem", str(HEADERS)]
 
 pytestmark = [pytest.mark.full, pytest.mark.xdist_group("kernels_without_torch")]
 
@@ -42,21 +48,35 @@ def instruction_sets() -> dict[str, Any]:
 SETS = instruction_sets()
 
 
-def build(folder: Path, compiler: str, sets: list[str], *options: str, root: Path = ROOT) -> Path:
-    """Compile the program with the kernels of these sets, with all warnings as errors."""
+def build(
+    folder: Path,
+    compiler: str,
+    sets: list[str],
+    *options: str,
+    root: Path = ROOT,
+    emulated: tuple[str, ...] = (),
+    changed: str = "",
+) -> Path:
+    """Compile the program with the kernels of these sets, with all warnings as errors.
+
+    Objects whose names do not begin with ``changed`` must lie in the folder already.
+    """
     if shutil.which(compiler) is None:
         pytest.skip(f"no {compiler} here")
-    widest = f"-DBASISCONV_WIDEST={sets[-1]}"
+    widest = [f"-DBASISCONV_WIDEST={sets[-1]}", *(["-DBASISCONV_EMULATED"] if emulated else [])]
     jobs = [(path, path.stem, []) for path in ONCE]
     for name in sets:
         sources, own, _ = SETS[name]
-        jobs += [(Path(path), f"{name}_{Path(path).stem}", [f"-DBASISCONV_ISA={name}", *own]) for path in sources]
+        own = [f"-DBASISCONV_ISA={name}", *(EMULATED if name in emulated else own)]
+        jobs += [(Path(path), f"{name}_{Path(path).stem}", own) for path in sources]
 
     def compiled(job: tuple[Path, str, list[str]]) -> Path:
         source, name, own = job
         made = folder / f"{name}.o"
+        if not name.startswith(changed):
+            return made
         done = subprocess.run(
-            [compiler, "-std=c++20", "-O2", *STRICT, *options, widest, *own, "-c", root / source, "-o", made],
+            [compiler, "-std=c++20", "-O2", *STRICT, *options, *widest, *own, "-c", root / source, "-o", made],
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
@@ -101,6 +121,25 @@ def test_on_another_processor(tmp_path: Path, compiler: str, emulator: str, geom
     agrees(program, "base", min(geometries, 300), emulator)
 
 
+def emulated_program(folder: Path, root: Path = ROOT, changed: str = "") -> Path:
+    if platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("stands in for instructions of x86")
+    if not Path("/usr/include/simde/x86/avx512.h").exists():
+        pytest.skip("no SIMDe here (Debian: libsimde-dev)")
+    # GCC notes that other compilers pass vectors of 512 bits in another way.
+    return build(folder, "g++", list(SETS), "-Wno-psabi", root=root, emulated=("avx512", "amx"), changed=changed)
+
+
+@pytest.fixture(scope="module")
+def emulating(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return emulated_program(tmp_path_factory.mktemp("emulated"))
+
+
+@pytest.mark.parametrize("instruction_set", ["avx512", "amx"])
+def test_with_instructions_that_this_processor_may_lack(emulating: Path, instruction_set: str, geometries: int) -> None:
+    agrees(emulating, instruction_set, min(geometries, 1_000))
+
+
 MIXED_UP = "const int64_t k = p * rows + row;"
 LOAD_OF_N = "static BASISCONV_INLINE Reg load_n(const T* p, int64_t n) {"
 PLANTED = {
@@ -113,15 +152,39 @@ PLANTED = {
 }  # fmt: skip
 
 
+MASKED = "_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p))"
+PLANTED_FOR_EMULATION = {
+    "avx512": ("simd.h", MASKED, "load(p + 0 * n)", "touched"),
+    "amx": ("basis_conv2d_amx.cpp", "_tile_dpbf16ps(1, 4, 7);", "_tile_dpbf16ps(1, 4, 6);", "expected"),
+}
+
+
+def plant(folder: Path, *faults: tuple[str, str, str]) -> Path:
+    """A copy of the sources with what is right in a file replaced by what is wrong."""
+    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    (folder / PROGRAM).parent.mkdir(parents=True)
+    shutil.copy(ROOT / PROGRAM, folder / PROGRAM)
+    for name, right, wrong in faults:
+        source = folder / "csrc" / "cpu" / name
+        text = source.read_text(encoding="utf-8")
+        assert right in text
+        source.write_text(text.replace(right, wrong), encoding="utf-8")
+    return folder
+
+
 @pytest.mark.parametrize(("name", "right", "wrong", "report"), PLANTED.values(), ids=PLANTED)
 def test_a_planted_fault_is_found(tmp_path: Path, name: str, right: str, wrong: str, report: str) -> None:
-    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    (tmp_path / PROGRAM).parent.mkdir(parents=True)
-    shutil.copy(ROOT / PROGRAM, tmp_path / PROGRAM)
-    source = tmp_path / "csrc" / "cpu" / name
-    text = source.read_text(encoding="utf-8")
-    assert right in text
-    source.write_text(text.replace(right, wrong), encoding="utf-8")
-    done = run(build(tmp_path, "g++", ["base"], "-O1", root=tmp_path), "base", 3_000)
+    program = build(tmp_path, "g++", ["base"], "-O1", root=plant(tmp_path, (name, right, wrong)))
+    done = run(program, "base", 3_000)
+    assert done.returncode == 1
+    assert report in done.stderr
+
+
+@pytest.mark.parametrize("instruction_set", PLANTED_FOR_EMULATION)
+def test_emulation_finds_a_planted_fault(emulating: Path, tmp_path: Path, instruction_set: str) -> None:
+    *fault, report = PLANTED_FOR_EMULATION[instruction_set]
+    root = plant(tmp_path, tuple(fault))
+    shutil.copytree(emulating.parent, tmp_path / "objects")
+    done = run(emulated_program(tmp_path / "objects", root, changed=f"{instruction_set}_"), instruction_set, 500)
     assert done.returncode == 1
     assert report in done.stderr

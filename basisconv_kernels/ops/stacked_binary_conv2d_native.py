@@ -1,0 +1,163 @@
+"""The native torch ops of ``stacked_binary_conv2d``: calling them, packing for them, what torch knows of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from basisconv_kernels.core import checks, extension
+from basisconv_kernels.core.autograd import refuse_gradients
+from basisconv_kernels.core.checks import Pair, Quad
+from basisconv_kernels.core.layout import memory_format
+from basisconv_kernels.core.packed import PackedTensor, unpack_planes
+from basisconv_kernels.reference.stacked_binary_conv2d import Settings
+
+OP = "stacked_binary_conv2d"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FORMAT = 1  # of packed filters, kStackedPackVersion of csrc/cpu/stacked_binary_conv2d_plan.h
+# A constant, because graphs are traced through the functions that ask; a library of before this op has none.
+PRESENT = extension.load() is None and hasattr(torch.ops.basisconv, "stacked_binary_conv2d_pack")
+
+
+def forward(
+    input: Tensor,
+    bank: Tensor,
+    index: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    packed: Tensor | None,
+    settings: Settings,
+) -> Tensor:
+    """The torch op that C++ registers for the CPU."""
+    if packed is None:
+        packed = _pack(bank, index, settings.packed_bank, settings.channels // settings.groups // index.shape[1],
+                       settings.groups)  # fmt: skip
+    elif packed.device != input.device or packed.dtype != torch.uint8:
+        raise ValueError(
+            f"{OP}: packed must be what stacked_binary_conv2d_pack gives, uint8 on {input.device}, "
+            f"got {packed.dtype} on {packed.device}; pack the filters again"
+        )
+    mode = "signs" if settings.binarize else "real"
+    if settings.encoding is not None:
+        mode = "packed_signs" if settings.encoding == "sign" else "packed_codes"
+    # Words are [n, 1, R, S, words], values [n, cs, R, S].
+    n, R, S = bank.shape[0], bank.shape[2], bank.shape[3]
+    low = settings.channels // settings.groups // index.shape[1]
+    arguments = (
+        input, packed, scale, bias, (n, low, R, S), tuple(index.shape), settings.stride, settings.padding,
+        settings.dilation, settings.groups, mode, settings.activation,
+    )  # fmt: skip
+    if torch.compiler.is_compiling():
+        out = torch.ops.basisconv.stacked_binary_conv2d.default(*arguments)
+    else:
+        with torch._C._AutoDispatchBelowAutograd():  # gradients are our Function's; asking autograd costs 5 us a call
+            out = torch.ops.basisconv.stacked_binary_conv2d.default(*arguments)
+    return out if out.dtype == settings.dtype else out.to(settings.dtype)  # packed input: one rounding of a float32
+
+
+def _pack(bank: Tensor, index: Tensor, packed_bank: bool, low: int, groups: int) -> Tensor:
+    values = 2 * unpack_planes(bank, low)[:, 0] - 1 if packed_bank else bank
+    return torch.ops.basisconv.stacked_binary_conv2d_pack.default(
+        values.detach().to(torch.float32), index.to(torch.int64), groups, FORMAT
+    )
+
+
+def stacked_binary_conv2d_pack(bank: Tensor | PackedTensor, index: Tensor, *, groups: int = 1) -> Tensor | None:
+    """Rearrange bank and index once for the native kernel, for the ``packed`` argument of ``stacked_binary_conv2d``.
+
+    Args:
+        bank (Tensor[n, C/(groups·splits), R, S] or PackedTensor): as for ``stacked_binary_conv2d``.
+        index (Tensor[K, splits]): integers, as for ``stacked_binary_conv2d``.
+        groups (int): as it will be given to ``stacked_binary_conv2d``.
+
+    Returns:
+        Tensor[bytes] (uint8), still bits, good for this instruction set only and checked on use; None where no native
+        kernel exists, and then ``packed=None`` is right. Where full filters cost less than stacking maps (a bank of
+        about K filters or more), they are what is packed: ``stacked_binary_conv2d_form`` says which.
+
+    Raises:
+        RuntimeError: bank values other than ±1, or an index out of range.
+    """
+    if not PRESENT or bank.device.type != "cpu":
+        return None
+    if isinstance(bank, PackedTensor):
+        return _pack(bank.words, index, True, bank.channels, groups)
+    return _pack(bank, index, False, bank.shape[1], groups)
+
+
+def stacked_binary_conv2d_form(bank_shape: Sequence[int], index_shape: Sequence[int], groups: int = 1) -> str:
+    """What the native kernel runs for such a bank and index: ``"stacked"`` maps or ``"expanded"`` filters; see docs."""
+    if not PRESENT:
+        return "stacked"
+    shapes = (list(bank_shape), list(index_shape))
+    return "expanded" if torch.ops.basisconv.stacked_binary_conv2d_expanded.default(*shapes, groups) else "stacked"
+
+
+def _fake_forward(
+    input: Tensor,
+    packed: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    bank_shape: Sequence[int],
+    index_shape: Sequence[int],
+    stride: Pair,
+    padding: Quad,
+    dilation: Pair,
+    groups: int,
+    mode: str,
+    activation: str | None,
+) -> Tensor:
+    """Shape, dtype and strides of the result, for tracing."""
+    words = mode.startswith("packed")
+    kernel = (bank_shape[2], bank_shape[3])
+    OH, OW = checks.output_size(OP, (input.shape[2], input.shape[3]), kernel, stride, padding, dilation)
+    return torch.empty(
+        (input.shape[0], index_shape[0], OH, OW),
+        dtype=torch.float32 if words else input.dtype,
+        device=input.device,
+        memory_format=torch.channels_last if words else memory_format(input),
+    )
+
+
+def _fake_pack(bank: Tensor, index: Tensor, groups: int, format: int) -> Tensor:
+    shapes = ([int(size) for size in bank.shape], [int(size) for size in index.shape])
+    size = torch.ops.basisconv.stacked_binary_conv2d_packed_bytes.default(*shapes, groups)
+    return bank.new_empty(size, dtype=torch.uint8)
+
+
+def _flops(
+    input: Sequence[int],
+    packed: Any,
+    scale: Any,
+    bias: Any,
+    bank_shape: Sequence[int],
+    index_shape: Sequence[int],
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+    *_: Any,
+    out_shape: Sequence[int],
+    **__: Any,
+) -> int:
+    """Two FLOP an addition, as if it were a multiply-accumulate: the bank over every split, then the stacking."""
+    n, low, R, S = bank_shape
+    K, splits = index_shape
+    N, OH, OW = out_shape[0], out_shape[2], out_shape[3]
+    return 2 * N * OH * OW * (n * low * splits * groups * R * S + K * splits)
+
+
+def _register() -> None:
+    """Teach torch what the native ops do to shapes, gradients and FLOP counts."""
+    for native, fake in (("stacked_binary_conv2d", _fake_forward), ("stacked_binary_conv2d_pack", _fake_pack)):
+        torch.library.register_fake(f"basisconv::{native}", fake)
+        refuse_gradients(native, OP)
+    register_flop_formula(torch.ops.basisconv.stacked_binary_conv2d)(_flops)
+
+
+if PRESENT:
+    _register()

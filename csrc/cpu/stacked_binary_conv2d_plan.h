@@ -1,0 +1,73 @@
+// How stacked_binary_conv2d runs on a CPU: tables, packed layout, tiles, scratch. Pure functions of sizes and
+// instruction set, compiled once, tested without running a kernel.
+#pragma once
+#include <cstdint>
+
+#include "../ops/stacked_binary_conv2d.h"
+#include "isa.h"
+
+namespace basisconv {
+
+// A table holds the signed sums of `step` neighbouring channels of one pixel; a filter picks its sum by its bits. One
+// register of words holds `per_word` such picks of `width` filters.
+struct StackedTables {
+  int32_t width;     // floats in a register
+  int32_t step;      // channels of a table
+  int32_t entry;     // floats of a table
+  int32_t per_word;  // tables of a 32-bit word; each has step bits
+};
+
+// Layout of the packed words: [sets][blocks][R*S][words][vectors * width], then int32 rows [K][splits].
+//
+// Stacked: one set, the bank, runs over all slices of the channels (groups * splits of them), and output k adds up the
+// maps rows[k][0..splits). Expanded: where stacking the filters costs less than stacking maps, each group is one slice
+// with a set of its own, its K/groups full filters, and one map is one output.
+struct StackedPack {
+  StackedTables tables;
+  bool expanded;
+  int64_t slices;    // of the channels
+  int64_t low;       // channels of one slice
+  int64_t sets;      // of filters: 1, or one a slice
+  int64_t filters;   // of one set
+  int64_t splits;    // maps that one output adds up
+  int64_t count;     // tables of one slice
+  int64_t words;     // of one filter and tap
+  int64_t per_word;  // tables of one word, as even as it goes: the loops over them have few lengths
+  int32_t vectors;   // registers of filters in a tile
+  int64_t blocks;    // of filters in a set
+  int64_t slots;     // maps of one slice, padded: blocks * vectors * width
+  int64_t set_size, words_size, rows_size;  // 32-bit words
+};
+
+struct StackedPlan {
+  StackedPack pack;
+  int64_t pixels;               // most in a register tile
+  int64_t chunk;                // pixels of an output row between two merges
+  int64_t columns;              // pixels of one ring row, padding included
+  int64_t ring_rows, ring_row;  // rows of tables, and floats of one
+  bool in_place;                // tables are filled from where the input lies
+  // Floats of scratch, each a multiple of 16: tables, a staged input row, maps, maps of one pixel block turned.
+  int64_t ring_size, staged_size, maps_size, turned_size;
+  int64_t scratch() const { return ring_size + staged_size + maps_size + turned_size; }
+};
+
+StackedPack stacked_pack(const StackedBinaryWeights& weights, Isa isa);
+StackedPlan stacked_plan(const StackedBinaryConv2dParams& params, const StackedPack& pack);
+
+// The packed tensor starts with this header; the words follow at kStackedHeaderBytes.
+struct StackedPackHeader {
+  char magic[8];
+  int64_t version;
+  int64_t isa;
+  int64_t sizes[7];  // C K n splits groups R S
+};
+constexpr int64_t kStackedHeaderBytes = 128;
+constexpr int64_t kStackedPackVersion = 1;
+static_assert(sizeof(StackedPackHeader) <= kStackedHeaderBytes, "the header must fit in front of the words");
+
+StackedPackHeader stacked_pack_header(const StackedBinaryWeights& weights, Isa isa);
+
+// Bytes of the packed tensor: the most that any instruction set needs, so that a traced graph keeps its sizes.
+int64_t stacked_packed_bytes(const StackedBinaryWeights& weights);
+
+}  // namespace basisconv

@@ -1,0 +1,32 @@
+"""The README's examples, run as they stand; a small network takes the place of the one that would be downloaded."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from basisconv_kernels.demo.networks import CifarResNet
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def test_the_examples_of_the_readme_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    models = SimpleNamespace(resnet18=lambda weights=None: CifarResNet(8))
+    monkeypatch.setitem(sys.modules, "torchvision", SimpleNamespace(models=models))
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 2
+    names = {"loader": [(torch.randn(2, 3, 32, 32), torch.tensor([0, 1]))]}
+    exec(blocks[0].replace("224, 224", "32, 32"), names)
+    assert (tmp_path / "resnet18-basis.safetensors").exists()
+    assert "layer1.0.conv1" in capsys.readouterr().out
+    names |= {
+        "x": torch.randn(1, 64, 8, 8), "basis_weight": torch.randn(16, 64, 3, 3), "coefficients": torch.randn(32, 16),
+        "bias": torch.randn(32), "skip": torch.randn(1, 32, 8, 8),
+    }  # fmt: skip
+    exec(blocks[1], names)
+    assert names["out"].shape == (1, 32, 8, 8)
