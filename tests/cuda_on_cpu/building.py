@@ -38,7 +38,11 @@ def compiler() -> list[str]:
 
 def _fingerprint(sources: list[Path], options: list[str], root: Path) -> str:
     digest = hashlib.sha256(repr((options, sys.version_info[:2], compiler())).encode())
-    headers = [path for part in ("csrc", "tests/cuda_on_cpu") for path in sorted((root / part).rglob("*.h"))]
+    headers = [
+        path
+        for part in ("csrc/common", "csrc/cuda", "csrc/ops", HERE.relative_to(ROOT))
+        for path in sorted((root / part).rglob("*.h"))
+    ]
     for path in (*sources, *headers):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]

@@ -68,7 +68,7 @@ WAYS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("dtype", [BF16, pytest.param(F16, marks=pytest.mark.full)], ids=str)
 @ids(TAKEN)
 def test_sm80_takes_every_case(module, case, dtype):
     testing.check(case.at(dtype=dtype), Emulated(module, "sm80", A100))
