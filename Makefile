@@ -36,7 +36,7 @@ lint: $(READY)  ## ruff and mypy
 format: $(READY)  ## let ruff and clang-format lay the code out
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	git ls-files 'csrc/*.h' 'csrc/*.cpp' | xargs clang-format -i
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' '*.cu' 'tests/cuda_on_cpu/*.h' 'tests/cuda_on_cpu/*.cpp' | xargs clang-format -i
 
 bench: build  ## the fused CPU kernel against ONNX Runtime, OpenVINO and torch
 	$(PIP) install --quiet --constraint .ci/constraints.txt onnx onnxruntime openvino

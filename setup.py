@@ -1,14 +1,19 @@
 """Builds the native kernels; everything else about the package stands in pyproject.toml.
 
-``BASISCONV_BUILD`` decides: ``auto`` (what this machine can build), ``cpu``, ``cuda`` (an error where that is
-impossible) or ``none``. One line on stderr says what was chosen and why; an instruction set that the compiler does not
-know is left out and named there. ``DEBUG=1`` builds with -O1 -g, and ``BASISCONV_SANITIZE=address,undefined`` with
-those sanitizers.
+``BASISCONV_BUILD`` decides: ``auto`` (what this machine can build), ``cpu``, ``cuda`` (CPU and CUDA kernels; an error
+where that is impossible) or ``none``. One line on stderr says what was chosen and why; an instruction set that the
+compiler does not know is left out and named there. ``DEBUG=1`` builds with -O1 -g, and
+``BASISCONV_SANITIZE=address,undefined`` with those sanitizers.
+
+CUDA kernels are compiled by nvcc alone, without torch: any torch will do, and one library serves many. ``auto`` builds
+them only where torch has CUDA, since they take a minute or more and a CPU-only torch has no tensors for them.
+``TORCH_CUDA_ARCH_LIST`` names the architectures.
 """
 
 import importlib.util
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -32,9 +37,11 @@ CPU_KERNELS = [
 ]
 POPCOUNT_KERNELS = ["csrc/cpu/binary_conv2d.cpp"]
 AMX_KERNELS = ["csrc/cpu/basis_conv2d_amx.cpp"]
+CUDA_KERNELS = ["csrc/cuda/basis_conv2d.cu", "csrc/cuda/basis_conv2d_sm80.cu", "csrc/cuda/facts.cu"]
+SM90A_KERNELS = ["csrc/cuda/basis_conv2d_sm90a.cu"]
+CUDA_GLUE = ["csrc/ops/basis_conv2d_cuda.cpp", "csrc/ops/cuda_stream.cpp"]
+CUDA_ARCHITECTURES = "8.0;9.0a+PTX"
 ONCE = [
-    "csrc/ops/stacked_binary_conv2d.cpp",
-    "csrc/cpu/stacked_binary_conv2d_plan.cpp",
     "csrc/ops/basis_conv2d.cpp",
     "csrc/ops/binary_conv2d.cpp",
     "csrc/ops/bitpack.cpp",
@@ -110,8 +117,6 @@ def reason_against_native(mode: str) -> str | None:
         raise SystemExit(f"BASISCONV_BUILD must be auto, cpu, cuda or none, got {mode!r}")
     if mode == "none":
         return "BASISCONV_BUILD=none"
-    if mode == "cuda":
-        raise SystemExit("BASISCONV_BUILD=cuda: this version has no CUDA kernels yet; use auto or cpu")
     reason = None
     if importlib.util.find_spec("torch") is None:
         # An isolated build: use the torch of the environment that is installed into.
@@ -124,8 +129,8 @@ def reason_against_native(mode: str) -> str | None:
         reason = f"no C++ compiler ({compiler()[0]})"
     elif (error := complaint(instruction_sets()["base"].probe, [])) is not None:
         reason = f"{compiler()[0]} cannot compile C++20: {error}"
-    if reason is not None and mode == "cpu":
-        raise SystemExit(f"BASISCONV_BUILD=cpu is impossible: {reason}")
+    if reason is not None and mode in ("cpu", "cuda"):
+        raise SystemExit(f"BASISCONV_BUILD={mode} is impossible: {reason}")
     return reason
 
 
@@ -143,6 +148,96 @@ def sets_that_compile() -> tuple[dict[str, InstructionSet], str]:
     return kept, f"without {', '.join(left_out)} ({compiler()[0]}: {complaints[first_bad]}), "
 
 
+class Toolkit(NamedTuple):
+    """A CUDA toolkit, as its nvcc tells about itself."""
+
+    nvcc: list[str]
+    version: str
+    libraries: list[str]  # -L options
+
+
+def toolkit() -> Toolkit | str:
+    """The CUDA toolkit, or why there is none. nvcc itself is asked: it may be a wrapper, and ``CUDA_HOME`` unset."""
+    home = os.environ.get("CUDA_HOME")
+    names = [os.environ.get("NVCC"), "nvcc", os.path.join(home, "bin", "nvcc") if home else None]
+    command = next((shlex.split(n) for n in names if n and shutil.which(shlex.split(n)[0])), None)
+    if command is None:
+        return "no nvcc"
+    done = subprocess.run([*command, "--dryrun", "kernel.cu"], capture_output=True, text=True, check=False)
+    told = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False).stdout
+    version = re.search(r"release ([\d.]+)", told)
+    libraries = re.search(r"LIBRARIES=(.*)", done.stderr)
+    if version is None or libraries is None:
+        return f"{command[0]} does not say what it is"
+    return Toolkit(command, version.group(1), shlex.split(libraries.group(1)))
+
+
+class Architectures(NamedTuple):
+    """What ``TORCH_CUDA_ARCH_LIST`` asks for; ``options`` are those of ordinary kernels, ``hopper`` adds sm_90a's."""
+
+    names: list[str]
+    options: list[str]
+    hopper: bool
+
+
+def architectures() -> Architectures:
+    """The architectures to build for. 9.0 has kernels of its own, for sm_90a, which runs nothing newer."""
+    names = re.split(r"[;,\s]+", (os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES).strip())
+    options = []
+    for name in names:
+        known = re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", name)
+        if known is None or int(known[1]) < 8:
+            raise SystemExit(f"TORCH_CUDA_ARCH_LIST: 8.0 or later, like {CUDA_ARCHITECTURES}, got {name!r}")
+        number = known[1] + known[2]
+        options += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
+        options += ["-gencode", f"arch=compute_{number},code=compute_{number}"] if known[3] else []
+    return Architectures(names, options, any(name.startswith("9.0") for name in names))
+
+
+def cuda_toolkit(mode: str, torch_cuda: str | None) -> Toolkit | str:
+    """The toolkit to build CUDA kernels with, or why none are built. Raises where the user asked for them in vain."""
+    if mode == "cpu":
+        return "BASISCONV_BUILD=cpu"
+    if mode == "auto" and torch_cuda is None:
+        return "this torch has no CUDA; BASISCONV_BUILD=cuda builds them nevertheless"
+    found = toolkit()
+    if isinstance(found, str) and mode == "cuda":
+        raise SystemExit(f"BASISCONV_BUILD=cuda is impossible: {found}")
+    return found
+
+
+def compile_cuda(kit: Toolkit, folder: Path, headers: list[str]) -> list[str]:
+    """Object files of the CUDA kernels; those that are newer than their sources and were made the same way are kept."""
+    wanted = architectures()
+    common = [*kit.nvcc, "-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xfatbin", "-compress-all"]
+    common += ["-ccbin", compiler()[0]]
+    if not wanted.hopper:
+        common.append("-DBASISCONV_WITHOUT_SM90A")
+    # -gencode, never -arch=sm_90a: that would also assemble ordinary 9.0 code, which has no wgmma.
+    jobs = [(source, wanted.options) for source in CUDA_KERNELS]
+    if wanted.hopper:
+        jobs += [(source, ["-gencode", "arch=compute_90a,code=sm_90a"]) for source in SM90A_KERNELS]
+
+    def compiled(job):
+        source, architecture = job
+        made = folder / f"{Path(source).stem}.o"
+        command = [*common, *architecture, "-c", source, "-o", str(made)]
+        note = made.with_suffix(".command")
+        newest = max(os.path.getmtime(path) for path in (source, *headers))
+        if made.exists() and made.stat().st_mtime > newest and note.exists() and note.read_text() == repr(command):
+            return str(made)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        # C75xx: ptxas serialises wgmma, or ignores what keeps it fast: right results, several times slower.
+        if done.returncode != 0 or "C75" in done.stderr:
+            raise SystemExit(f"nvcc failed on {source}:\n{done.stderr}")
+        note.write_text(repr(command))
+        return str(made)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+        return list(pool.map(compiled, jobs))
+
+
 def native() -> dict:
     """The arguments of ``setup`` for the native library, empty without one."""
     reason = reason_against_native(os.environ.get("BASISCONV_BUILD", "auto"))
@@ -152,6 +247,9 @@ def native() -> dict:
     import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
+    kit = cuda_toolkit(os.environ.get("BASISCONV_BUILD", "auto"), torch.version.cuda)
+    with_cuda = isinstance(kit, Toolkit)
+    headers = [str(path) for path in Path("csrc").rglob("*.h")]
     debug = os.environ.get("DEBUG") == "1"
     flags = [
         "-std=c++20",
@@ -170,13 +268,18 @@ def native() -> dict:
         calls = ["--param", "asan-instrumentation-with-call-threshold=0"]
         flags += calls if complaint("", calls) is None else []
         link += [f"-fsanitize={sanitizers}"]
+    if with_cuda:
+        link += [*kit.libraries, "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
 
     class BuildKernels(BuildExtension):
         """Compiles the CPU kernels once per instruction set, then the rest as usual."""
 
         def build_extension(self, ext):
             sets, left_out = sets_that_compile()
-            say(f"CPU kernels ({', '.join(sets)}) {left_out}with torch {torch.__version__}")
+            cuda = f"but no CUDA kernels ({kit})"
+            if with_cuda:
+                cuda = f"and CUDA kernels ({', '.join(architectures().names)}; nvcc {kit.version})"
+            say(f"CPU kernels ({', '.join(sets)}) {left_out}{cuda}, with torch {torch.__version__}")
             common = [*flags, f"-DBASISCONV_WIDEST={list(sets)[-1]}"]
 
             def compile_for(item):
@@ -193,16 +296,20 @@ def native() -> dict:
             with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
                 for objects in pool.map(compile_for, sets.items()):
                     ext.extra_objects += objects
+            if with_cuda:
+                ext.extra_objects += compile_cuda(kit, Path(self.build_temp) / "cuda", ext.depends)
+                facts = {"CUDA": ",".join(architectures().names), "NVCC": kit.version}
+                ext.extra_compile_args["cxx"] += [f"-DBASISCONV_{name}={value}" for name, value in facts.items()]
             ext.extra_compile_args["cxx"] += common
             super().build_extension(ext)
 
     extension = CppExtension(
         "basisconv_kernels._C",
-        ONCE,
+        [*ONCE, *(CUDA_GLUE if with_cuda else [])],
         py_limited_api=True,
         extra_compile_args={"cxx": []},
         extra_link_args=link,
-        depends=[str(path) for path in Path("csrc").rglob("*.h")],
+        depends=headers,
     )
     return {
         "ext_modules": [extension],

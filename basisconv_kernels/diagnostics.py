@@ -184,7 +184,9 @@ def explain(op: str, problem: Conv2dProblem, asked: str | None) -> dict[str, Any
         "asked": wished,
         "chosen": chosen,
         "isa": machine.isa() if chosen == "cpu" else None,
-        "candidates": {name: list(reasons) for name, reasons in against.items()},
+        "candidates": {
+            c.name: list(against[c.name]) or ([c.only_asked] if c.only_asked and not wished else []) for c in candidates
+        },
         "slower": slower,
         "tables": [str(table.path) for table in tuning.tables() if table.unused is None],
         "self_checks": checks_made,
@@ -241,6 +243,11 @@ def _installation() -> list[Finding]:
         built = f"built by {facts['compiler']} for {', '.join(cpu['built'])}"
         found.append(Finding("native library", "ok", built))
         capped = " (capped by BASISCONV_CPU_ISA)" if cpu["in_use"] != cpu["processor"] else ""
+        cuda = facts.get("cuda")
+        built = (
+            f"for {cuda['built']}, by nvcc {cuda['nvcc']}" if cuda else "not built: BASISCONV_BUILD=cuda builds them"
+        )
+        found.append(Finding("CUDA kernels", "ok" if cuda else "missing", built))
         found.append(
             Finding("instruction set", "ok", f"{cpu['in_use']}{capped}; this processor has {cpu['processor']}")
         )
@@ -316,18 +323,6 @@ def _run_tucker_conv2d(backend: str, dtype: torch.dtype, device: str) -> None:
     testing.check_tucker(case, kernel)
     if dtype is torch.float32:
         testing.check_tucker_gradients(case, kernel)
-
-
-def _run_binary_conv2d(backend: str, dtype: torch.dtype, device: str) -> None:
-    """A small odd-sized case in every output mode, bit for bit."""
-    case = testing.binary_case("odd_sizes").at(dtype=dtype, device=device)
-    testing.check_binary(case, functools.partial(binary_conv2d, backend=backend))
-
-
-def _run_bitpack(backend: str, dtype: torch.dtype, device: str) -> None:
-    """Signs, thresholds and codes of the same case."""
-    case = testing.binary_case("odd_sizes").at(dtype=dtype, device=device)
-    testing.check_pack(case, functools.partial(bitpack, backend=backend))
 
 
 _TINY_RUNS = {

@@ -33,6 +33,7 @@ class Candidate:
         backward: ``"module:function"`` of its gradients; None where they are the reference's.
         check: ``"module:function"``, problem → ``selfcheck.Check`` of what would run on a GPU; automatic choice on a
             CUDA device passes over a candidate whose check fails. None where there is nothing to check.
+        only_asked: why automatic choice never takes it, in words; empty where it may.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Candidate:
     supports: Callable[[Any], Sequence[str]]
     backward: str | None = None
     check: str | None = None
+    only_asked: str = ""
 
 
 _NOTHING: Mapping[str, str] = MappingProxyType({})
@@ -77,7 +79,11 @@ def absent(backend: str) -> str | None:
             return "Triton is not installed: pip install basisconv_kernels[triton]"
         return None if torch.cuda.is_available() or env.triton_interprets() else "no CUDA device"
     if backend == "cuda":
-        return extension.load() or (None if torch.cuda.is_available() else "no CUDA device")
+        if (missing := extension.load()) is not None:
+            return missing
+        if "cuda" not in extension.facts():
+            return "the native library was built without CUDA kernels; BASISCONV_BUILD=cuda builds them"
+        return None if torch.cuda.is_available() else "no CUDA device"
     return f"no backend has the name {backend!r}"
 
 
@@ -105,7 +111,7 @@ def first(
         slower: {backend: by how much, in words} of those that automatic choice passes over, as from ``tuning.slower``;
             where all that can run are slower, none is passed over.
     """
-    able = [c for c in candidates if not against[c.name] and asked in (None, c.name)]
+    able = [c for c in candidates if not against[c.name] and (c.name == asked if asked else not c.only_asked)]
     fast = [c for c in able if asked is not None or c.name not in slower]
     return next(iter(fast or able), None)
 
@@ -147,8 +153,8 @@ def select(
     if chosen is None:
         raise BackendUnavailable(_refusal(op, problem, asked, against))
     if asked is None:
-        why_not = {name: "; ".join(why) or slower.get(name) for name, why in against.items() if name != chosen.name}
-        passed = [f"{name}: {why}" for name, why in why_not.items() if why]
+        why_not = {c.name: "; ".join(against[c.name]) or c.only_asked or slower.get(c.name) for c in candidates}
+        passed = [f"{name}: {why}" for name, why in why_not.items() if why and name != chosen.name]
         log.once(f"{op} [{problem}] → {chosen.name}" + (f" (not {' | '.join(passed)})" if passed else ""))
     return chosen
 

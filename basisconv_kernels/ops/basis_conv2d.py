@@ -54,6 +54,12 @@ def _reference_supports(problem: Conv2dProblem) -> list[str]:
 CANDIDATES = (
     Candidate("cpu", "basisconv_kernels.ops.basis_conv2d_native:forward", _cpu_supports),
     Candidate(
+        "cuda",
+        "basisconv_kernels.ops.basis_conv2d_native:forward",
+        native.cuda_supports,
+        only_asked="not yet proven on a GPU: runs where it is asked for by name",
+    ),
+    Candidate(
         "triton",
         "basisconv_kernels.ops.basis_conv2d_triton:forward",
         triton.supports,

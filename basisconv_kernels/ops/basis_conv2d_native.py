@@ -12,10 +12,13 @@ from torch.utils.flop_counter import register_flop_formula
 from basisconv_kernels.core import checks, extension
 from basisconv_kernels.core.autograd import refuse_gradients
 from basisconv_kernels.core.checks import Pair, Quad
+from basisconv_kernels.core.problem import Conv2dProblem
 from basisconv_kernels.reference import basis_conv2d as reference
 
 OP = "basis_conv2d"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CUDA_DTYPES = (torch.bfloat16, torch.float16)
+CUDA_LARGEST_Q = 256
 # Constants, because graphs are traced through the functions that ask. The format of packed weights is part of such a
 # graph: one that was cached for another layout is then not used again.
 PRESENT = extension.load() is None
@@ -45,6 +48,30 @@ def forward(
         return _call(arguments, keep_maps)
 
 
+def cuda_supports(problem: Conv2dProblem) -> list[str]:
+    """The reasons against the CUDA kernels; those of this machine's device count where there is one."""
+    against = []
+    if problem.device != "cuda":
+        against.append(f"runs on CUDA devices, the tensors are on {problem.device}")
+    if problem.dtype not in CUDA_DTYPES:
+        against.append(f"has no {problem.dtype} kernel")
+    if problem.groups > 1 and not problem.compact:
+        against.append("has no kernel for groups with coefficients [K, Q]; [K, Q/groups] it takes")
+    filters = problem.Q // problem.groups
+    if filters > CUDA_LARGEST_Q:
+        against.append(f"takes at most {CUDA_LARGEST_Q} basis filters a group, here are {filters}")
+    if not torch.cuda.is_available():
+        return against
+    device = torch.cuda.get_device_properties(torch.cuda.current_device())
+    if device.major < 8:
+        against.append(f"needs compute capability 8.0, {device.name} has {device.major}.{device.minor}")
+    # Twice 128 filters: two taps of the basis, two chunks of coefficients and the pixels, see basis_conv2d_sm80.cu.
+    wanted = 160 * 1024
+    if filters > 128 and getattr(device, "shared_memory_per_block_optin", wanted) < wanted:
+        against.append(f"more than 128 basis filters a group need more shared memory than {device.name} has")
+    return against
+
+
 def _call(arguments: tuple[Any, ...], keep_maps: bool) -> tuple[Tensor, Tensor | None]:
     if keep_maps:
         return torch.ops.basisconv.basis_conv2d_maps.default(*arguments)
@@ -71,7 +98,7 @@ def basis_conv2d_pack(
         Tensor[bytes] (uint8), good for this instruction set and geometry only and checked on use; None where the native
         kernel does not take these tensors, and then ``packed=None`` is right.
     """
-    if not PRESENT or basis_weight.device.type != "cpu" or basis_weight.dtype not in DTYPES:
+    if not PRESENT or not _packs(basis_weight, coefficients, groups):
         return None
     return torch.ops.basisconv.basis_conv2d_pack.default(
         basis_weight,
@@ -82,6 +109,15 @@ def basis_conv2d_pack(
         precise,
         FORMAT,
     )
+
+
+def _packs(basis_weight: Tensor, coefficients: Tensor, groups: int) -> bool:
+    """Whether a native kernel takes these weights, and so has a form of its own for them."""
+    if basis_weight.device.type == "cpu":
+        return basis_weight.dtype in DTYPES
+    compact = groups == 1 or coefficients.shape[1] != basis_weight.shape[0]
+    known = basis_weight.dtype in CUDA_DTYPES and compact and basis_weight.shape[0] // groups <= CUDA_LARGEST_Q
+    return basis_weight.device.type == "cuda" and "cuda" in extension.facts() and known
 
 
 def fake_forward(
@@ -125,7 +161,10 @@ def _fake_pack(
     format: int,
 ) -> Tensor:
     shapes = ([int(size) for size in basis_weight.shape], [int(size) for size in coefficients.shape])
-    size = torch.ops.basisconv.basis_conv2d_packed_bytes.default(*shapes, stride, dilation, groups, precise)
+    if basis_weight.device.type == "cuda":
+        size = torch.ops.basisconv.basis_conv2d_cuda_packed_bytes.default(*shapes, groups)
+    else:
+        size = torch.ops.basisconv.basis_conv2d_packed_bytes.default(*shapes, stride, dilation, groups, precise)
     return basis_weight.new_empty(size, dtype=torch.uint8)
 
 

@@ -27,8 +27,8 @@ struct BasisConv2dParams {
   int64_t pad_top, pad_left;
   const void* input;
   int64_t input_stride_n, input_stride_c, input_stride_h, input_stride_w;  // elements
-  const void* packed;    // see csrc/cpu/basis_conv2d_plan.h
-  const float* bias;     // [K]; zeros where the op has none
+  const void* packed;                                                      // see csrc/cpu/basis_conv2d_plan.h
+  const float* bias;                                                       // [K]; zeros where the op has none
   const void* residual;  // dense, in the layout of the output, or null
   void* output;          // dense: [N, OH, OW, K] if channels_last, else [N, K, OH, OW]
   void* maps;            // z for the backward, [N, OH, OW, Q] or [N, Q, OH, OW] like the output; or null

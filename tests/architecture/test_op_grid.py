@@ -21,7 +21,6 @@ STARRED = (
 )
 NEVER = {"basisconv_kernels/layers/bitpack.py"}  # packing has no parameters
 
-ELSEWHERE = "the CPU kernel of this op came first"
 LATER = "basis_conv2d came first, complete from kernel to demo"
 
 # What exists of the ops that came later.
@@ -40,7 +39,6 @@ HERE = {
 # Path → why it does not exist yet. A commit that adds a file removes its line, or leaves it out of the pattern below;
 # lines are never added.
 MISSING = {
-    "csrc/cuda/basis_conv2d.cu": ELSEWHERE,
     **{
         pattern.format(op=op): LATER
         for op in OPS

@@ -1,0 +1,18 @@
+"""Modules that run the CUDA sources on the CPU, one build a session."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import pytest
+
+from tests.cuda_on_cpu import building
+
+KERNELS = sorted(building.CUDA.glob("basis_conv2d*.cu"))
+
+
+@pytest.fixture(scope="session")
+def module() -> ModuleType:
+    """The kernels and the primitives as they are."""
+    own = [building.HERE / "primitives.cu", building.HERE / "module.cpp"]
+    return building.build("basisconv_emulated", [*KERNELS, *own])

@@ -1,0 +1,270 @@
+// mbarriers, bulk and tensor-map copies and wgmma, as late as a kernel allows: a copy is poison from issue on and is
+// delivered by the thread that needs its mbarrier's phase to end; a wgmma runs at wgmma_wait, its accumulators are NaN
+// until then, and its A registers must still be what they were.
+//
+// The copy engine and wgmma see shared memory through another proxy than ordinary loads and stores. `async_view` is
+// that view: copies write to it, stores reach it with the next fence_proxy_async, of any thread (on hardware only of
+// the one that stored: there this file is milder).
+#pragma once
+#include <limits>
+
+#include "../../csrc/cuda/encoders.h"
+#include "async.h"
+#include "warp.h"
+
+namespace cuda_on_cpu {
+
+constexpr int kWarpgroup = 128;
+
+struct BulkCopy {
+  char* to;
+  const char* from;                       // bytes as they lie, or null and
+  basisconv::cuda::TensorMapRequest map;  // the box of a map: a copy, since the thread that issued it may have ended
+  long bytes;
+  int at[4];
+};
+struct Mbarrier {
+  int count, pending;     // arrivals
+  long expected, issued;  // bytes
+  int phase;
+  std::vector<BulkCopy> copies;
+  std::vector<int> waiting;
+};
+inline std::map<const void*, Mbarrier> mbarriers;
+
+struct Wgmma {
+  float* d;
+  int n, row_bytes, k;
+  const uint32_t* a;
+  uint32_t a_at_issue[4];
+  const char* tile;
+  float (*decode)(uint32_t);
+};
+struct WgmmaThread {
+  std::vector<Wgmma> open;
+  std::deque<std::vector<Wgmma>> groups;
+  std::map<float*, std::vector<float>> sums;  // what the accumulators really hold
+  bool fenced = false;
+
+  bool uses(const float* d) const {
+    const auto is = [d](const Wgmma& w) { return w.d == d; };
+    for (const auto& group : groups) {
+      if (std::any_of(group.begin(), group.end(), is)) return true;
+    }
+    return std::any_of(open.begin(), open.end(), is);
+  }
+};
+inline std::vector<WgmmaThread> wgmma_threads;
+inline std::vector<int> wgmma_arrived;  // a warpgroup each
+inline std::vector<char> async_view;
+
+inline const bool hopper_is_cleared = [] {
+  at_block_start.push_back([] {
+    mbarriers.clear();
+    wgmma_threads.assign(block.fibers.size(), WgmmaThread{});
+    wgmma_arrived.assign(block.fibers.size() / kWarpgroup, 0);
+    async_view.assign(shared_bytes, static_cast<char>(0xFF));
+  });
+  return true;
+}();
+
+inline Mbarrier& mbarrier(const uint64_t* bar) {
+  const auto found = mbarriers.find(bar);
+  if (found == mbarriers.end()) fail("an mbarrier is used before bar_init");
+  return found->second;
+}
+
+inline void write_both(char* to, const void* from, size_t bytes) {
+  memcpy(to, from, bytes);
+  memcpy(&async_view[to - shared], from, bytes);
+}
+
+inline void deliver(const BulkCopy& copy) {
+  if (copy.from != nullptr) return write_both(copy.to, copy.from, copy.bytes);
+  constexpr int row_bytes = 128;
+  const basisconv::cuda::TensorMapRequest& map = copy.map;
+  uint32_t row = 0;
+  for (uint32_t i3 = 0; i3 < map.box[3]; ++i3) {
+    for (uint32_t i2 = 0; i2 < map.box[2]; ++i2) {
+      for (uint32_t i1 = 0; i1 < map.box[1]; ++i1, ++row) {
+        for (uint32_t i0 = 0; i0 < map.box[0]; ++i0) {
+          const int64_t at[4] = {copy.at[0] + int64_t{i0}, copy.at[1] + int64_t{i1}, copy.at[2] + int64_t{i2},
+                                 copy.at[3] + int64_t{i3}};
+          bool inside = true;
+          int64_t offset = at[0] * 2;
+          for (int d = 0; d < 4; ++d) inside = inside && at[d] >= 0 && at[d] < static_cast<int64_t>(map.size[d]);
+          for (int d = 1; d < 4; ++d) offset += at[d] * static_cast<int64_t>(map.stride[d - 1]);
+          const uint16_t zero = 0;
+          char* to = copy.to + basisconv::cuda::swizzled(row * row_bytes + i0 * 2, row_bytes);
+          write_both(to, inside ? static_cast<const char*>(map.base) + offset : static_cast<const void*>(&zero), 2);
+        }
+      }
+    }
+  }
+}
+
+// Ends the phase if nothing is missing. It is tried only by who depends on it: the latest moment there is.
+inline bool complete(Mbarrier& bar) {
+  if (bar.pending > 0 || bar.issued != bar.expected) return false;
+  for (const BulkCopy& copy : bar.copies) deliver(copy);
+  bar.copies.clear();
+  bar.pending = bar.count;
+  bar.expected = bar.issued = 0;
+  ++bar.phase;
+  return true;
+}
+inline void wake_waiting(Mbarrier& bar) {
+  for (const int thread : bar.waiting) block.wake(thread);
+  bar.waiting.clear();
+}
+
+inline void arrive(uint64_t* at, int bytes) {
+  Mbarrier& bar = mbarrier(at);
+  complete(bar);
+  if (bar.pending == 0) fail("more arrivals at an mbarrier than its count");
+  --bar.pending;
+  bar.expected += bytes;
+  wake_waiting(bar);
+}
+
+inline void issue(uint64_t* at, const BulkCopy& copy) {
+  memset(copy.to, 0xFF, copy.bytes);
+  memset(&async_view[copy.to - shared], 0xFF, copy.bytes);
+  Mbarrier& bar = mbarrier(at);
+  bar.copies.push_back(copy);
+  bar.issued += copy.bytes;
+  wake_waiting(bar);
+}
+
+// One wgmma of a whole warpgroup whose first thread is `first`.
+inline void run_wgmma(int first, size_t group, size_t index) {
+  const Wgmma& w = wgmma_threads[first].groups[group][index];
+  std::vector<float> b(static_cast<size_t>(w.n) * 16);
+  for (int j = 0; j < w.n; ++j) {
+    for (int k = 0; k < 16; ++k) {
+      const uint32_t offset = basisconv::cuda::swizzled(j * w.row_bytes + w.k * 32 + k * 2, w.row_bytes);
+      uint16_t bits;
+      memcpy(&bits, &async_view[w.tile - shared + offset], 2);
+      b[j * 16 + k] = w.decode(bits);
+    }
+  }
+  for (int warp = first; warp < first + kWarpgroup; warp += kWarp) {
+    float a[16][16], *d[kWarp];
+    for (int lane = 0; lane < kWarp; ++lane) {
+      WgmmaThread& thread = wgmma_threads[warp + lane];
+      const Wgmma& mine = thread.groups[group][index];
+      d[lane] = thread.sums[mine.d].data();
+      for (int r = 0; r < 8; ++r) {
+        const int row = lane / 4 + r / 2 % 2 * 8, column = lane % 4 * 2 + r / 4 * 8 + r % 2;
+        a[row][column] = mine.decode(mine.a_at_issue[r / 2] >> 16 * (r % 2) & 0xFFFF);
+      }
+    }
+    for (int i = 0; i < 16; ++i) {
+      for (int j = 0; j < w.n; ++j) {
+        float& sum = d[i % 8 * 4 + j % 8 / 2][j / 8 * 4 + i / 8 * 2 + j % 2];
+        for (int k = 0; k < 16; ++k) sum += a[i][k] * b[j * 16 + k];
+      }
+    }
+  }
+}
+
+inline void finish_wgmma(WgmmaThread& mine, size_t groups) {
+  for (size_t g = 0; g < groups; ++g) {
+    for (const Wgmma& w : mine.groups.front()) {
+      if (memcmp(w.a, w.a_at_issue, sizeof w.a_at_issue)) fail("A registers of a wgmma changed before wgmma_wait");
+    }
+    mine.groups.pop_front();
+  }
+  for (auto held = mine.sums.begin(); held != mine.sums.end();) {
+    if (mine.uses(held->first)) {
+      ++held;
+      continue;
+    }
+    memcpy(held->first, held->second.data(), held->second.size() * sizeof(float));
+    held = mine.sums.erase(held);
+  }
+}
+
+inline void wait_wgmma(size_t newest) {
+  const int first = block.self / kWarpgroup * kWarpgroup;
+  if (wgmma_arrived.empty()) fail("wgmma needs four warps");
+  if (++wgmma_arrived[first / kWarpgroup] < kWarpgroup) return wait_for("wgmma_wait");
+  wgmma_arrived[first / kWarpgroup] = 0;
+  for (int thread = first; thread < first + kWarpgroup; ++thread) block.wake(thread);
+  const size_t groups = wgmma_threads[first].groups.size(), run = groups > newest ? groups - newest : 0;
+  for (int thread = first; thread < first + kWarpgroup; ++thread) {
+    if (wgmma_threads[thread].groups.size() != groups) fail("threads of a warpgroup issued different wgmma groups");
+  }
+  for (size_t g = 0; g < run; ++g) {
+    for (size_t i = 0; i < wgmma_threads[first].groups[g].size(); ++i) run_wgmma(first, g, i);
+  }
+  for (int thread = first; thread < first + kWarpgroup; ++thread) finish_wgmma(wgmma_threads[thread], run);
+}
+
+}  // namespace cuda_on_cpu
+
+namespace basisconv::cuda {
+
+using TensorMap = TensorMapRequest;
+inline const char* encode(const TensorMapRequest& request, TensorMap& map) {
+  map = request;
+  return reason_against(request);
+}
+
+inline void bar_init(uint64_t* bar, int count) {
+  cuda_on_cpu::shared_offset(bar, 8, 8, "bar_init");
+  cuda_on_cpu::mbarriers[bar] = {count, count, 0, 0, 0, {}, {}};
+}
+inline void bar_init_fence() {}
+inline void bar_arrive(uint64_t* bar) { cuda_on_cpu::arrive(bar, 0); }
+inline void bar_arrive_expect(uint64_t* bar, int bytes) { cuda_on_cpu::arrive(bar, bytes); }
+inline void bar_wait(uint64_t* at, int parity) {
+  cuda_on_cpu::Mbarrier& bar = cuda_on_cpu::mbarrier(at);
+  while ((bar.phase & 1) == parity) {
+    if (cuda_on_cpu::complete(bar)) {
+      cuda_on_cpu::wake_waiting(bar);
+      continue;
+    }
+    bar.waiting.push_back(cuda_on_cpu::block.self);
+    cuda_on_cpu::wait_for("an mbarrier");
+  }
+}
+
+inline void bulk_load(void* to, const void* from, int bytes, uint64_t* bar) {
+  cuda_on_cpu::shared_offset(to, bytes, 16, "bulk_load");
+  if (bytes % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0) cuda_on_cpu::fail("bulk_load: no multiple of 16");
+  cuda_on_cpu::issue(bar, {static_cast<char*>(to), static_cast<const char*>(from), {}, bytes, {}});
+}
+inline void tensor_load(void* to, const TensorMap& map, int c0, int c1, int c2, int c3, uint64_t* bar) {
+  const long bytes = 2l * map.box[0] * map.box[1] * map.box[2] * map.box[3];
+  cuda_on_cpu::shared_offset(to, bytes, 1024, "tensor_load");
+  cuda_on_cpu::issue(bar, {static_cast<char*>(to), nullptr, map, bytes, {c0, c1, c2, c3}});
+}
+inline void fence_proxy_async() {
+  memcpy(cuda_on_cpu::async_view.data(), cuda_on_cpu::shared, cuda_on_cpu::shared_bytes);
+}
+
+inline void wgmma_fence() { cuda_on_cpu::wgmma_threads[cuda_on_cpu::block.self].fenced = true; }
+inline void wgmma_commit() {
+  cuda_on_cpu::WgmmaThread& mine = cuda_on_cpu::wgmma_threads[cuda_on_cpu::block.self];
+  mine.groups.push_back(std::move(mine.open));
+  mine.open.clear();
+  mine.fenced = false;
+}
+template <int newest>
+void wgmma_wait() {
+  cuda_on_cpu::wait_wgmma(newest);
+}
+template <class T, int N, int row_bytes>
+void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], const void* tile, int k) {
+  using namespace cuda_on_cpu;
+  WgmmaThread& mine = wgmma_threads[block.self];
+  shared_offset(tile, static_cast<size_t>(N) * row_bytes, row_bytes * 8, "wgmma");
+  if (!mine.fenced) fail("wgmma without wgmma_fence since the last commit");
+  if (k * 32 >= row_bytes) fail("wgmma: the column block lies outside the tile's rows");
+  if (mine.sums.count(d) == 0) mine.sums[d] = std::vector<float>(d, d + N / 2);
+  for (float& value : d) value = std::numeric_limits<float>::quiet_NaN();
+  mine.open.push_back({d, N, row_bytes, k, a, {a[0], a[1], a[2], a[3]}, static_cast<const char*>(tile), decode<T>});
+}
+
+}  // namespace basisconv::cuda

@@ -1,0 +1,126 @@
+// The CUDA kernels of basis_conv2d, run on the CPU, as a Python module of the tests. Tensors come as addresses. It is
+// compiled as one with what it binds: the kernels, and primitives.cu or planted faults.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "../../csrc/cuda/basis_conv2d_sm90a.h"
+
+namespace py = pybind11;
+using namespace basisconv;
+
+namespace {
+
+const void* address(const py::dict& from, const char* name) {
+  return reinterpret_cast<const void*>(from[name].cast<uintptr_t>());
+}
+int64_t number(const py::dict& from, const char* name) { return from[name].cast<int64_t>(); }
+
+BasisConv2dWeights weights(const py::dict& from) {
+  BasisConv2dWeights w{};
+  w.C = number(from, "C");
+  w.Q = number(from, "Q");
+  w.K = number(from, "K");
+  w.R = number(from, "R");
+  w.S = number(from, "S");
+  std::tie(w.stride_h, w.stride_w) = from["stride"].cast<std::pair<int64_t, int64_t>>();
+  std::tie(w.dilation_h, w.dilation_w) = from["dilation"].cast<std::pair<int64_t, int64_t>>();
+  w.groups = number(from, "groups");
+  w.mixing_groups = number(from, "mixing_groups");
+  w.dtype = from["dtype"].cast<std::string>() == "bfloat16" ? DType::bf16 : DType::f16;
+  w.precise = from["precise"].cast<bool>();
+  return w;
+}
+
+CudaDevice device(const py::dict& from) {
+  return {static_cast<int>(number(from, "capability")), static_cast<int>(number(from, "shared_bytes")),
+          static_cast<int>(number(from, "multiprocessors"))};
+}
+
+CudaBasisConv2d call(const py::dict& from) {
+  CudaBasisConv2d c{};
+  BasisConv2dParams& p = c.params;
+  p.weights = weights(from);
+  p.N = number(from, "N");
+  p.H = number(from, "H");
+  p.W = number(from, "W");
+  p.OH = number(from, "OH");
+  p.OW = number(from, "OW");
+  p.pad_top = number(from, "pad_top");
+  p.pad_left = number(from, "pad_left");
+  p.input = address(from, "input");
+  const auto strides = from["input_stride"].cast<std::vector<int64_t>>();
+  p.input_stride_n = strides.at(0);
+  p.input_stride_c = strides.at(1);
+  p.input_stride_h = strides.at(2);
+  p.input_stride_w = strides.at(3);
+  p.packed = address(from, "packed");
+  p.residual = address(from, "residual");
+  p.output = const_cast<void*>(address(from, "output"));
+  p.maps = const_cast<void*>(address(from, "maps"));
+  p.channels_last = from["channels_last"].cast<bool>();
+  p.activation = static_cast<Activation>(number(from, "activation"));
+  c.bias = address(from, "bias");
+  return c;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(MODULE_NAME, m) {
+  m.def("set_order", [](int order) { cuda_on_cpu::order = static_cast<cuda_on_cpu::Order>(order); });
+  m.def("packed_bytes", [](const py::dict& from) { return cuda_packed_bytes(weights(from)); });
+  m.def("pack", [](const py::dict& from) {
+    CudaPack pack{};
+    pack.weights = weights(from);
+    pack.basis_weight = address(from, "basis_weight");
+    pack.coefficients = address(from, "coefficients");
+    const auto basis = from["basis_stride"].cast<std::vector<int64_t>>();
+    const auto mixing = from["coefficients_stride"].cast<std::vector<int64_t>>();
+    for (int i = 0; i < 4; ++i) pack.basis_stride[i] = basis.at(i);
+    for (int i = 0; i < 2; ++i) pack.coefficients_stride[i] = mixing.at(i);
+    pack.packed = const_cast<void*>(address(from, "packed"));
+    return cuda_pack(pack, nullptr);
+  });
+  m.def("variant", [](const py::dict& from) {
+    const char* reason = nullptr;
+    const CudaVariant chosen = cuda_variant(call(from), device(from), &reason);
+    const char* names[] = {"none", "sm80", "sm90a"};
+    return std::make_pair(std::string(names[static_cast<int>(chosen)]), std::string(reason ? reason : ""));
+  });
+  m.def("hopper_plan", [](const py::dict& from) {
+    const CudaDevice on = device(from);
+    const cuda::HopperPlan plan = cuda::hopper_plan(cuda::problem_of(call(from)), on.shared_bytes);
+    py::dict facts;
+    facts["bytes"] = plan.bytes;
+    facts["halo_stages"] = plan.halo_stages;
+    facts["basis_resident"] = plan.basis_resident;
+    facts["mixing_resident"] = plan.mixing_resident;
+    return facts;
+  });
+  m.def("image_map", [](uintptr_t base, bool is_bf16, const std::vector<int64_t>& size,
+                        const std::vector<int64_t>& strides, int rows, int columns) {
+    const cuda::TensorMapRequest map =
+        cuda::image_map(reinterpret_cast<const void*>(base), is_bf16, size.at(0), size.at(1), size.at(2), size.at(3),
+                        strides.at(0), strides.at(1), strides.at(2), rows, columns);
+    const char* reason = cuda::reason_against(map);
+    return std::make_tuple(std::vector<uint64_t>(map.size, map.size + 4),
+                           std::vector<uint64_t>(map.stride, map.stride + 3),
+                           std::vector<uint32_t>(map.box, map.box + 4), std::string(reason ? reason : ""));
+  });
+  m.def("wgmma_descriptor", &cuda::wgmma_descriptor);
+  m.def("swizzled", &cuda::swizzled);
+  // Runs one variant, or the chosen one for ""; what went wrong, or None, and (8x8 matrices read, bank conflicts).
+  m.def("run", [](const std::string& variant, const py::dict& from) {
+    cuda_on_cpu::counters = {};
+    const auto run = variant == "sm80"    ? cuda_basis_conv2d_sm80
+                     : variant == "sm90a" ? cuda_basis_conv2d_sm90a
+                                          : cuda_basis_conv2d;
+    const char* wrong = run(call(from), device(from), nullptr);
+    return std::make_tuple(wrong ? py::object(py::str(wrong)) : py::object(py::none()), cuda_on_cpu::counters.matrices,
+                           cuda_on_cpu::counters.conflicts);
+  });
+#ifdef PLANTED
+  m.def("plant", [](int fault) { planted = fault; });
+#else
+  bind_primitives(m);
+#endif
+}

@@ -1,0 +1,172 @@
+"""The CUDA kernels of ``basis_conv2d``, executed on the CPU, against the reference, in three orders of the threads."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from basisconv_kernels import testing
+from basisconv_kernels.core.problem import Conv2dProblem
+from basisconv_kernels.reference import basis_conv2d as reference
+from basisconv_kernels.testing import Case
+from tests.cuda_on_cpu.emulated import A100, ADA, H200, Emulated
+
+pytestmark = pytest.mark.xdist_group("cuda_on_cpu")
+
+BF16, F16 = torch.bfloat16, torch.float16
+ONE = (1, 1, 1, 1)
+
+
+def case(name, sizes, **flags):
+    """``sizes`` reads ``N C H W Q K R S``."""
+    n, c, h, w, q, k, r, s = map(int, sizes.split())
+    flags = {"channels_last": True, "dtype": BF16, **flags}
+    return Case(name, "", Conv2dProblem(N=n, C=c, H=h, W=w, Q=q, K=k, R=r, S=s, **flags))
+
+
+def ids(cases):
+    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
+
+
+TAKEN = [c for c in testing.CASES if c.problem.groups == 1 or c.problem.compact]
+
+# What the cases of the op have too few channels for.
+LARGER = [
+    case("three_slabs_with_a_tail", "1 136 7 7 64 128 3 3", padding=ONE, bias=True),
+    case("more_slabs_under_way_than_taps", "1 200 12 9 16 64 1 1", activation="relu"),
+    case("two_chunks_of_outputs", "1 24 9 11 20 100 3 3", padding=ONE, residual=True),
+    case("many_filters_strided", "1 72 9 9 128 200 3 3", padding=ONE, stride=(2, 2), bias=True),
+    case("filters_of_three_sizes_apart", "2 16 9 13 40 33 1 3", padding=(0, 0, 1, 1)),
+    case("many_outputs_of_one_tap", "2 16 9 10 33 400 1 1", residual=True),
+    case("many_outputs", "1 72 8 9 30 300 3 3", padding=ONE),
+    case("float16", "1 72 13 13 48 64 3 3", dtype=F16, bias=True),
+]
+ON_SM80 = [
+    *LARGER,
+    case("most_filters", "1 24 6 9 200 40 3 3", padding=ONE),
+    case("most_filters_precise", "1 24 6 9 200 40 1 1", precise=True, dtype=F16),
+    case("filters_of_two_tiles_precise", "1 40 6 9 70 40 3 3", precise=True, residual=True),
+    case("first_layer", "1 3 17 16 16 24 7 7", padding=(3, 3, 3, 3), stride=(2, 2)),
+    case("first_layer_nchw", "1 3 17 16 16 24 7 7", padding=(3, 3, 3, 3), stride=(2, 2), channels_last=False),
+    case("groups_in_16_bytes", "1 16 8 9 6 12 3 3", padding=ONE, groups=2, compact=True),
+]
+
+# The op's cases with the channels that sm_90a's kernel wants. A window of 29 x 36 pixels is more than it can hold.
+HOPPER = [
+    c.at(C=(c.problem.C + 7) // 8 * 8, channels_last=True)
+    for c in TAKEN
+    if c.problem.groups == 1 and not c.problem.precise and c.problem.N > 0 and c.view in ("dense", "mixed")
+    if c.name != "stride_past_kernel"
+]
+# One multiprocessor: a persistent block makes several tiles.
+ONE_BLOCK = {**H200, "multiprocessors": 1}
+WAYS = {
+    "all resident": (True, True), "basis streamed": (False, True), "coefficients streamed": (True, False),
+    "all streamed": (False, False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [BF16, pytest.param(F16, marks=pytest.mark.full)], ids=str)
+@ids(TAKEN)
+def test_sm80_takes_every_case(module, case, dtype):
+    testing.check(case.at(dtype=dtype), Emulated(module, "sm80", A100))
+
+
+@ids(ON_SM80)
+def test_sm80_at_larger_sizes(module, case):
+    testing.check(case, Emulated(module, "sm80", A100))
+
+
+@ids(HOPPER)
+def test_sm90a(module, case):
+    testing.check(case.at(dtype=BF16), Emulated(module, "sm90a", H200))
+
+
+def devices(module, case, way):
+    """One block of a Hopper with the most shared memory at which the plan for a case is ``way``; none for some."""
+    input, *weights = testing.make_inputs(case).tensors[:3]
+    for kilobytes in range(227, 40, -1):
+        device = {**ONE_BLOCK, "shared_bytes": kilobytes * 1024}
+        plan = module.hopper_plan(Emulated(module, "sm90a", device).request(input, *weights, **case.arguments()))
+        if plan["bytes"] and (plan["basis_resident"], plan["mixing_resident"]) == way:
+            return [device]
+    return []
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_sm90a_at_larger_sizes(module, way):
+    runs = [(case, device) for case in LARGER for device in devices(module, case, way)]
+    assert len(runs) > 1
+    for case, device in runs:
+        testing.check(case, Emulated(module, "sm90a", device))
+
+
+def geometry(rng: random.Random, hopper: bool) -> Case:
+    """Any geometry with an output pixel, small enough for a second."""
+    p = {
+        "N": rng.randint(1, 2), "C": rng.randint(1, 80), "Q": rng.randint(1, 70), "K": rng.randint(1, 80),
+        "R": rng.randint(1, 4), "S": rng.randint(1, 4),
+        "stride": (rng.randint(1, 3), rng.randint(1, 3)), "dilation": (rng.randint(1, 2), rng.randint(1, 2)),
+        "padding": tuple(rng.randint(0, 3) for _ in range(4)),
+        "bias": rng.random() < 0.5, "residual": rng.random() < 0.5, "activation": rng.choice([None, "relu", "relu6"]),
+        "dtype": rng.choice([BF16, F16]), "channels_last": hopper or rng.random() < 0.5,
+        "precise": not hopper and rng.random() < 0.2,
+    }  # fmt: skip
+    if hopper:
+        p["C"] = (p["C"] + 7) // 8 * 8
+    for side, kernel, stride, dilation in zip("HW", "RS", p["stride"], p["dilation"], strict=True):
+        p[side] = (p[kernel] - 1) * dilation + rng.randint(1, 8) * stride
+    return Case("drawn", "", Conv2dProblem(**p))
+
+
+@pytest.mark.parametrize(("variant", "device"), [("sm80", ADA), ("sm90a", ONE_BLOCK)], ids=["sm80", "sm90a"])
+def test_any_geometry(module, variant, device, request):
+    rng = random.Random(variant)
+    kernel = Emulated(module, variant, device, orders=("shuffled",))
+    count = 1_000 if request.config.getoption("--full") else 12
+    for _ in range(count):
+        testing.check(geometry(rng, variant == "sm90a"), kernel)
+
+
+@pytest.mark.parametrize("variant", ["sm80", "sm90a"])
+def test_the_maps_are_those_of_the_reference(module, variant):
+    """What the backward reads: Z, rounded once, exact on whole numbers."""
+    for layout in {variant == "sm90a", True}:
+        one = case("maps", "2 24 9 11 20 12 3 3", padding=ONE, channels_last=layout)
+        inputs = testing.make_inputs(one, values="grid")
+        kernel = Emulated(module, variant, H200)
+        result = kernel(*inputs.tensors[:4], residual=inputs.residual, keep_maps=True, **one.arguments())
+        arguments = {n: v for n, v in one.arguments().items() if n not in ("activation", "precise")}
+        maps = reference.basis_maps(inputs.input, inputs.basis_weight, **arguments)
+        assert torch.equal(kernel.maps, maps.to(BF16))
+        assert torch.equal(result, kernel(*inputs.tensors[:4], residual=inputs.residual, **one.arguments()))
+
+
+@pytest.mark.parametrize("variant", ["sm80", "sm90a"])
+def test_weights_packed_for_another_problem_give_nan(module, variant):
+    one = case("packed", "1 8 6 7 5 9 3 3")
+    input, basis_weight, coefficients = testing.make_inputs(one).tensors[:3]
+    kernel = Emulated(module, variant, H200, orders=("forward",))
+    described = kernel.describe(basis_weight, coefficients, **one.arguments())
+    right = kernel.packed(basis_weight, coefficients, described)
+    assert not kernel(input, basis_weight, coefficients, packed=right, **one.arguments()).isnan().any()
+    other = kernel.packed(basis_weight, coefficients, {**described, "K": 8})
+    assert kernel(input, basis_weight, coefficients, packed=other, **one.arguments()).isnan().all()
+
+
+@pytest.mark.parametrize("variant", ["sm80", "sm90a"])
+def test_shared_memory_is_read_without_bank_conflicts(module, variant):
+    """At stride 1 each of ldmatrix's 8x8 matrices takes one wavefront."""
+    one = case("conflicts", "1 64 16 8 64 64 3 3", padding=ONE)
+    kernel = Emulated(module, variant, H200, orders=("forward",))
+    kernel(*testing.make_inputs(one).tensors[:3], **one.arguments())
+    assert kernel.matrices > 0
+    assert kernel.conflicts == 0
+
+
+def test_what_has_not_the_memory_says_so(module):
+    one = case("too_large", "1 8 6 7 200 9 3 3")
+    with pytest.raises(AssertionError, match="too little shared memory for so many basis filters"):
+        Emulated(module, "sm80", ADA)(*testing.make_inputs(one).tensors[:3], **one.arguments())

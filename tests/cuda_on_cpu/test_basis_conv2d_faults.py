@@ -1,0 +1,129 @@
+"""Faults planted into the kernels of ``basis_conv2d``: the checks of the other file must find each of them.
+
+The sources are copied, all faults are planted at once, each behind a number, and compiled together.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+
+import pytest
+
+from basisconv_kernels import testing
+from tests.cuda_on_cpu import building
+from tests.cuda_on_cpu.emulated import A100, H200, Emulated
+from tests.cuda_on_cpu.test_basis_conv2d import ONE, case
+
+pytestmark = pytest.mark.xdist_group("cuda_on_cpu")
+
+# What is planted: file, the right text, the wrong one. "#" in a text is the number of its fault.
+SM80, SM90A, SHARED = "basis_conv2d_sm80.cu", "basis_conv2d_sm90a.cu", "basis_conv2d_problem.h"
+TAP_BARRIER = "__syncthreads();  // this step's tiles"
+CHUNK_BARRIER = "__syncthreads();  // the coefficients have landed"
+TAP_WAIT = "cp_async_wait<L::stages - 2>();"
+BUFFERS = "buffers = all < 1 + ahead ? all : 1 + ahead;"
+B_LANE = "swizzled(b_row * kSlab * 2 + b_column, kSlab * 2)"
+STAGED_ROW = "(lane / 4 + 8 * half) * kStagingPitch"
+STORED = "if (k >= p.K || !pixels.inside(p, pixel)) continue;\n      const float4"
+STAGED = "__syncwarp();\n  T* output"
+HALO_WAIT = "bar_wait(halo.full + halo_at.stage, halo_at.phase);"
+BASIS_WAIT = "bar_wait(basis.full, 0);"
+HALO_EMPTY = "bar_wait(halo.empty + halo_at.stage, halo_at.phase ^ 1);"
+HALO_RELEASE = "release(halo.empty + halo_at.stage);"
+PREVIOUS = "wgmma_wait<1>();"
+ALL_DONE = "wgmma_wait<0>();\n    if (!plan.basis_resident)"
+BOX_BYTES = "bar_arrive_expect(halo.full + halo_at.stage, plan.halo_box_bytes);"
+A_SWIZZLE = "swizzled(pixel * kSlab * 2 + lane / 16 * 16, kSlab * 2)"
+FAULTS = {
+    "sm80: no barrier in the tap loop": (SM80, TAP_BARRIER, f"if (planted != #) {TAP_BARRIER}"),
+    "sm80: no wait for copies": (SM80, TAP_WAIT, f"if (planted != #) {TAP_WAIT}"),
+    "sm80: no barrier before stage 2": (SM80, CHUNK_BARRIER, f"if (planted != #) {CHUNK_BARRIER}"),
+    "sm80: a buffer too few": (SM80, BUFFERS, f"{BUFFERS} if (planted == #) --buffers;"),
+    "sm80: B read without the swizzle": (SM80, B_LANE, f"(planted == # ? b_row * kSlab * 2 + b_column : {B_LANE})"),
+    "sm80: wrong lanes staged": (
+        SHARED, STAGED_ROW, "(planted == # ? lane / 4 * 2 + half : lane / 4 + 8 * half) * kStagingPitch",
+    ),
+    "sm80: a column never written": (
+        SHARED, STORED, "if (planted == # && pixels.x + pixel % kTileX == p.OW - 1) continue;\n      " + STORED,
+    ),
+    "sm80: no barrier of the warp": (SHARED, STAGED, f"if (planted != #) {STAGED}"),
+    "sm90a: no wait for the halo": (SM90A, HALO_WAIT, f"if (planted != #) {HALO_WAIT}"),
+    "sm90a: no wait for the basis": (SM90A, BASIS_WAIT, f"if (planted != #) {BASIS_WAIT}"),
+    "sm90a: the halo overwritten": (SM90A, HALO_EMPTY, f"if (planted != #) {HALO_EMPTY}"),
+    "sm90a: the halo never released": (SM90A, HALO_RELEASE, f"if (planted != #) {HALO_RELEASE}"),
+    "sm90a: a wgmma left running": (SM90A, PREVIOUS, f"if (planted == #) wgmma_wait<2>(); else {PREVIOUS}"),
+    "sm90a: Z read too early": (SM90A, ALL_DONE, f"if (planted != #) {ALL_DONE}"),
+    "sm90a: bytes counted with the padding": (
+        SM90A, BOX_BYTES, BOX_BYTES.replace("plan.halo_box", "planted == # ? plan.halo_bytes : plan.halo_box"),
+    ),
+    "sm90a: A read without the swizzle": (
+        SM90A, A_SWIZZLE, f"(planted == # ? pixel * kSlab * 2 + lane / 16 * 16 : {A_SWIZZLE})",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    root = tmp_path_factory.mktemp("planted")
+    for part in ("csrc", "tests/cuda_on_cpu"):
+        shutil.copytree(building.ROOT / part, root / part)
+    folder = root / "csrc" / "cuda"
+    for number, (name, right, wrong) in enumerate(FAULTS.values(), 1):
+        source = folder / name
+        text = source.read_text(encoding="utf-8")
+        assert text.count(right) == 1, right
+        source.write_text(text.replace(right, wrong.replace("#", str(number))), encoding="utf-8")
+    for name in (SM80, SM90A):  # one kernel each, for bfloat16, is enough and a quarter of the compiling
+        text = (folder / name).read_text(encoding="utf-8")
+        text = re.sub(r"(launch_sm\d+a?)<T, \d+>", r"\1<T, 64>", text)
+        text = re.sub(r"basis_conv2d_sm80<T, Q16, true>", "basis_conv2d_sm80<T, Q16, false>", text)
+        (folder / name).write_text(text.replace("launch_filters<f16>", "launch_filters<bf16>"), encoding="utf-8")
+    fibers = root / "tests" / "cuda_on_cpu" / "fibers.h"
+    fibers.write_text("#pragma once\ninline int planted = 0;\n" + fibers.read_text(encoding="utf-8"), encoding="utf-8")
+    sources = [*sorted(folder.glob("basis_conv2d*.cu")), root / "tests" / "cuda_on_cpu" / "module.cpp"]
+    return building.build("basisconv_planted", sources, "-DPLANTED", root=root)
+
+
+# More slabs than buffers, more than one tap and chunk, several tiles for a persistent block; and one tap alone.
+CASES = (
+    case("many", "2 136 9 9 40 100 3 3", padding=ONE, bias=True),
+    case("one_tap", "1 264 9 9 40 64 1 1"),
+)
+
+
+def kernels(module, variant):
+    """sm_90a's with the basis streamed, and resident where it fits."""
+    if variant == "sm80":
+        return [Emulated(module, "sm80", A100)]
+    devices = [{**H200, "multiprocessors": 1, "shared_bytes": kilobytes * 1024} for kilobytes in (150, 227)]
+    return [Emulated(module, "sm90a", device) for device in devices]
+
+
+def findings(module, variant):
+    """What the checks say about a variant, case by case."""
+    for kernel in kernels(module, variant):
+        for one in CASES:
+            try:
+                testing.check(one, kernel)
+            except (AssertionError, RuntimeError) as report:
+                yield str(report).splitlines()[0]
+
+
+@pytest.mark.parametrize("variant", ["sm80", "sm90a"])
+def test_without_a_fault_nothing_is_found(planted, variant):
+    planted.plant(0)
+    assert list(findings(planted, variant)) == []
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_found(planted, fault):
+    planted.plant(list(FAULTS).index(fault) + 1)
+    assert next(findings(planted, fault.split(":")[0]), None)
+
+
+def test_a_forgotten_pixel_shows_as_poison(planted):
+    """The report says where."""
+    planted.plant(list(FAULTS).index("sm80: a column never written") + 1)
+    with pytest.raises(testing.Mismatch, match=r"x=8\]: got nan"):
+        testing.check(CASES[0], kernels(planted, "sm80")[0])

@@ -1,0 +1,148 @@
+"""What nvcc makes of the CUDA sources: no spills, the right instructions, no more registers than were reviewed.
+
+Numbers belong to a version of the compiler: ``resources.json`` holds those that were looked at. Another version must
+still spill nothing and use the same instructions.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.cuda_on_cpu import building
+
+pytestmark = pytest.mark.xdist_group("cuda_on_cpu")
+
+REVIEWED = building.HERE / "resources.json"
+KERNELS = {
+    "sm_80": ("basis_conv2d_sm80.cu", "80"),
+    "sm_90a": ("basis_conv2d_sm90a.cu", "90a"),
+    "packing": ("basis_conv2d.cu", "80"),
+}
+# float16 differs from bfloat16 in one conversion: it and ``precise``, most of the time, are left to the long run.
+SHORTER = (("launch_filters<f16>", "launch_filters<bf16>"), ("<T, Q16, true>", "<T, Q16, false>"))
+
+
+def setup_module_of_the_package():
+    """``setup.py``, which knows how nvcc is found."""
+    spec = importlib.util.spec_from_file_location("basisconv_setup", building.ROOT / "setup.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def disassembler(name: str) -> str:
+    """``cuobjdump`` of the toolkit, else of the Triton wheel."""
+    found = shutil.which(name)
+    spec = importlib.util.find_spec("triton")
+    if found is None and spec is not None and spec.origin is not None:
+        inside = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / name
+        found = str(inside) if inside.exists() else None
+    if found is None:
+        pytest.skip(f"no {name}: it comes with the CUDA toolkit or with Triton")
+    return found
+
+
+def short(mangled: str) -> str:
+    """``basis_conv2d_sm80 bf16 64 precise`` from a mangled name."""
+    name = re.search(r"\d(basis_conv2d_(?:sm\d+a?|pack))I", mangled)
+    assert name, mangled
+    dtype = re.search(r"(b?f16)E", mangled)
+    filters, precise = re.search(r"Li(\d+)E", mangled), "Lb1E" in mangled
+    return " ".join([name[1], dtype[1] if dtype else "", filters[1] if filters else "", "precise" * precise]).strip()
+
+
+@pytest.fixture(scope="module")
+def compiled(request, tmp_path_factory):
+    """The version of nvcc and {name: (log of ptxas, disassembly)} of every source."""
+    kit = setup_module_of_the_package().toolkit()
+    if isinstance(kit, str):
+        pytest.skip(f"{kit}: the CUDA sources are not compiled here")
+    folder = tmp_path_factory.mktemp("cubins")
+    dump = disassembler("cuobjdump")
+    csrc = folder / "csrc"
+    shutil.copytree(building.ROOT / "csrc", csrc)
+    if not request.config.getoption("--full"):
+        for path in (csrc / "cuda").glob("basis_conv2d_sm*.cu"):
+            text = path.read_text(encoding="utf-8")
+            for whole, part in SHORTER:
+                text = text.replace(whole, part)
+            path.write_text(text, encoding="utf-8")
+
+    def one(job):
+        source, number = job
+        cubin = folder / f"{Path(source).stem}_{number}.cubin"
+        gencode = f"arch=compute_{number},code=sm_{number}"
+        command = [*kit.nvcc, "-std=c++17", "-gencode", gencode, "-cubin", "-Xptxas", "-v,-warn-spills"]
+        done = subprocess.run(
+            [*command, csrc / "cuda" / source, "-o", cubin], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        sass = subprocess.run([dump, "-sass", cubin], capture_output=True, text=True, check=True).stdout
+        return done.stderr, sass
+
+    with ThreadPoolExecutor(2) as pool:
+        return kit.version, dict(zip(KERNELS, pool.map(one, KERNELS.values()), strict=True))
+
+
+def resources(log: str) -> dict[str, dict[str, int]]:
+    """{kernel: registers, stack, spilled bytes} as ptxas reports them."""
+    found = {}
+    for entry in log.split("Compiling entry function '")[1:]:
+        numbers = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", entry)
+        registers = re.search(r"Used (\d+) registers", entry)
+        assert numbers, entry
+        assert registers, entry
+        found[short(entry.split("'")[0])] = {
+            "registers": int(registers[1]),
+            "stack": int(numbers[1]),
+            "spilled": int(numbers[2]) + int(numbers[3]),
+        }
+    return found
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_nothing_spills_and_nothing_is_serialised(compiled, name):
+    log = compiled[1][name][0]
+    assert "C75" not in log, log
+    for kernel, used in resources(log).items():
+        assert (used["stack"], used["spilled"]) == (0, 0), kernel
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_registers_are_those_that_were_reviewed(compiled, name):
+    version, sources = compiled
+    reviewed = json.loads(REVIEWED.read_text(encoding="utf-8"))
+    found = {kernel: used["registers"] for kernel, used in resources(sources[name][0]).items()}
+    if version not in reviewed:
+        pytest.skip(f"nvcc {version} was not reviewed; {REVIEWED.name} has {', '.join(reviewed)}. Found: {found}")
+    assert found == {kernel: n for kernel, n in reviewed[version].items() if kernel in found}
+
+
+INSTRUCTIONS = {
+    # name: (in every kernel, in none)
+    "sm_80": ({"HMMA", "LDSM", "LDGSTS"}, {"LDL", "STL"}),
+    "sm_90a": ({"HGMMA", "LDSM", "UTMALDG", "UBLKCP", "SYNCS"}, {"HMMA", "LDL", "STL"}),
+    "packing": (set(), {"LDL", "STL"}),
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_the_right_instructions(compiled, name):
+    wanted, unwanted = INSTRUCTIONS[name]
+    functions = compiled[1][name][1].split("Function : ")[1:]
+    assert functions
+    for function in functions:
+        kernel = short(function.split("\n")[0])
+        used = set(re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+ )?([A-Z0-9]+)", function, re.MULTILINE))
+        assert wanted <= used, f"{kernel} lacks {wanted - used}"
+        assert not unwanted & used, f"{kernel} has {unwanted & used}"
