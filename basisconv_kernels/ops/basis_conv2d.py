@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from basisconv_kernels.core import env, registry, selfcheck
-from basisconv_kernels.core.autograd import refuse_by_name, refuse_double_backward
+from basisconv_kernels.core.autograd import refuse_double_backward
 from basisconv_kernels.core.checks import Pair, Quad
 from basisconv_kernels.core.problem import Conv2dProblem
 from basisconv_kernels.core.registry import Candidate
 from basisconv_kernels.ops import basis_conv2d_native as native
 from basisconv_kernels.ops import basis_conv2d_triton as triton
+from basisconv_kernels.ops import basis_conv2d_unfused as unfused
 from basisconv_kernels.ops.basis_conv2d_arguments import normal_form
 from basisconv_kernels.ops.basis_conv2d_model import slower_than_plain
 from basisconv_kernels.reference import basis_conv2d as reference
@@ -360,44 +361,14 @@ def basis_conv2d(
     return _run(tensors, packed, (stride, padding, dilation, groups, activation, precise, backend))
 
 
-# Fewer pixels of a float32 batch than these do not earn back, in one forward, the packing that new weights need.
-_PIXELS_WORTH_PACKING = 1024
-
-
-def _trains_faster_unfused(settings: Settings, input: Tensor, basis_weight: Tensor) -> bool:
-    """Whether a step whose weights change is better off with two convolutions of PyTorch and its own autograd.
-
-    Unpacked float32 weights pay where Winograd saves work and there are pixels enough; elsewhere the two convolutions,
-    which the explicit backward runs in any case, are as fast, need no packing and no Python in their backward.
-    """
-    if settings.backend != "cpu" or input.dtype != torch.float32 or registry.wish() is not None:
-        return False
-    winograd = basis_weight.shape[2:] == (3, 3) and settings.stride == settings.dilation == (1, 1)
-    pixels = input.shape[0] * input.shape[2] * input.shape[3]
-    return settings.precise or not winograd or pixels < _PIXELS_WORTH_PACKING
-
-
-def _unfused(tensors: tuple[Any, ...], settings: Settings) -> Tensor:
-    """The reference under PyTorch's autograd; like the Function it refuses double backward."""
-    input, basis_weight, coefficients, bias, residual = tensors
-    result = reference.forward(input, basis_weight, coefficients, bias, residual, *settings[:-1])
-    result.register_hook(_refuse_graph)
-    return result
-
-
-def _refuse_graph(gradient: Tensor) -> None:
-    if torch.is_grad_enabled():
-        refuse_by_name(OP)
-
-
 def _run(tensors: tuple[Any, ...], packed: Tensor | None, arguments: tuple[Any, ...]) -> Tensor:
     """Plan, then the autograd Function where something needs a gradient, else the backend itself."""
     settings = _normal_form(*tensors, *arguments) if torch.compiler.is_compiling() else _plan(tensors, arguments)
     needs_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if needs_gradient or torch._C._are_functorch_transforms_active():
         plain = not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
-        if plain and packed is None and arguments[-1] is None and _trains_faster_unfused(settings, *tensors[:2]):
-            return _unfused(tensors, settings)
+        if plain and packed is None and arguments[-1] is None and unfused.trains_faster(settings, *tensors[:2]):
+            return unfused.run(tensors, settings)
         keep_maps = needs_gradient and tensors[2].requires_grad
         return _apply(*tensors, packed, settings, keep_maps)[0]
     return _targets_of(settings.backend)[0](*tensors, packed, settings)[0]

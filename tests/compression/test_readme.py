@@ -19,7 +19,7 @@ def test_the_examples_of_the_readme_run(tmp_path, monkeypatch, capsys):
     models = SimpleNamespace(resnet18=lambda weights=None: CifarResNet(8))
     monkeypatch.setitem(sys.modules, "torchvision", SimpleNamespace(models=models))
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 5
     names = {"loader": [(torch.randn(2, 3, 32, 32), torch.tensor([0, 1]))]}
     exec(blocks[0].replace("224, 224", "32, 32"), names)
     assert (tmp_path / "resnet18-basis.safetensors").exists()
@@ -29,4 +29,15 @@ def test_the_examples_of_the_readme_run(tmp_path, monkeypatch, capsys):
         "bias": torch.randn(32), "skip": torch.randn(1, 32, 8, 8),
     }  # fmt: skip
     exec(blocks[1], names)
+    assert names["out"].shape == (1, 32, 8, 8)
+    names |= {"u_in": torch.randn(64, 8), "core": torch.randn(12, 8, 3, 3), "u_out": torch.randn(32, 12)}
+    exec(blocks[2], names)
+    assert names["out"].shape == (1, 32, 8, 8)
+    names |= {"bn": torch.nn.BatchNorm2d(32), "weight": torch.randn(32, 64, 3, 3)}
+    exec(blocks[3], names)
+    assert names["bits"].shape == (1, 32, 8, 8)
+    signs = torch.randn(16, 32, 3, 3).sign()
+    names |= {"bank": signs, "index": torch.randint(16, (32, 2)), "scale": torch.rand(32)}
+    exec(blocks[4], names)
+    assert (tmp_path / "stacked.safetensors").exists()
     assert names["out"].shape == (1, 32, 8, 8)

@@ -21,12 +21,13 @@ PROBLEM = Conv2dProblem(C=64, Q=16, K=64, N=2, H=9, W=11, dtype=torch.bfloat16, 
 def test_it_runs_only_where_it_is_asked_for():
     nothing = dict.fromkeys((candidate.name for candidate in CANDIDATES), ())
     assert registry.first(CANDIDATES, nothing, "cuda") is CUDA
-    against = {**nothing, "cpu": ("another device",)}
+    against = {**nothing, "cpu": ("another device",), "triton": ("not here",)}
     assert registry.first(CANDIDATES, against, None).name == "reference"
 
 
 def test_explain_says_so(monkeypatch):
     monkeypatch.setattr(registry, "absent", lambda backend: None)
+    monkeypatch.setattr(registry, "check_of", lambda candidate, problem: None)  # there is no device to ask
     assert explain("basis_conv2d", PROBLEM, None)["candidates"]["cuda"] == [CUDA.only_asked]
     assert explain("basis_conv2d", PROBLEM, "cuda")["candidates"]["cuda"] == []
 

@@ -59,7 +59,10 @@ def test_frozen_tensors_get_no_gradient_and_change_no_other(backend, frozen):
     call(case, everything, backend=backend).sum().backward()
     call(case, some, backend=backend).sum().backward()
     for name, with_all, with_some in zip(NAMES, everything, some, strict=True):
-        assert with_some.grad is None if name in frozen else torch.equal(with_all.grad, with_some.grad), name
+        if name in frozen:
+            assert with_some.grad is None, name
+        else:  # not bit by bit: matmul sums in another order for operands that need no gradient
+            torch.testing.assert_close(with_some.grad, with_all.grad)
 
 
 @backends
