@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 READY := $(VENV)/.ready
 JOBS ?= 2
+# What `make test-builds` runs; continuous integration takes the part that its time allows.
+BUILDS ?= tests/packaging tests/ops/test_basis_conv2d.py::test_any_geometry
 # Tests that share a build run on one worker.
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -q
 
@@ -23,7 +25,7 @@ test: build lint  ## all tests of the ordinary run
 	$(PYTEST)
 
 test-builds: build  ## sanitizers, wheel, sdist, other compilers, every instruction set; 1e4 geometries
-	$(PYTEST) --full --geometries 3400 tests/packaging tests/ops/test_basis_conv2d.py::test_any_geometry
+	$(PYTEST) --full --geometries 3400 $(BUILDS)
 
 test-full: build lint  ## the long run: all of the above, 1e5 geometries, more networks
 	$(PYTEST) --full

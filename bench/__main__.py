@@ -136,8 +136,9 @@ def _engines_of(suite: Suite, only: Sequence[str], candidates: Sequence[str]) ->
 
 
 def _measure(
-    suite: Suite, cases: Sequence[Case], names: Sequence[str], options: Options, progress: Console
+    suite: Suite, cases: Sequence[Case], names: Sequence[str], options: Options, progress: Console, targets: list[Path]
 ) -> list[Row]:
+    """All rows of a suite, written to ``targets`` case by case: a run that is cut short keeps what it measured."""
     environment = engines.timing_environment(options.threads)
     context = machine.context(options.threads, environment)
     done: list[Row] = []
@@ -155,6 +156,8 @@ def _measure(
                     progress.print(Text(said), soft_wrap=True)
             progress.print(Text(f"{suite.name} {case.id}: done"), soft_wrap=True)
             done += made
+            for path in targets:
+                rows.append(path, made)
     return done
 
 
@@ -170,7 +173,7 @@ def run(
     threads: Annotated[int, typer.Option(min=1, help="Threads of every engine.")] = 1,
     rounds: Annotated[int, typer.Option(min=1, help="Samples of each engine, taken in turn.")] = 15,
     sample_ms: Annotated[float, typer.Option(min=0.1, help="Aimed length of a sample.")] = 20.0,
-    patience: Annotated[float, typer.Option(min=0, help="Seconds a sample may wait for the core's full speed.")] = 0.5,
+    patience: Annotated[float, typer.Option(min=0, help="Seconds a sample may wait for the core's full speed.")] = 0.1,
     out: Annotated[Path | None, typer.Option(help="Append the rows to this JSONL file.")] = None,
     save: Annotated[bool, typer.Option("--save", help="Append the rows to bench/results/<device>/.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 if a must is not reached.")] = False,
@@ -190,14 +193,12 @@ def run(
     for s, cases, names in chosen:
         if not cases:
             continue
-        found = _measure(s, cases, names, options, progress)
+        targets = [out] if out else []
+        targets += [machine.results_folder() / f"{s.name.lower()}-t{threads}.jsonl"] if save else []
+        found = _measure(s, cases, names, options, progress, targets)
         verdicts = outcomes(found, s)
         everything += found
         judged += verdicts
-        targets = [out] if out else []
-        targets += [machine.results_folder() / f"{s.name.lower()}-t{threads}.jsonl"] if save else []
-        for path in targets:
-            rows.append(path, found)
         if not as_json:
             _out().print(tables.suite_view(found, verdicts, s))
     if as_json:

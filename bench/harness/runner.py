@@ -40,7 +40,7 @@ class Options:
     rounds: int = 15
     sample_s: float = 0.02
     threads: int = 1
-    patience_s: float = 0.5
+    patience_s: float = 0.1
     more_rounds: float = 2.0
 
 
