@@ -31,13 +31,15 @@ static void run_direct(const BasisConv2dParams& params, const CpuPlan& plan, flo
                        int64_t end) {
   const BasisConv2dWeights& w = params.weights;
   const CpuPack& pack = plan.pack;
-  const float* filters = static_cast<const float*>(params.packed);
-  const Ring ring = make_ring(params, plan, w.stride_w, scratch);
-  float* z = scratch + plan.ring_size;
-  float* turned = z + plan.maps_size;
-  float* partial = turned + plan.turned_size;
-  const Recombination<T> recombination{params, pack, filters + pack.filters_size,
-                                       filters + pack.filters_size + pack.coefficients_size, turned};
+  using Value = Slots::Value;
+  const Value* filters = static_cast<const Value*>(params.packed);
+  const Value* coefficients = filters + Slots::kValues * pack.filters_size;
+  const Ring ring = make_ring(params, plan, w.stride_w, reinterpret_cast<Value*>(scratch));
+  Value* z = reinterpret_cast<Value*>(scratch + plan.ring_size);
+  Value* turned = z + Slots::kValues * plan.maps_size;
+  float* partial = scratch + plan.ring_size + plan.maps_size + plan.turned_size;
+  const Recombination<T> recombination{params, pack, coefficients,
+                                       coefficients + Slots::kValues * pack.coefficients_size, turned};
   const int64_t all_maps = w.groups * pack.maps;
   const int64_t z_row = params.OW * all_maps;
   const int64_t registers = pack.vectors * kWidth;
@@ -68,17 +70,17 @@ static void run_direct(const BasisConv2dParams& params, const CpuPlan& plan, flo
     for (; filled <= last && !plan.in_place; filled++)
       fill_row<T>(params, pack, ring, filled % plan.ring_rows, n, filled);
 
-    const float* source =
-        plan.in_place ? static_cast<const float*>(params.input) + n * params.input_stride_n : ring.rows;
+    const Value* source =
+        plan.in_place ? static_cast<const Value*>(params.input) + n * params.input_stride_n : ring.rows;
     for (int64_t row = 0; row < rows; row++) {
       count[row] = inside_taps(params, plan, ring, oy + row, offset + row * taps, weight + row * taps);
     }
     for (int64_t group = 0; group < w.groups; group++) {
-      const float* group_filters = filters + group * pack.group_size;
+      const Value* group_filters = filters + group * pack.group_size;
       for (int64_t b = 0; b < pack.channel_blocks; b += plan.chunk) {
         const int64_t b_end = b + plan.chunk < pack.channel_blocks ? b + plan.chunk : pack.channel_blocks;
         for (int64_t f = 0; f < pack.filter_blocks; f++) {
-          const float* block_filters = group_filters + f * pack.channel_blocks * block_weights;
+          const Value* block_filters = group_filters + f * pack.channel_blocks * block_weights;
           for (int64_t row = 0; row < rows; row++) {
             Stage1 s{};
             s.offset = offset + row * taps;
@@ -93,8 +95,8 @@ static void run_direct(const BasisConv2dParams& params, const CpuPlan& plan, flo
             s.first = b == 0;
             s.last = b_end == pack.channel_blocks;
             s.times = 1;
-            const float* pixels_here = source + (group * pack.channel_blocks + b) * plane;
-            float* z_here = z + row * z_row + group * pack.maps + f * pack.filters;
+            const Value* pixels_here = source + (group * pack.channel_blocks + b) * plane;
+            Value* z_here = z + row * z_row + group * pack.maps + f * pack.filters;
             float* waiting = partial + (row * pack.filter_blocks + f) * params.OW * registers;
             for (int64_t x = 0; x < params.OW; x += tile) {
               const int64_t pixels = params.OW - x < tile ? params.OW - x : tile;
@@ -113,7 +115,9 @@ static void run_direct(const BasisConv2dParams& params, const CpuPlan& plan, flo
         }
       }
     }
-    if (!w.precise) round_maps<T>(z, rows * z_row);
+    if constexpr (Slots::kValues == 1) {
+      if (!w.precise) round_maps<T>(z, rows * z_row);
+    }
     recombination.run(z, all_maps, n, oy * params.OW, rows * params.OW);
     unit += rows;
   }
