@@ -2,29 +2,10 @@
 #pragma once
 #include "basis_conv2d_recombine.h"
 #include "basis_conv2d_rows.h"
+#include "basis_conv2d_taps.h"
 
 namespace basisconv {
 namespace BASISCONV_ISA {
-
-// Taps of output row `oy` that lie inside the image; rows of the kernel outside it are left out. Offsets count from the
-// ring, or from the image if it is read in place.
-static int64_t inside_taps(const BasisConv2dParams& params, const CpuPlan& plan, const Ring& ring, int64_t oy,
-                           int64_t* offset, int64_t* weight) {
-  const BasisConv2dWeights& w = params.weights;
-  const int64_t tap_weights = plan.pack.block / plan.pack.lanes * plan.pack.vectors * kWidth;
-  int64_t count = 0;
-  for (int64_t r = 0; r < w.R; r++) {
-    const int64_t y = oy * w.stride_h + r * w.dilation_h - params.pad_top;
-    if (y < 0 || y >= params.H) continue;
-    for (int64_t s = 0; s < w.S; s++) {
-      offset[count] = plan.in_place ? y * params.input_stride_h + s * w.dilation_w * params.input_stride_w
-                                    : (y % plan.ring_rows) * ring.row_size + ring.column(s * w.dilation_w);
-      weight[count] = (r * w.S + s) * tap_weights;
-      count++;
-    }
-  }
-  return count;
-}
 
 template <typename T>
 static void run_direct(const BasisConv2dParams& params, const CpuPlan& plan, float* scratch, int64_t begin,
@@ -48,10 +29,8 @@ static void run_direct(const BasisConv2dParams& params, const CpuPlan& plan, flo
   const int64_t plane = plan.in_place ? pack.block : ring.plane;
   const int64_t tile = even_tile(params.OW, stage1_pixels(pack.vectors));
   const int64_t block_weights = pack.positions * (pack.block / pack.lanes) * registers;
-  const int64_t taps = w.R * w.S;
-  int64_t* offset = new int64_t[2 * taps * plan.rows];
-  int64_t* weight = offset + taps * plan.rows;
-  int64_t* count = new int64_t[plan.rows];
+  const bool in_chunks = plan.chunk < pack.channel_blocks;
+  TileTaps tile_taps(params, plan, tile);
 
   int64_t image = -1, filled = 0;  // rows of `image` before `filled` have been copied
   for (int64_t unit = begin; unit < end;) {
@@ -72,9 +51,7 @@ static void run_direct(const BasisConv2dParams& params, const CpuPlan& plan, flo
 
     const Value* source =
         plan.in_place ? static_cast<const Value*>(params.input) + n * params.input_stride_n : ring.rows;
-    for (int64_t row = 0; row < rows; row++) {
-      count[row] = inside_taps(params, plan, ring, oy + row, offset + row * taps, weight + row * taps);
-    }
+    for (int64_t row = 0; row < rows; row++) tile_taps.fill(ring, row, oy + row);
     for (int64_t group = 0; group < w.groups; group++) {
       const Value* group_filters = filters + group * pack.group_size;
       for (int64_t b = 0; b < pack.channel_blocks; b += plan.chunk) {
@@ -83,21 +60,16 @@ static void run_direct(const BasisConv2dParams& params, const CpuPlan& plan, flo
           const Value* block_filters = group_filters + f * pack.channel_blocks * block_weights;
           for (int64_t row = 0; row < rows; row++) {
             Stage1 s{};
-            s.offset = offset + row * taps;
             s.weights = block_filters + b * block_weights;
-            s.tap_weights = weight + row * taps;
-            s.taps = count[row];
             s.blocks = b_end - b;
             s.plane = plane;
             s.pixel_stride = pixel_stride;
             s.block_weights = block_weights;
             s.z_stride = all_maps;
-            s.first = b == 0;
-            s.last = b_end == pack.channel_blocks;
             s.times = 1;
-            const Value* pixels_here = source + (group * pack.channel_blocks + b) * plane;
+            const Value* pixels_here = source + tile_taps.origin(row) + (group * pack.channel_blocks + b) * plane;
             Value* z_here = z + row * z_row + group * pack.maps + f * pack.filters;
-            float* waiting = partial + (row * pack.filter_blocks + f) * params.OW * registers;
+            float* waiting = in_chunks ? partial + (row * pack.filter_blocks + f) * params.OW * registers : partial;
             for (int64_t x = 0; x < params.OW; x += tile) {
               const int64_t pixels = params.OW - x < tile ? params.OW - x : tile;
               if (b == 0 && f == 0 && group == 0 && params.channels_last) {
@@ -106,10 +78,25 @@ static void run_direct(const BasisConv2dParams& params, const CpuPlan& plan, flo
                     static_cast<const char*>(params.output) + ((unit + row) * params.OW + x) * pixel_bytes;
                 for (int64_t at = 0; at < pixels * pixel_bytes; at += 64) __builtin_prefetch(lines + at, 1, 2);
               }
-              s.pixels = pixels_here + x * pixel_stride;
-              s.z = z_here + x * all_maps;
-              s.partial = waiting + x * registers;
-              stage1[pixels](s);
+              float* sums = in_chunks ? waiting + x * registers : waiting;
+              const int64_t t = x / tile, groups = tile_taps.groups(t);
+              for (int64_t i = 0; i < groups; i++) {
+                const TapGroup& those = tile_taps.group(t, i);
+                const TileTaps::List list = tile_taps.taps(row, t, those);
+                s.first = b == 0 && i == 0;
+                s.last = b_end == pack.channel_blocks && i + 1 == groups;
+                if (s.first && those.end - those.begin < pixels) {
+                  memset(sums, 0, those.begin * registers * sizeof(float));
+                  memset(sums + those.end * registers, 0, (pixels - those.end) * registers * sizeof(float));
+                }
+                s.offset = list.offset;
+                s.tap_weights = list.weight;
+                s.taps = list.taps;
+                s.pixels = pixels_here + (x + those.begin) * pixel_stride;
+                s.z = z_here + (x + those.begin) * all_maps;
+                s.partial = sums + those.begin * registers;
+                stage1[those.end - those.begin](s);
+              }
             }
           }
         }
@@ -121,8 +108,6 @@ static void run_direct(const BasisConv2dParams& params, const CpuPlan& plan, flo
     recombination.run(z, all_maps, n, oy * params.OW, rows * params.OW);
     unit += rows;
   }
-  delete[] offset;
-  delete[] count;
 }
 
 }  // namespace BASISCONV_ISA

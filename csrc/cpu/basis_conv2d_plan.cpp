@@ -8,7 +8,8 @@ namespace basisconv {
 namespace {
 
 constexpr int64_t kScratchFloats = 240 * 1024;   // a thread's scratch stays under 1 MiB where one tile allows
-constexpr int64_t kTilePixels = 14;              // pixels of a full AVX-512 tile
+constexpr int64_t kTilePixels = 14;              // pixels of a full AVX-512 tile of two registers
+constexpr int64_t kMostTilePixels = 16;          // of one register
 constexpr int64_t kProductsFloats = 120 * 1024;  // winograd: products of a pass, where six tiles allow
 
 // Half of the second-level cache: 1 MiB or more beside AVX-512, half of that in processors without.
@@ -224,15 +225,19 @@ CpuPlan cpu_plan(const BasisConv2dParams& params, const CpuPack& pack, int64_t t
          (reach + p.rows * w.stride_h) * a_ring_row + (p.rows + 1) * 2 * a_map_row <= kScratchFloats) {
     p.rows++;
   }
-  // Without columns beside the image nothing needs to be copied: 1x1 above all.
-  p.in_place =
-      whole_blocks && params.pad_left == 0 && (params.OW - 1) * w.stride_w + (w.S - 1) * w.dilation_w < params.W;
+  // Without columns beside the image nothing needs to be copied: 1x1 above all. Where copying takes as long as several
+  // taps, those that lie outside run apart from the others instead.
+  const bool inside = params.pad_left == 0 && (params.OW - 1) * w.stride_w + (w.S - 1) * w.dilation_w < params.W;
+  p.in_place = whole_blocks && (inside || (pack.values == 2 && pack.channel_blocks > 1));
   p.ring_rows = p.in_place ? 0 : (p.rows - 1) * w.stride_h + reach;
   p.ring_size = aligned(p.ring_rows * a_ring_row);
   p.maps_size = aligned(p.rows * a_map_row + maps_margin);
-  p.partial_size =
-      p.chunk < pack.channel_blocks ? p.rows * pack.filter_blocks * params.OW * pack.vectors * pack.width : 0;
-  p.partial_size = aligned(p.partial_size);
+  // Sums wait between chunks, of a tile also between its groups of taps.
+  if (p.chunk < pack.channel_blocks) {
+    p.partial_size = aligned(p.rows * pack.filter_blocks * params.OW * pack.vectors * pack.width);
+  } else if (!inside && p.in_place) {
+    p.partial_size = kMostTilePixels * pack.vectors * pack.width;
+  }
   return p;
 }
 

@@ -38,13 +38,21 @@ struct Stage1 {
 
 template <int P, int NV, int L, int BLOCK, bool IN_PLACE>
 BASISCONV_NOINLINE void stage1_tile(const Stage1& s) {
-  const int64_t pixel_stride = IN_PLACE ? s.pixel_stride : BLOCK;
-  constexpr int kStep = L * Slots::kValues;  // channels
+  const int64_t pixel_bytes = (IN_PLACE ? s.pixel_stride : BLOCK) * static_cast<int64_t>(sizeof(Slots::Value));
+  const int64_t three_pixels = 3 * pixel_bytes;
+  constexpr int kStep = L * Slots::kValues, kSteps = BLOCK / kStep;  // channels of a step, steps of a block
   const Slots::Value *pixels = s.pixels, *weights = s.weights;
   Slots::Value* z = s.z;
   float* partial = s.partial;
+  // Products of pairs take longer than so few sums can wait for: then every other step adds to sums of its own.
+  constexpr int kChains = Slots::kValues > 1 && P * NV <= Vec::kAccumulators / 2 && kSteps % 2 == 0 ? 2 : 1;
   for (int64_t time = 0; time < s.times; time++) {
-    Vec::Reg acc[P][NV];
+    Vec::Reg chain[kChains][P][NV];
+    Vec::Reg(&acc)[P][NV] = chain[0];
+    if constexpr (kChains > 1) {
+      BASISCONV_UNROLL for (int p = 0; p < P; p++) BASISCONV_UNROLL for (int v = 0; v < NV; v++) chain[1][p][v] =
+          Vec::zero();
+    }
     if (s.first) {
       BASISCONV_UNROLL for (int p = 0; p < P; p++) BASISCONV_UNROLL for (int v = 0; v < NV; v++) acc[p][v] =
           Vec::zero();
@@ -52,14 +60,17 @@ BASISCONV_NOINLINE void stage1_tile(const Stage1& s) {
       BASISCONV_UNROLL for (int p = 0; p < P; p++) BASISCONV_UNROLL for (int v = 0; v < NV; v++) acc[p][v] =
           Vec::load(partial + (p * NV + v) * kWidth);
     }
-    for (int64_t block = 0; block < s.blocks; block++) {
-      const Slots::Value* row = pixels + block * s.plane;
-      const Slots::Value* block_weights = weights + block * s.block_weights;
-      for (int64_t t = 0; t < s.taps; t++) {
-        const Slots::Value* pixel = row + s.offset[t];
-        const Slots::Value* w = block_weights + s.tap_weights[t];
-        const Slots::Value* later = w + s.ahead;
-        _Pragma("GCC unroll 4") for (int step = 0; step < BLOCK / kStep; step++) {
+    // One loop over channel blocks and taps: two would shuffle the accumulators between them.
+    const Slots::Value *row = pixels, *row_weights = weights;
+    int64_t t = 0;
+    for (int64_t left = s.blocks * s.taps; left > 0; left--) {
+      const char* at[(P + 4) / 5];  // of every fifth pixel: the others are one address from there
+      BASISCONV_UNROLL for (int i = 0; i < (P + 4) / 5; i++) at[i] =
+          reinterpret_cast<const char*>(row + s.offset[t]) + 5 * i * pixel_bytes;
+      const Slots::Value* w = row_weights + s.tap_weights[t];
+      const Slots::Value* later = w + s.ahead;
+      _Pragma("GCC unroll 4") for (int first = 0; first < kSteps; first += kChains) {
+        BASISCONV_UNROLL for (int c = 0; c < kChains; c++) {
           Vec::Reg filter[NV];
           BASISCONV_UNROLL for (int v = 0; v < NV; v++) filter[v] = Slots::load(w + v * kRegisterValues);
           if (s.ahead) {
@@ -69,18 +80,34 @@ BASISCONV_NOINLINE void stage1_tile(const Stage1& s) {
           w += NV * kRegisterValues;
           later += NV * kRegisterValues;
           BASISCONV_UNROLL for (int p = 0; p < P; p++) {
-            const Vec::Reg value = Slots::broadcast<L>(pixel + p * pixel_stride + step * kStep);
-            BASISCONV_UNROLL for (int v = 0; v < NV; v++) acc[p][v] = Slots::multiply_add(value, filter[v], acc[p][v]);
+            const char* pixel = at[p / 5] + (p % 5 == 3 ? three_pixels : p % 5 * pixel_bytes);
+            const Vec::Reg value =
+                Slots::broadcast<L>(reinterpret_cast<const Slots::Value*>(pixel) + (first + c) * kStep);
+            BASISCONV_UNROLL for (int v = 0; v < NV; v++) chain[c][p][v] =
+                Slots::multiply_add(value, filter[v], chain[c][p][v]);
           }
         }
       }
+      if (++t == s.taps) {
+        t = 0;
+        row += s.plane;
+        row_weights += s.block_weights;
+      }
+    }
+    if constexpr (kChains > 1) {
+      BASISCONV_UNROLL for (int p = 0; p < P; p++) BASISCONV_UNROLL for (int v = 0; v < NV; v++) acc[p][v] =
+          Vec::add(acc[p][v], chain[1][p][v]);
     }
     if (s.last) {
+      constexpr int kOdd = (NV - 1) * (kWidth / L);
       BASISCONV_UNROLL for (int p = 0; p < P; p++) {
         Slots::Value* to = z + p * s.z_stride;
         BASISCONV_UNROLL for (int v = 0; v + 1 < NV; v += 2)
             Slots::store_sums<L>(to + v * (kWidth / L), acc[p][v], acc[p][v + 1]);
-        if constexpr (NV % 2 == 1) Slots::store_sums<L>(to + (NV - 1) * (kWidth / L), acc[p][NV - 1]);
+        if constexpr (NV % 2 == 1) {
+          if (p % 2 == 1) Slots::store_sums<L>(to - s.z_stride + kOdd, acc[p - 1][NV - 1], to + kOdd, acc[p][NV - 1]);
+          if (p % 2 == 0 && p + 1 == P) Slots::store_sums<L>(to + kOdd, acc[p][NV - 1]);
+        }
       }
     } else {
       BASISCONV_UNROLL for (int p = 0; p < P; p++) BASISCONV_UNROLL for (int v = 0; v < NV; v++)

@@ -24,6 +24,9 @@ namespace BASISCONV_ISA {
 
 #if defined(BASISCONV_AVX512)
 
+static const int32_t kEvenThenOdd[32] = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30,
+                                         1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
+
 struct Vec {
   using Reg = __m512;
   static constexpr int kWidth = 16;
@@ -102,8 +105,10 @@ struct Vec {
   }
   // Sums of two neighbouring lanes of s, then of t.
   static BASISCONV_INLINE Reg sums_of_pairs(Reg s, Reg t) {
-    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-    const __m512i odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    // Loaded when they are needed: in registers all the time, they would push accumulators out.
+    const int32_t* places = kEvenThenOdd;
+    asm volatile("" : "+r"(places));
+    const __m512i even = _mm512_loadu_si512(places), odd = _mm512_loadu_si512(places + 16);
     return _mm512_add_ps(_mm512_permutex2var_ps(s, even, t), _mm512_permutex2var_ps(s, odd, t));
   }
   // Sums of L neighbouring lanes: kWidth/L results, stored contiguously.

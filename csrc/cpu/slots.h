@@ -54,6 +54,19 @@ struct Slots {
       store_sums<L / 2>(p, Vec::sums_of_pairs(s, t));
     }
   }
+  // Two registers of two pixels.
+  template <int L>
+  static BASISCONV_INLINE void store_sums(bf16* p, Reg s, bf16* q, Reg t) {
+    if constexpr (L == 1) {
+      store_sums<1>(p, s);
+      store_sums<1>(q, t);
+    } else {
+      constexpr int kBytes = 2 * Vec::kWidth / L;
+      const __m256i sums = Vec::to_bf16(Vec::sums<L / 2>(Vec::sums_of_pairs(s, t)));
+      memcpy(p, &sums, kBytes);
+      memcpy(q, reinterpret_cast<const char*>(&sums) + kBytes, kBytes);
+    }
+  }
 };
 
 #else
@@ -70,9 +83,18 @@ struct Slots {
     return Vec::broadcast<L>(p);
   }
   static BASISCONV_INLINE Reg multiply_add(Reg a, Reg b, Reg c) { return Vec::fma(a, b, c); }
-  template <int L, typename... Registers>
-  static BASISCONV_INLINE void store_sums(float* p, Registers... sums) {
-    Vec::store_sums<L>(p, sums...);
+  template <int L>
+  static BASISCONV_INLINE void store_sums(float* p, Reg s) {
+    Vec::store_sums<L>(p, s);
+  }
+  template <int L>
+  static BASISCONV_INLINE void store_sums(float* p, Reg s, Reg t) {
+    Vec::store_sums<L>(p, s, t);
+  }
+  template <int L>
+  static BASISCONV_INLINE void store_sums(float* p, Reg s, float* q, Reg t) {
+    Vec::store_sums<L>(p, s);
+    Vec::store_sums<L>(q, t);
   }
 };
 
