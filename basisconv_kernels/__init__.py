@@ -10,6 +10,7 @@ from basisconv_kernels.compression.fold import fold_batchnorm
 from basisconv_kernels.compression.model import compress, to_plain
 from basisconv_kernels.compression.prune_config import PruneConfig
 from basisconv_kernels.compression.report import CompressionReport, LayerReport
+from basisconv_kernels.compression.search import SearchReport, search
 from basisconv_kernels.compression.stacked_binary import StackedBinaryConfig, freeze_bits
 from basisconv_kernels.compression.ternary import train_layerwise
 from basisconv_kernels.compression.ternary_config import TernaryConfig
@@ -51,6 +52,7 @@ __all__ = [
     "LayerReport",
     "PackedTensor",
     "PruneConfig",
+    "SearchReport",
     "Sensitivity",
     "StackedBinaryConfig",
     "StackedBinaryConv2d",
@@ -80,6 +82,7 @@ __all__ = [
     "orthogonality_loss",
     "read_recipe",
     "save",
+    "search",
     "stacked_binary_conv2d",
     "stacked_binary_conv2d_form",
     "stacked_binary_conv2d_pack",

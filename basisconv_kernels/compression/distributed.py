@@ -31,6 +31,18 @@ def sharded(model: nn.Module) -> bool:
     return flat or any(isinstance(p, DTensor) for p in model.parameters())
 
 
+def reshard(model: nn.Module) -> None:
+    """Put the parameters of ``fully_shard`` back in parts; inference leaves some whole, and an optimiser made then
+    would hold tensors that nobody reads again.
+    """
+    if dist.is_available():
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
 class Group:
     """The processes that train one model together; one alone where the model is not wrapped for several."""
 

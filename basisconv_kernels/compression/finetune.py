@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from basisconv_kernels.compression.distributed import sharded
+from basisconv_kernels.compression.distributed import reshard, sharded
 from basisconv_kernels.compression.finetune_parts import EpochRecord, reporter
 from basisconv_kernels.compression.finetune_run import Run, check_orthogonality
 from basisconv_kernels.layers.basis_conv2d import BasisConv2d
@@ -128,6 +128,7 @@ def finetune(
         [3, 3]
     """
     _check_arguments(model, epochs, scheduler_step, orthogonality, max_steps)
+    reshard(model)
     if checkpoint is not None and sharded(model):
         raise ValueError(
             "finetune: a checkpoint would hold one process's part of a sharded network alone; save such a network with "

@@ -36,7 +36,7 @@ def run(
     names: Annotated[list[str] | None, typer.Argument(help="Of experiments; default: all of tier 1.")] = None,
     weights: Annotated[Path, typer.Option(help="Folder of the published CIFAR ResNet checkpoints.")] = Path("."),
     folder: Annotated[Path, typer.Option(help="Checkpoints; a run that was killed goes on from it.")] = Path("out"),
-    seeds: Annotated[str, typer.Option(help="Separated by commas.")] = "0,1,2",
+    seeds: Annotated[str, typer.Option(help="Separated by commas; default: those of the table.")] = "",
     threads: Annotated[int, typer.Option(help="Of PyTorch.")] = 0,
     shorten: Annotated[int, typer.Option(help="Steps an epoch, for a trial; its rows say so.")] = 0,
     output: Annotated[Path, typer.Option(help="Rows are appended to it; those it holds are not run again.")] = ROWS,
@@ -50,7 +50,7 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     output.parent.mkdir(parents=True, exist_ok=True)
     for experiment in [BY_NAME[name] for name in names] if names else [e for e in TABLE if e.tier == 1]:
-        for seed in map(int, seeds.split(",")):
+        for seed in map(int, seeds.split(",")) if seeds else experiment.seeds:
             if any(row["experiment"] == experiment.name and row["seed"] == seed for row in rows(output)):
                 continue
             found = run_one(experiment, seed, weights, folder, shorten or None)

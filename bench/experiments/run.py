@@ -20,7 +20,7 @@ from basisconv_kernels.compression.model import network_parameters
 from basisconv_kernels.compression.survey import survey
 from basisconv_kernels.core.disk import write_atomically
 from bench.experiments import setting
-from bench.experiments.table import Experiment, Stage
+from bench.experiments.table import BY_NAME, Experiment, Stage
 from bench.harness import machine
 
 BATCH = 128
@@ -60,14 +60,13 @@ def run(experiment: Experiment, seed: int, weights: Path, folder: Path, shorten:
     row["shortened"] = shorten
     row |= {"threads": torch.get_num_threads(), "autocast": "bfloat16 in training", "finished": machine.now()}
     row |= {"device": machine.device(), "versions": machine.versions(), "git": machine.commit()}
-    torch.save(model, path := folder / f"{experiment.name}-{seed}.pt.tmp")
-    path.rename(_network_file(experiment.name, seed, folder))
+    bk.save(model, _network_file(experiment.name, seed, folder))
     return row
 
 
 def _network_file(name: str, seed: int, folder: Path) -> Path:
-    """The finished network, as a module: a scratch file of this machine, for later experiments and for timing."""
-    return folder / f"{name}-{seed}.pt"
+    """The finished network, for later experiments and for timing."""
+    return folder / f"{name}-{seed}.safetensors"
 
 
 def finished(name: str, seed: int, folder: Path) -> nn.Module:
@@ -75,8 +74,7 @@ def finished(name: str, seed: int, folder: Path) -> nn.Module:
     path = _network_file(name, seed, folder)
     if not path.exists():
         raise FileNotFoundError(f"experiments: {path.name} is not there; run {name} with seed {seed} first")
-    found: nn.Module = torch.load(path, weights_only=False)  # written by this very script
-    return found
+    return bk.load(path, setting.network(BY_NAME[name].network, 0), pruned=True)
 
 
 def _start(experiment: Experiment, seed: int, weights: Path, folder: Path) -> nn.Module:
@@ -85,7 +83,7 @@ def _start(experiment: Experiment, seed: int, weights: Path, folder: Path) -> nn
     elif experiment.start == "random":
         made = setting.network(experiment.network, seed)
     else:
-        made = finished(experiment.start, seed, folder)
+        made = finished(experiment.start, 0, folder)
     return made.to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload, no-any-return]
 
 
@@ -108,6 +106,7 @@ def _stages(
             {
                 "config": stage.words,
                 "epochs": stage.epochs,
+                "steps_an_epoch": history[0].steps,
                 "lr": stage.lr,
                 "orthogonality": stage.orthogonality,
                 "test_accuracy_before_training": before,
@@ -125,7 +124,8 @@ def _train(stage: Stage, model: nn.Module, seed: int, checkpoint: Path, shorten:
     optimizer = torch.optim.SGD(
         bk.trainable_parameters(model), lr=stage.lr, momentum=0.9, weight_decay=5e-4, nesterov=True
     )
-    steps = stage.epochs * len(loader) if shorten is None else stage.epochs * shorten
+    most = min(len(loader), *(count for count in (stage.steps, shorten) if count is not None), len(loader))
+    steps = stage.epochs * most
     rising = max(1, round(stage.warm_up * steps)) if stage.warm_up else 0
 
     def factor(step: int) -> float:
@@ -135,7 +135,7 @@ def _train(stage: Stage, model: nn.Module, seed: int, checkpoint: Path, shorten:
 
     return bk.finetune(
         model,
-        _Shortened(loader, shorten) if shorten else loader,
+        _Shortened(loader, most),
         epochs=stage.epochs,
         optimizer=optimizer,
         scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, factor),

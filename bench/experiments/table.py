@@ -22,6 +22,7 @@ class Stage:
         epochs: over 50,000 images; the learning rate falls from ``lr`` to 0 along a cosine over all of them.
         orthogonality: weight of that loss.
         warm_up: share of the steps in which the rate rises to ``lr`` first.
+        steps: of an epoch, at most.
     """
 
     config: Any
@@ -29,6 +30,7 @@ class Stage:
     lr: float
     orthogonality: float = 0.0
     warm_up: float = 0.0
+    steps: int | None = None
 
     @property
     def words(self) -> str:
@@ -46,11 +48,12 @@ class Experiment:
         name: of rows and files.
         question: what it should show, with the figure hoped for.
         network: ``resnet20``, ``resnet56`` or ``small-vgg``.
-        start: ``published`` weights, ``random`` ones, or the name of another experiment, whose network of the same seed
-            it takes up.
+        start: ``published`` weights, ``random`` ones, or the name of another experiment, whose network of seed 0 it
+            takes up, so that its seeds are those of its own training.
         stages: one after the other; empty with ``layerwise``.
         layerwise: arguments of ``TernaryConfig`` beside data and seed.
         tier: 1, or 2 for what needs a GPU.
+        seeds: how often.
     """
 
     name: str
@@ -60,6 +63,7 @@ class Experiment:
     stages: tuple[Stage, ...] = ()
     layerwise: dict[str, Any] | None = None
     tier: int = 1
+    seeds: tuple[int, ...] = (0, 1, 2)
 
 
 def random_orthogonal(network: nn.Module) -> nn.Module:
@@ -73,10 +77,10 @@ def random_orthogonal(network: nn.Module) -> nn.Module:
     return made
 
 
-SHORT: Any = {"epochs": 2, "lr": 0.02}  # what every network gets after its conversion, the dense twin too
+SHORT: Any = {"epochs": 1, "lr": 0.02}  # what every network gets after its conversion, the dense twin too
 SCRATCH = Stage(None, 4, 0.1, warm_up=0.3)
 TABLE = (
-    Experiment("vgg-dense", "the dense twin, from random weights", "small-vgg", "random", (SCRATCH,)),
+    Experiment("vgg-dense", "the dense twin, from random weights", "small-vgg", "random", (SCRATCH,), seeds=(0,)),
     Experiment(
         "vgg-dense-longer",
         "the dense twin with the epochs that the compressed ones get: what they are measured against",
@@ -92,32 +96,18 @@ TABLE = (
         (Stage(BasisConfig(macs=0.25, train_basis=True), **SHORT, orthogonality=1e-3),),
     ),
     Experiment(
-        "resnet20-layerwise",
+        "vgg-layerwise",
         "layer-wise compressive training: most layers 16 times smaller or more, within 1 point",
-        "resnet20",
-        "published",
-        layerwise={"sparsity": 0.6, "bound": 0.01, "prune_epochs": 1, "epochs": 1, "max_steps": 60, "lr": 0.005},
-    ),
-    Experiment(
-        "vgg-basis-fifth-frozen",
-        "BasisConv, frozen basis: MACs ÷ 5 and learnable parameters ÷ 18 within 3 points",
         "small-vgg",
         "vgg-dense",
-        (Stage(BasisConfig(macs=0.2), **SHORT),),
-    ),
-    Experiment(
-        "vgg-random-orthogonal",
-        "frozen random orthogonal bases from scratch: learnable weights of their layers ÷ 18, against the dense twin",
-        "small-vgg",
-        "random",
-        (Stage(random_orthogonal, SCRATCH.epochs, SCRATCH.lr, warm_up=SCRATCH.warm_up),),
+        layerwise={"sparsity": 0.6, "bound": 0.01, "prune_epochs": 2, "epochs": 1, "max_steps": 50, "lr": 0.005},
     ),
     Experiment(
         "vgg-prune-tucker",
         "pruning, then Tucker: against each alone at equal MACs",
         "small-vgg",
         "vgg-dense",
-        (Stage(PruneConfig(macs=0.6), 1, 0.02), Stage(TuckerConfig(macs=0.42), 1, 0.02)),
+        (Stage(PruneConfig(macs=0.6), 1, 0.02, steps=195), Stage(TuckerConfig(macs=0.42), 1, 0.02, steps=195)),
     ),
     Experiment(
         "vgg-tucker",
@@ -139,6 +129,20 @@ TABLE = (
         "small-vgg",
         "vgg-dense",
         (Stage(StackedBinaryConfig(splits=2, bank=0.5), **SHORT),),
+    ),
+    Experiment(
+        "vgg-basis-fifth-frozen",
+        "BasisConv, frozen basis: MACs ÷ 5 and learnable parameters ÷ 18 within 3 points",
+        "small-vgg",
+        "vgg-dense",
+        (Stage(BasisConfig(macs=0.2), **SHORT),),
+    ),
+    Experiment(
+        "vgg-random-orthogonal",
+        "frozen random orthogonal bases from scratch: learnable weights of their layers ÷ 18, against the dense twin",
+        "small-vgg",
+        "random",
+        (Stage(random_orthogonal, SCRATCH.epochs, SCRATCH.lr, warm_up=SCRATCH.warm_up),),
     ),
     Experiment(
         "resnet20-basis-quarter",
