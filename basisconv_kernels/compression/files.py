@@ -16,6 +16,7 @@ from torch import nn
 
 from basisconv_kernels.compression import (
     container,
+    recipe_binary,  # noqa: F401  (registers layer kinds, like those below)
     recipe_graphs,
     recipe_layers,  # noqa: F401  (registers the layer kinds)
     recipe_stacked,  # noqa: F401  (and one more)

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from basisconv_kernels.compression import basis_method, prune, ternary, tucker  # noqa: F401  (they register)
+from basisconv_kernels.compression.binary import BinaryConfig
 from basisconv_kernels.compression.config import BasisConfig
 from basisconv_kernels.compression.facts import Before, accuracy_of, complete, first_inputs
 from basisconv_kernels.compression.fold import separate_residuals
@@ -25,7 +26,7 @@ from basisconv_kernels.compression.ternary_config import TernaryConfig
 from basisconv_kernels.compression.tucker_config import TuckerConfig
 
 # One step, or several by name pattern: {"layer1.*": BasisConfig(...), "*": None}. None leaves the layers as they are.
-Config = BasisConfig | TuckerConfig | PruneConfig | StackedBinaryConfig | TernaryConfig
+Config = BasisConfig | TuckerConfig | PruneConfig | BinaryConfig | StackedBinaryConfig | TernaryConfig
 Step = Config | Mapping[str, Config | None]
 
 
@@ -46,8 +47,9 @@ def compress(
 
     ``BasisConfig``: each replaced ``W ≈ A·F``, Q shared filters F and coefficients A. ``TuckerConfig``: each
     ``W ≈ U_out·core·U_in``. ``PruneConfig``: filters are removed. ``StackedBinaryConfig``: each
-    ``W[k] ≈ scale[k]·concat_i B[index[k, i]]``, a bank B of ±1 filters. ``TernaryConfig``: weights become −σ, 0
-    and +σ, those of Linear layers too. Fine-tune the result: it costs accuracy.
+    ``W[k] ≈ scale[k]·concat_i B[index[k, i]]``, a bank B of ±1 filters. ``BinaryConfig``: each
+    ``W[k] ≈ scale[k]·sign(W[k])``, on the signs of the input. ``TernaryConfig``: weights become −σ, 0 and +σ, those of
+    Linear layers too. Fine-tune the result: it costs accuracy.
 
     A convolution is replaced if it is a Conv2d itself (parametrised weights are applied first), was reached by the
     example inputs, is allowed by ``only``, ``skip`` and ``filter_fn``, carries no hooks, shares its weight with no
@@ -57,7 +59,8 @@ def compress(
 
     Args:
         model (Module): in any mode; the training flags of its modules are kept.
-        config (BasisConfig, TuckerConfig, PruneConfig or TernaryConfig, or a list or mapping of such): what to do, to
+        config (BasisConfig, TuckerConfig, PruneConfig, BinaryConfig, StackedBinaryConfig or TernaryConfig, or a list or
+            mapping of such): what to do, to
             which layers. A list is a pipeline, one step after the other on what the steps before left. A mapping
             {pattern: configuration} chooses by layer: patterns are those of ``fnmatch`` on layer names
             (``"layer1.*"``), the first that matches counts, None leaves its layers as they are, and so are layers that

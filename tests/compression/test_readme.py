@@ -20,7 +20,7 @@ def test_the_examples_of_the_readme_run(tmp_path, monkeypatch, capsys):
     models = SimpleNamespace(resnet18=lambda weights=None: CifarResNet(8))
     monkeypatch.setitem(sys.modules, "torchvision", SimpleNamespace(models=models))
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     names = {"loader": [(torch.randn(2, 3, 32, 32), torch.tensor([0, 1]))]}
     exec(blocks[0].replace("224, 224", "32, 32"), names)
     assert (tmp_path / "resnet18-basis.safetensors").exists()
@@ -41,6 +41,9 @@ def test_the_examples_of_the_readme_run(tmp_path, monkeypatch, capsys):
     signs = torch.randn(16, 32, 3, 3).sign()
     names |= {"bank": signs, "index": torch.randint(16, (32, 2)), "scale": torch.rand(32)}
     exec(blocks[4], names)
+    assert (tmp_path / "xnor.safetensors").exists()
+    assert names["chains"].chains
+    exec(blocks[5], names)
     assert (tmp_path / "stacked.safetensors").exists()
     assert names["out"].shape == (1, 32, 8, 8)
 
