@@ -34,7 +34,8 @@ def test_the_layer_suites_hold_every_performance_case_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters", "macs"), [("resnet18", 11_689_512, 1.814e9), ("vgg16", 138_365_992 - 4_224, 15.47e9)]
+    ("name", "parameters", "macs"),
+    [("resnet18", 11_689_512, 1.814e9), ("vgg16", 138_365_992 - 4_224, 15.47e9), ("resnet50", 25_557_032, 4.089e9)],
 )
 def test_networks_are_the_published_ones(name: str, parameters: int, macs: float) -> None:
     with torch.device("meta"):
