@@ -13,7 +13,7 @@ BUILDS ?= tests/packaging tests/ops/test_basis_conv2d.py::test_any_geometry
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -q
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-builds test-full lint format bench build clean
+.PHONY: help demo test test-builds test-full lint format bench gpu-check gpu-bench gpu-probe build clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,20 @@ format: $(READY)  ## let ruff and clang-format lay the code out
 bench: build  ## the fused CPU kernel against ONNX Runtime, OpenVINO and torch
 	$(PIP) install --quiet --constraint .ci/constraints.txt onnx onnxruntime openvino
 	$(BIN)/python -m bench run --suite C1
+
+# On a GPU: with the Python that is given, installing nothing; one archive in OUT, and a second run goes on.
+# RESUME names the archive of a run on another machine. docs/gpu.md says what to do on such a day.
+GPU = PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m bench.gpu $(1) --out "$(OUT)" $(if $(BUDGET),--budget $(BUDGET)) $(if $(RESUME),--resume "$(RESUME)")
+OUT ?= out
+
+gpu-check:  ## on a GPU: is everything right there; PYTHON=… BUDGET=seconds OUT=folder RESUME=archive
+	$(call GPU,check)
+
+gpu-bench:  ## on a GPU: our kernels against cuDNN, by priority, within BUDGET=480 seconds
+	$(call GPU,bench)
+
+gpu-probe:  ## on a GPU: the rates and costs that kernels are designed by
+	$(call GPU,probe)
 
 build: $(READY)  ## compile the native library in place (ninja; only what changed)
 	@mkdir -p build

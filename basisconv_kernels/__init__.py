@@ -3,6 +3,8 @@
 from pathlib import Path as _Path
 
 from basisconv_kernels.compression.basis import orthogonality_loss
+from basisconv_kernels.compression.binary import BinaryConfig
+from basisconv_kernels.compression.chains import pack_activations
 from basisconv_kernels.compression.config import BasisConfig, Sensitivity
 from basisconv_kernels.compression.files import load, read_recipe, save
 from basisconv_kernels.compression.finetune import finetune, trainable_parameters
@@ -10,6 +12,7 @@ from basisconv_kernels.compression.fold import fold_batchnorm
 from basisconv_kernels.compression.model import compress, to_plain
 from basisconv_kernels.compression.prune_config import PruneConfig
 from basisconv_kernels.compression.report import CompressionReport, LayerReport
+from basisconv_kernels.compression.search import SearchReport, search
 from basisconv_kernels.compression.stacked_binary import StackedBinaryConfig, freeze_bits
 from basisconv_kernels.compression.ternary import train_layerwise
 from basisconv_kernels.compression.ternary_config import TernaryConfig
@@ -21,6 +24,7 @@ from basisconv_kernels.core.registry import use_backend
 from basisconv_kernels.core.version import __version__ as __version__
 from basisconv_kernels.layers.basis_conv2d import BasisConv2d
 from basisconv_kernels.layers.binary_conv2d import BinaryConv2d
+from basisconv_kernels.layers.packed_max_pool2d import PackedMaxPool2d
 from basisconv_kernels.layers.stacked_binary_conv2d import StackedBinaryConv2d
 from basisconv_kernels.layers.ternary_conv2d import TernaryConv2d
 from basisconv_kernels.layers.ternary_linear import TernaryLinear
@@ -31,6 +35,7 @@ from basisconv_kernels.ops.binary_conv2d import BinaryConv2dFunction, binary_con
 from basisconv_kernels.ops.binary_conv2d_native import binary_conv2d_pack
 from basisconv_kernels.ops.binary_conv2d_scaling import filter_scale, magnitude_map
 from basisconv_kernels.ops.bitpack import bitpack, unpack
+from basisconv_kernels.ops.bitpack_pool import packed_max_pool2d
 from basisconv_kernels.ops.stacked_binary_conv2d import StackedBinaryConv2dFunction, stacked_binary_conv2d
 from basisconv_kernels.ops.stacked_binary_conv2d_native import stacked_binary_conv2d_form, stacked_binary_conv2d_pack
 from basisconv_kernels.ops.ternary_conv2d import TernaryConv2dFunction, ternary_conv2d, ternary_planes, ternary_weight
@@ -44,13 +49,16 @@ __all__ = [
     "BasisConfig",
     "BasisConv2d",
     "BasisConv2dFunction",
+    "BinaryConfig",
     "BinaryConv2d",
     "BinaryConv2dFunction",
     "CompressionReport",
     "FileFormatError",
     "LayerReport",
+    "PackedMaxPool2d",
     "PackedTensor",
     "PruneConfig",
+    "SearchReport",
     "Sensitivity",
     "StackedBinaryConfig",
     "StackedBinaryConv2d",
@@ -78,8 +86,11 @@ __all__ = [
     "load",
     "magnitude_map",
     "orthogonality_loss",
+    "pack_activations",
+    "packed_max_pool2d",
     "read_recipe",
     "save",
+    "search",
     "stacked_binary_conv2d",
     "stacked_binary_conv2d_form",
     "stacked_binary_conv2d_pack",

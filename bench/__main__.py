@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bench import basis_conv2d
+from bench import suites as all_suites
 from bench.harness import compare as comparing
 from bench.harness import engines, machine, readme, report, roofline, rows, tables
 from bench.harness.case import Case, Suite
@@ -58,8 +58,8 @@ def _usage(error: Exception) -> typer.Exit:
 
 def _suites(names: Sequence[str]) -> list[Suite]:
     if any(name.lower() == "all" for name in names):
-        return [suite for suite in basis_conv2d.suites().values() if suite.name != "smoke"]
-    return [basis_conv2d.find(name) for name in names]
+        return [suite for suite in all_suites.suites().values() if suite.name != "smoke"]
+    return [all_suites.find(name) for name in names]
 
 
 def _cases(suite: Suite, wanted: Sequence[str]) -> list[Case]:
@@ -79,10 +79,10 @@ def list_(
 ) -> None:
     """Suites, cases, targets and engines."""
     try:
-        found = _suites(suite or [*basis_conv2d.suites()])
+        found = _suites(suite or [*all_suites.suites()])
     except UnknownNameError as error:
         raise _usage(error) from None
-    installed = {spec.name: importlib.util.find_spec(spec.requires) is not None for spec in engines.ENGINES}
+    installed = {spec.name: spec.installed() for spec in engines.ENGINES}
     if as_json:
         data = {
             "suites": [
@@ -113,8 +113,9 @@ def list_(
             table.add_row(c.id, c.kind, Text(str(what)), " ".join(c.forms))
         out.print(table)
         for target in s.targets:
-            bars = f"must {tables.bar(target.must)}, stretch {tables.bar(target.stretch)}"
-            out.print(Text(f"  {target.name}: {bars}" if target.must else f"  {target.name}"))
+            must, stretch = tables.bars(target)
+            known = f"  {target.name}: must {must}, stretch {stretch}"
+            out.print(Text(known if target.must else f"  {target.name}"))
     table = Table(title=Text("Engines"), title_justify="left")
     for name in ("engine", "installed", "what"):
         table.add_column(name)
@@ -163,7 +164,7 @@ def _measure(
 
 @app.command()
 def run(
-    suite: Annotated[list[str], typer.Option(help="C1, C2, C3, C4, C10, C11, smoke, or all.")] = ["C1"],  # noqa: B006 - typer copies it
+    suite: Annotated[list[str], typer.Option(help="Names of suites, see ``list``, or all.")] = ["C1"],  # noqa: B006 - typer copies it
     case: Annotated[list[str] | None, typer.Option(help="Only cases whose id contains this.")] = None,
     engine: Annotated[list[str] | None, typer.Option(help="Only these engines.")] = None,
     candidate: Annotated[
@@ -260,7 +261,7 @@ def report_(
 ) -> None:
     """A Markdown document on stdout, or with plots in a folder."""
     found = _read(files)
-    suites = basis_conv2d.suites()
+    suites = all_suites.suites()
     if readme_ is not None:
         try:
             readme_.write_text(readme.updated(readme_.read_text(encoding="utf-8"), found, suites), encoding="utf-8")

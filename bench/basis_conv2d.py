@@ -14,7 +14,6 @@ from basisconv_kernels.testing import PERFORMANCE_CASES
 from bench import models
 from bench.harness.case import Case, Form, Suite, Target
 from bench.harness.engines import BASELINES
-from bench.harness.errors import UnknownNameError
 
 SMALL_Q = 12
 """Up to here 16-lane engines leave lanes empty; such cases form C2."""
@@ -127,19 +126,6 @@ SMOKE = Suite(
 )
 
 
-def suites() -> dict[str, Suite]:
-    """All suites by name."""
-    return {suite.name: suite for suite in (C1, C2, C3, models.suite(), C10, C11, SMOKE)}
-
-
-def find(name: str) -> Suite:
-    """A suite by name, whatever the case of its letters.
-
-    Raises:
-        UnknownNameError: no such suite.
-    """
-    found = suites()
-    for suite in found.values():
-        if suite.name.lower() == name.lower():
-            return suite
-    raise UnknownNameError(f"bench: no suite has the name {name!r}; there are {', '.join(found)}")
+def suites() -> tuple[Suite, ...]:
+    """The suites of this op, and its networks."""
+    return (C1, C2, C3, models.suite(), C10, C11, SMOKE)

@@ -1,12 +1,16 @@
-"""The binary convolution against float32 and int8 of PyTorch on the same shapes: ``python -m bench.binary_conv2d``.
+"""The binary convolution: suites C5 to C8, and all of its forms in one process: ``python -m bench.binary_conv2d``.
+
+    C5  packed → packed on AVX-512 VPOPCNTDQ        at least 800 GMAC/s and 13 times the best dense float32 convolution
+    C6  float → float, packing inside               at least 2.5 times the best int8 convolution
+    C7  float → float                               at least 9 times Larq Compute Engine with indirect BGEMM
+    C8  packed → packed on AVX2                     at least 350 GMAC/s (set for 3.7 GHz)
+
+The bars were set before anything was measured; ``python -m bench run --suite C5`` measures a suite, every engine in its
+own process. For a look at all forms side by side this file also runs by itself.
 
 3×3, C → C, one multiply-accumulate a pair of operands, those in the padding included, for every rival alike. All are
 timed in turn in one process, which is fair here: all of them are torch, on torch's threads. No time is printed of a
-case whose results are not those of the reference, bit for bit. The bars were set before anything was measured:
-
-    C5  packed → packed on AVX-512 VPOPCNTDQ        at least 800 GMAC/s and 13 times the dense float32 convolution
-    C6  float → float, packing inside               at least 2.5 times the int8 convolution of torch
-    C8  packed → packed on AVX2                     at least 350 GMAC/s (set for 3.7 GHz)
+case whose results are not those of the reference, bit for bit.
 """
 
 from __future__ import annotations
@@ -26,6 +30,9 @@ from basisconv_kernels.core import machine, timing
 from basisconv_kernels.ops.binary_conv2d import binary_conv2d
 from basisconv_kernels.ops.binary_conv2d_native import binary_conv2d_pack
 from basisconv_kernels.ops.bitpack import bitpack
+from basisconv_kernels.reference.binary_conv2d_problem import BinaryConv2dProblem
+from bench.harness.case import Case, Form, Suite, Target
+from bench.harness.engines import BASELINES, INT8
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,65 @@ SHAPES = (Shape(1, 64, 56), Shape(1, 128, 28), Shape(1, 256, 14), Shape(1, 512, 
 LEAST_RATE = {"avx512_vpopcntdq": ("C5", 800.0), "amx": ("C5", 800.0), "avx2": ("C8", 350.0)}
 LEAST_OVER_DENSE = {"avx512_vpopcntdq": ("C5", 13.0), "amx": ("C5", 13.0)}
 LEAST_OVER_INT8 = ("C6", 2.5)
+
+
+def _cases(op: str, forms: tuple[Form, ...]) -> tuple[Case, ...]:
+    """The shapes as cases; ``narrow`` are those of 64 channels."""
+    packed = op == "binary_packed"
+    found = []
+    for shape in SHAPES:
+        problem = BinaryConv2dProblem(
+            N=shape.N, C=shape.C, K=shape.C, H=shape.H, W=shape.H, padding=(1, 1, 1, 1), channels_last=True,
+            planes=int(packed), output="packed" if packed else "float",
+        )  # fmt: skip
+        tags = frozenset({"narrow" if shape.C <= 64 else "wide"})
+        found.append(Case(str(shape), "layer", problem, forms, tags, op=op))
+    return tuple(found)
+
+
+def suites() -> tuple[Suite, ...]:
+    """C5 to C8."""
+    return (
+        Suite(
+            name="C5",
+            title="Binary, packed → packed, against the best dense float32",
+            cases=_cases("binary_packed", ("fused", "dense")),
+            engines=("ours", *BASELINES),
+            targets=(
+                Target("C5 against dense, each", "each", 13.0, 17.0, "", BASELINES, "dense"),
+                Target("C5 rate, 64 channels", "rate", 800.0, 900.0, "narrow"),
+                Target("C5 rate, more channels", "rate", 800.0, 1000.0, "wide"),
+            ),
+        ),
+        Suite(
+            name="C6",
+            title="Binary, float → float, against the best int8 convolution",
+            cases=_cases("binary_float", ("fused", "int8", "dense")),
+            engines=("ours", *INT8, *BASELINES),
+            targets=(
+                Target("C6 against int8 of PyTorch, each", "each", 2.5, 3.0, "", ("torch_int8",), "int8"),
+                Target("C6 against int8 of PyTorch, mean", "geomean", 2.5, 4.0, "", ("torch_int8",), "int8"),
+                Target("C6 against the best int8, each", "each", None, None, "", INT8, "int8"),
+            ),
+        ),
+        Suite(
+            name="C7",
+            title="Binary, float → float, against Larq Compute Engine",
+            cases=_cases("binary_float", ("fused", "binary")),
+            engines=("ours", "larq"),
+            targets=(Target("C7 each", "each", 9.0, 11.0, "", ("larq",), "binary"),),
+        ),
+        Suite(
+            name="C8",
+            title="Binary, packed → packed, with AVX2 alone",
+            cases=_cases("binary_packed", ("fused", "dense")),
+            engines=("ours_avx2", "torch_eager"),
+            targets=(
+                Target("C8 rate, 64 channels", "rate", 350.0, 400.0, "narrow"),
+                Target("C8 rate, more channels", "rate", 350.0, 450.0, "wide"),
+            ),
+        ),
+    )
 
 
 def int8(x: Tensor, weight: Tensor) -> Callable[[], object] | None:

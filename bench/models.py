@@ -64,6 +64,35 @@ def resnet18() -> nn.Sequential:
     return nn.Sequential(*stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, CLASSES))
 
 
+class _Bottleneck(nn.Module):
+    """1×1 to fewer channels, 3×3, 1×1 to four times as many, beside a shortcut as in ``_Block``."""
+
+    def __init__(self, inputs: int, inner: int, stride: int) -> None:
+        super().__init__()
+        self.first, self.first_relu = _conv_norm(inputs, inner, 1), nn.ReLU(inplace=True)
+        self.second, self.second_relu = _conv_norm(inner, inner, 3, stride), nn.ReLU(inplace=True)
+        self.third = _conv_norm(inner, 4 * inner, 1)
+        same = stride == 1 and inputs == 4 * inner
+        self.shortcut = nn.Identity() if same else _conv_norm(inputs, 4 * inner, 1, stride)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [N, inputs, H, W] to [N, 4·inner, H/stride, W/stride]."""
+        inner = self.second_relu(self.second(self.first_relu(self.first(x))))
+        return self.relu(self.third(inner) + self.shortcut(x))
+
+
+def resnet50() -> nn.Sequential:
+    """ResNet-50 of He et al. 2015, strides at the 3×3 convolutions, 25.6 M parameters."""
+    stages: list[nn.Module] = [_conv_norm(3, 64, 7, 2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)]
+    inputs = 64
+    for inner, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            stages.append(_Bottleneck(inputs, inner, 2 if block == 0 and inner > 64 else 1))
+            inputs = 4 * inner
+    return nn.Sequential(*stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, CLASSES))
+
+
 def vgg16() -> nn.Sequential:
     """VGG-16 of Simonyan and Zisserman 2014 with BatchNorm, 138 M parameters, for 224×224 images only."""
     stages: list[nn.Module] = []
@@ -78,7 +107,8 @@ def vgg16() -> nn.Sequential:
     return nn.Sequential(*stages, nn.Flatten(), *classifier, nn.Linear(4096, CLASSES))
 
 
-NETWORKS: dict[str, Callable[[], nn.Sequential]] = {"resnet18": resnet18, "vgg16": vgg16}
+NETWORKS: dict[str, Callable[[], nn.Sequential]] = {"resnet18": resnet18, "vgg16": vgg16, "resnet50": resnet50}
+ON_CPU = ("resnet18", "vgg16")  # those of suite C4
 
 
 def folded(model: nn.Module) -> nn.Module:
@@ -185,7 +215,7 @@ def _unique(cases: Sequence[Case]) -> tuple[Case, ...]:
 
 def suite() -> Suite:
     """C4: networks, and before them every layer alone, from which their speed-up is predicted."""
-    asked = [(name, batch) for batch in BATCHES for name in NETWORKS]
+    asked = [(name, batch) for batch in BATCHES for name in ON_CPU]
     parts = [use.case for name, batch in asked for use, _ in layer_uses(name, batch)]
     networks = [_network_case(name, batch) for name, batch in asked]
     return Suite(

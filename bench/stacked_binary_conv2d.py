@@ -28,11 +28,45 @@ from basisconv_kernels.core import machine, registry
 from basisconv_kernels.core.timing import Series, disturbed, interleave, speed_up
 from basisconv_kernels.ops.stacked_binary_conv2d import CANDIDATES
 from basisconv_kernels.reference import stacked_binary_conv2d as reference
+from bench.harness.case import Case, Suite, Target
+from bench.harness.engines import BASELINES
 
 # Least speed-up over dense float32: a bank of K/4 filters in two splits, of outputs up to 4 MB and beyond, and a bank
 # of all K filters. Set before anything was measured, for a processor with AVX-512.
 STACKED, STACKED_LARGE, BINARY_WEIGHTS = 5.0, 4.0, 2.0
 LARGE_BYTES = 4 * 2**20
+
+STACKED_STRETCH = {"narrow": 6.5, "wide": 8.5}  # by channels: 64, and more
+BINARY_WEIGHTS_STRETCH = 2.6
+
+
+def _kind(case: testing.StackedCase) -> str:
+    if case.problem.n >= case.problem.K:
+        return "bwn"
+    if bar(case) == STACKED_LARGE:
+        return "large"
+    return "narrow" if case.problem.C <= 64 else "wide"
+
+
+def suites() -> tuple[Suite, ...]:
+    """C9."""
+    cases = tuple(
+        Case(c.name, "layer", c.problem, ("fused", "dense"), frozenset({_kind(c)}), op="stacked")
+        for c in testing.STACKED_PERFORMANCE_CASES
+    )
+
+    def each(text: str, must: float, stretch: float | None, tag: str) -> Target:
+        return Target(f"C9 {text}", "each", must, stretch, tag, BASELINES, "dense")
+
+    targets = (
+        each("bank K/4, 64 channels", STACKED, STACKED_STRETCH["narrow"], "narrow"),
+        each("bank K/4, more channels", STACKED, STACKED_STRETCH["wide"], "wide"),
+        each("bank K/4, outputs over 4 MB", STACKED_LARGE, None, "large"),
+        each("binary weights, bank K", BINARY_WEIGHTS, BINARY_WEIGHTS_STRETCH, "bwn"),
+    )
+    title = "Stacked binary filters and binary weights, real input, against the best dense float32"
+    return (Suite("C9", title, cases, ("ours", *BASELINES), targets),)
+
 
 Call = Callable[[], object]
 

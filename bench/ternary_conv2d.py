@@ -27,7 +27,9 @@ from basisconv_kernels.reference.ternary_conv2d_problem import TernaryConv2dProb
 from basisconv_kernels.testing import Mismatch
 from basisconv_kernels.testing import ternary_conv2d as ternary
 from bench.harness import machine
+from bench.harness.case import Case, Suite, Target
 from bench.harness.engine_torch import compile_module, freeze
+from bench.harness.engines import BASELINES
 
 DENSITIES = (0.05, 0.1, 0.2, 0.5, 1.0)
 SHAPES = {
@@ -37,6 +39,21 @@ SHAPES = {
     "n1_512_at7": (1, 512, 7),
 }
 BATCHED = {"n8_64_at56": (8, 64, 56), "n8_256_at14": (8, 256, 14)}
+
+
+def suites() -> tuple[Suite, ...]:
+    """Ternary weights at several densities; no bar was set for them."""
+    cases = []
+    for name, (N, C, size) in {**SHAPES, **BATCHED}.items():
+        for density in DENSITIES:
+            problem = TernaryConv2dProblem(
+                N=N, C=C, K=C, H=size, W=size, padding=(1, 1, 1, 1), scales="none", channels_last=True
+            )
+            found = Case(f"{name}_d{density:g}", "layer", problem, ("fused", "dense"), op="ternary", density=density)
+            cases.append(found)
+    title = "Ternary weights against the best dense float32, by density"
+    targets = (Target("ternary each", "each", None, None, "", BASELINES, "dense"),)
+    return (Suite("ternary", title, tuple(cases), ("ours", *BASELINES), targets),)
 
 
 def case_of(name: str, density: float, scales: str = "one") -> ternary.TernaryCase:

@@ -16,10 +16,12 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.utils import _pytree as pytree
 
+from basisconv_kernels.compression.methods import own_layers
 from basisconv_kernels.compression.report import FoldedChain, FoldReport
 from basisconv_kernels.compression.survey import run
 from basisconv_kernels.layers import folding
 from basisconv_kernels.layers.basis_conv2d import BasisConv2d
+from basisconv_kernels.layers.packed_max_pool2d import PackedMaxPool2d
 from basisconv_kernels.layers.tucker_conv2d import TuckerConv2d
 
 _ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
@@ -44,7 +46,7 @@ TRACE_ERRORS = (
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, FUSED) or super().is_leaf_module(module, name)
+        return isinstance(module, (*own_layers(), PackedMaxPool2d)) or super().is_leaf_module(module, name)
 
 
 def fold_batchnorm(model: nn.Module, example_inputs: Any) -> tuple[nn.Module, FoldReport]:

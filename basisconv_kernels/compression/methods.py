@@ -111,7 +111,7 @@ def method_of(config: Any) -> Method:
     """
     method = _methods.get(type(config))
     if method is None:
-        known = [kind.__name__ for kind in _methods]
+        known = sorted(kind.__name__ for kind in _methods)
         names = known[0] if len(known) == 1 else f"{', '.join(known[:-1])} or {known[-1]}"
         raise TypeError(
             f"compress: config must be a {names}, a list of such steps, or a mapping of name patterns to them, got "

@@ -225,7 +225,26 @@ class Threshold:
         def positive(v: Tensor) -> Tensor:
             return (alpha * v.double() + shift - mean) / deviation * gamma + beta >= 0
 
-        return _first_change(positive, mean, dtype)
+        return Threshold.of(positive, mean.shape[0], mean.device, dtype)
+
+    @staticmethod
+    def of(
+        positive: Callable[[Tensor], Tensor],
+        channels: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.int32,
+        *,
+        most: int = INT32.max,
+    ) -> Threshold:
+        """The threshold of any function of a channel's number that changes at most once as the number grows.
+
+        Args:
+            positive: numbers [C], one a channel, → the bits (bool [C]); called some forty times.
+            channels, device: C, and where.
+            dtype: int32 for numbers that are sums, float32 for real ones.
+            most (int): largest magnitude of the sums; between −most and most the threshold agrees with ``positive``.
+        """
+        return _first_change(positive, channels, device, dtype, most)
 
 
 def check_threshold(op: str, threshold: Any, channels: int, device: torch.device, *, integers: bool) -> None:
@@ -250,14 +269,16 @@ def _float_at(place: Tensor) -> Tensor:
     return torch.where(place >= 0, positive, -((-place).clamp(min=0).to(torch.int32).view(torch.float32)))
 
 
-def _first_change(positive: Callable[[Tensor], Tensor], like: Tensor, dtype: torch.dtype) -> Threshold:
+def _first_change(
+    positive: Callable[[Tensor], Tensor], channels: int, device: torch.device, dtype: torch.dtype, most: int
+) -> Threshold:
     """The threshold of a monotone predicate; places are integers themselves, or float32 numbers in their order."""
     if dtype not in (torch.int32, torch.float32):
         raise TypeError(f"Threshold.fold: dtype must be int32 or float32, got {dtype}")
     largest = 0x7F7FFFFF  # the place of the largest finite float32
-    most = INT32.max if dtype == torch.int32 else largest
+    most = most if dtype == torch.int32 else largest
     number = (lambda place: place) if dtype == torch.int32 else _float_at
-    low = torch.full(like.shape, -most, dtype=torch.int64, device=like.device)
+    low = torch.full((channels,), -most, dtype=torch.int64, device=device)
     high = torch.full_like(low, most)
     at_low, at_high = positive(number(low)), positive(number(high))
     same = at_low == at_high

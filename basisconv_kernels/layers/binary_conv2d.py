@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from basisconv_kernels.core import checks
 from basisconv_kernels.core.checks import Pair, Quad
+from basisconv_kernels.core.layout import laid_out, memory_format
 from basisconv_kernels.core.packed import PackedTensor, Threshold, words_for
+from basisconv_kernels.layers.binary_conv2d_conversion import NAME, THRESHOLDS, Convertible
 from basisconv_kernels.layers.packing import Prepared, PreparedWeights
 from basisconv_kernels.ops.binary_conv2d import binary_conv2d
 from basisconv_kernels.ops.binary_conv2d_native import binary_conv2d_pack
@@ -17,14 +19,14 @@ from basisconv_kernels.ops.binary_conv2d_scaling import filter_scale, magnitude_
 from basisconv_kernels.ops.bitpack import bitpack
 from basisconv_kernels.reference.binary_conv2d import ESTIMATORS
 
-NAME = "BinaryConv2d"
 SCALINGS = (None, "mean", "learned")
 
 
-class BinaryConv2d(nn.Module):
+class BinaryConv2d(Convertible):
     """Convolution of signs with signs, in the place of a ``torch.nn.Conv2d``.
 
-    ``out = act(scale·conv2d(sign(input), sign(weight))·magnitudes + bias)``, ``magnitudes`` only if ``input_scale``.
+    ``out = act(scale·conv2d(sign(norm(input)), sign(weight))·magnitudes + bias)``, ``norm`` only if ``input_norm``,
+    ``magnitudes`` only if ``input_scale``.
 
     Args:
         in_channels, out_channels, kernel_size: as in Conv2d; C, K and (R, S).
@@ -36,6 +38,8 @@ class BinaryConv2d(nn.Module):
         scale_group (Tensor[K], optional): int64; filters of one number share one scale.
         input_scale (bool): multiply with ``magnitude_map`` of the input, the spatial scales of XNOR-Net's paper; real
             inputs and ``groups=1`` only.
+        input_norm (bool): a BatchNorm of the C input channels in front of the sign, as in XNOR-Net's blocks; behind a
+            ReLU, without it, all signs would be +1. Real inputs only; ``freeze()`` makes a threshold a channel of it.
         activation (None, "relu" or "relu6"): applied last.
         estimator (str or pair): of the gradients of input and weight, see ``binary_conv2d``.
         backend: as in ``binary_conv2d``.
@@ -47,8 +51,11 @@ class BinaryConv2d(nn.Module):
         ``scale`` [K] or [scale groups]: a Parameter, only with ``scaling="learned"``.
         ``bias`` [K]: a Parameter, absent with ``bias=False``.
         ``scale_group`` [K]: a buffer, only where given.
-        After ``freeze()`` buffers instead: ``words`` (int32), ``scale``, ``bias``, ``threshold_value``,
-        ``threshold_flip``; only what there is.
+        ``input_norm.*``: of a BatchNorm2d, only with ``input_norm``.
+        After ``freeze()`` buffers instead: ``words`` (int32), ``scale``, ``bias``, ``input_threshold_value`` [C]
+        (float32) and ``input_threshold_flip`` [C] (bool) in the place of ``input_norm``; only what there is. A layer
+        that gives bits has ``threshold_value`` [K] (int32) and ``threshold_flip`` [K] (bool) in the place of ``scale``,
+        ``scale_group`` and ``bias``. A state with ``words`` freezes the layer that loads it.
 
     Raises:
         ValueError, TypeError: arguments that do not fit; the message names both sides and the way out.
@@ -80,6 +87,7 @@ class BinaryConv2d(nn.Module):
         scaling: str | None = "mean",
         scale_group: Tensor | None = None,
         input_scale: bool = False,
+        input_norm: bool = False,
         activation: str | None = None,
         estimator: str | tuple[str, str] = "clip",
         backend: str | None = None,
@@ -116,6 +124,7 @@ class BinaryConv2d(nn.Module):
             raise ValueError(f"{NAME}: estimator must be of {', '.join(map(repr, ESTIMATORS))}, got {estimator!r}")
         self.padding_value, self.scaling, self.input_scale = padding_value, scaling, input_scale
         self.activation, self.estimator, self.backend = activation, (pair[0], pair[1]), backend
+        self.contiguous = False
         self._prepared = PreparedWeights()
 
         kind = {"device": device, "dtype": dtype}
@@ -125,10 +134,12 @@ class BinaryConv2d(nn.Module):
         self.register_parameter("bias", nn.Parameter(torch.empty(out_channels, **kind)) if bias else None)
         self.scale_group: Tensor | None
         self.register_buffer("scale_group", None if scale_group is None else scale_group.to(device, torch.int64))
-        scales = out_channels if scale_group is None else int(scale_group.max()) + 1
+        self.scale_groups = None if scale_group is None else int(scale_group.max()) + 1
+        scales = self.scale_groups or out_channels
         self.scale: Tensor | None
         self.register_parameter("scale", nn.Parameter(torch.empty(scales, **kind)) if scaling == "learned" else None)
-        for name in ("words", "threshold_value", "threshold_flip"):
+        self.input_norm = nn.BatchNorm2d(in_channels, **kind) if input_norm else None
+        for name in ("words", *THRESHOLDS):
             self.register_buffer(name, None)
         self.reset_parameters()
 
@@ -142,97 +153,6 @@ class BinaryConv2d(nn.Module):
             self.scale.copy_(filter_scale(self.weight, self.scale_group, len(self.scale)))
         if self.bias is not None:
             self.bias.zero_()
-
-    @classmethod
-    def from_conv(cls, conv: nn.Conv2d, **settings: Any) -> BinaryConv2d:
-        """A layer with the weights and the geometry of a convolution; ``settings`` as in the constructor.
-
-        Raises:
-            ValueError: a padding mode other than zeros.
-        """
-        if conv.padding_mode != "zeros":
-            raise ValueError(f"{NAME}: padding_mode must be 'zeros', got {conv.padding_mode!r}; pad before the layer")
-        kernel: Any = conv.kernel_size
-        layer = cls(
-            conv.in_channels, conv.out_channels, kernel, stride=conv.stride, padding=conv.padding,  # type: ignore[arg-type]
-            dilation=conv.dilation, groups=conv.groups, bias=conv.bias is not None,  # type: ignore[arg-type]
-            device=conv.weight.device, dtype=conv.weight.dtype, **settings,
-        )  # fmt: skip
-        with torch.no_grad():
-            if layer.weight is not None:
-                layer.weight.copy_(conv.weight)
-                if layer.scale is not None:
-                    layer.scale.copy_(filter_scale(layer.weight, layer.scale_group, len(layer.scale)))
-            if layer.bias is not None and conv.bias is not None:
-                layer.bias.copy_(conv.bias)
-        return layer
-
-    # --- training and freezing ----------------------------------------------------------------------------------------
-
-    @property
-    def frozen(self) -> bool:
-        """Whether the layer holds bits instead of latent weights."""
-        return self.words is not None
-
-    @torch.no_grad()
-    def clip_weights(self) -> BinaryConv2d:
-        """Clip the latent weights to [−1, 1]; after each step of the optimiser. Returns the layer."""
-        if self.weight is not None:
-            self.weight.clamp_(-1, 1)
-        return self
-
-    @torch.no_grad()
-    def freeze(self, norm: nn.BatchNorm2d | None = None) -> BinaryConv2d:
-        """Keep the signs of the weights as bits, 32 times smaller than float32, and forget the latent weights.
-
-        Args:
-            norm (BatchNorm2d, optional): the normalisation behind the layer where a sign follows it: both are folded
-                into one threshold a channel and the layer gives a ``PackedTensor`` from then on. Drop both from the
-                network. Not with an activation or ``input_scale``.
-
-        Returns:
-            BinaryConv2d: this layer. Calling it again folds a ``norm`` if there is none yet.
-
-        Raises:
-            ValueError: ``norm`` cannot be folded.
-        """
-        if norm is not None:
-            self._fold(norm)
-        if self.weight is None:
-            return self
-        scale = self._scale()
-        packed = bitpack(self.weight)
-        bias = None if self.bias is None else self.bias.detach()
-        for name in ("weight", "scale", "bias"):
-            self._parameters.pop(name, None)
-        self.weight = None
-        self.register_buffer("scale", None if scale is None else scale.detach().clone())
-        self.register_buffer("bias", bias)
-        self.words = packed.words
-        self._prepared.clear()
-        return self
-
-    def _fold(self, norm: nn.BatchNorm2d) -> None:
-        if self.activation is not None or self.input_scale:
-            what = "an activation" if self.activation is not None else "input_scale"
-            raise ValueError(f"{NAME}: freeze(norm) folds a sign, which {what} in between forbids")
-        if norm.num_features != self.out_channels:
-            raise ValueError(f"{NAME}: norm must have {self.out_channels} channels, got {norm.num_features}")
-        if norm.running_mean is None or norm.running_var is None:
-            raise ValueError(f"{NAME}: norm must have running statistics, got track_running_stats=False")
-        scale = self._scale()
-        if scale is not None and self.scale_group is not None:
-            scale = scale[self.scale_group]
-        threshold = Threshold.fold(
-            norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps, scale=scale, bias=self.bias
-        )
-        self.threshold_value, self.threshold_flip = threshold.value, threshold.flip
-
-    def _scale(self) -> Tensor | None:
-        """α, one a filter or a group of filters; None without scaling."""
-        if self.scaling == "mean" and self.weight is not None:
-            return filter_scale(self.weight, self.scale_group)
-        return self.scale
 
     # --- the call -----------------------------------------------------------------------------------------------------
 
@@ -249,8 +169,13 @@ class BinaryConv2d(nn.Module):
         threshold = None
         if output is None:
             output = "float" if self.threshold_value is None else "packed"
-        if output == "packed" and self.threshold_value is not None:
+        if output == "float" and self.threshold_value is not None and self.frozen:
+            raise ValueError(
+                f"{NAME}: output must be 'packed' or 'int32', for the layer gives bits and keeps no scales, got 'float'"
+            )
+        if output == "packed" and self.threshold_value is not None and self.threshold_flip is not None:
             threshold = Threshold(self.threshold_value, self.threshold_flip)
+        input = self._normalised(input)
         weight, scale, packed = self._weights()
         settings: dict[str, Any] = {}
         if output == "float":
@@ -258,8 +183,8 @@ class BinaryConv2d(nn.Module):
             settings["scale_group"] = None if scale is None else self.scale_group
             if self.input_scale:
                 settings["pixel_scale"] = self._magnitudes(input)
-        return binary_conv2d(
-            input,
+        result = binary_conv2d(
+            self._signs(input),
             weight,
             stride=self.stride,
             padding=self.padding,
@@ -273,6 +198,23 @@ class BinaryConv2d(nn.Module):
             packed=packed,
             **settings,
         )
+        if isinstance(result, PackedTensor):
+            return result
+        if isinstance(input, Tensor) and self.input_threshold_value is not None:  # its bits do not tell its layout
+            return laid_out(result, memory_format(input))
+        return result.contiguous() if self.contiguous and isinstance(input, PackedTensor) else result
+
+    def _normalised(self, input: Any) -> Any:
+        """The input behind ``input_norm``."""
+        if isinstance(input, PackedTensor) and (self.input_norm or self.input_threshold_value is not None):
+            raise TypeError(f"{NAME}: input_norm needs a real input, got a PackedTensor; see pack_activations")
+        return input if self.input_norm is None else self.input_norm(input)
+
+    def _signs(self, input: Any) -> Any:
+        """Bits where a threshold stands for ``input_norm``."""
+        if self.input_threshold_value is None or self.input_threshold_flip is None:
+            return input
+        return bitpack(input, threshold=Threshold(self.input_threshold_value, self.input_threshold_flip))
 
     def _magnitudes(self, input: Tensor | PackedTensor) -> Tensor:
         if isinstance(input, PackedTensor):
@@ -323,10 +265,9 @@ class BinaryConv2d(nn.Module):
             expected = (self.out_channels, 1, *self.kernel_size, words_for(found.channels))
             if tuple(words.shape) != expected:
                 raise ValueError(f"{NAME}: words must be {list(expected)}, got {list(words.shape)}")
-            self.freeze()
-            for name in ("threshold_value", "threshold_flip"):
-                value = state_dict.get(prefix + name)
-                setattr(self, name, None if value is None else torch.empty_like(value, device=self.words.device))
+            self.hold_bits(
+                output=f"{prefix}threshold_value" in state_dict, input=f"{prefix}input_threshold_value" in state_dict
+            )
         super()._load_from_state_dict(state_dict, prefix, *rest)
         self._prepared.clear()
 
@@ -339,5 +280,6 @@ class BinaryConv2d(nn.Module):
         shown += [f"dilation={self.dilation}"] if self.dilation != (1, 1) else []
         shown += [f"groups={self.groups}"] if self.groups != 1 else []
         shown += [f"scaling={self.scaling!r}"] + (["input_scale=True"] if self.input_scale else [])
+        shown += ["input_norm=True"] if self.input_norm is not None else []
         shown += [f"activation={self.activation!r}"] if self.activation else []
         return ", ".join([*shown, "frozen"] if self.frozen else shown)

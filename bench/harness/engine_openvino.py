@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import openvino
 
+from bench.harness.case import PLAIN
 from bench.harness.errors import UnsupportedError
 from bench.harness.protocol import Array, Files, Method
 
@@ -81,7 +82,7 @@ class OpenVino:
             raise UnsupportedError(f"no {about['dtype']} precision on the CPU")
         if about["kind"] == "training":
             raise UnsupportedError("inference only")
-        forms = [form for form in about["forms"] if form != "fused"]
+        forms = [form for form in about["forms"] if form in PLAIN]
         if not forms:
             raise UnsupportedError("this case has no plain form")
         if not all((files.folder / f"{form}.onnx").exists() for form in forms):

@@ -15,6 +15,8 @@ import basisconv_kernels
 from basisconv_kernels.core import registry
 from basisconv_kernels.ops import basis_conv2d as op
 from basisconv_kernels.testing import candidates
+from bench.harness import engine_bits
+from bench.harness.bits import BitLayer
 from bench.harness.engine_torch import compile_module, freeze, inference, load, placed, training
 from bench.harness.errors import UnsupportedError
 from bench.harness.fused_layer import FusedLayer
@@ -32,6 +34,10 @@ class _Kernel:
         """A converted network as a function of its input."""
         raise UnsupportedError("runs layers, not networks")
 
+    def bits(self, layer: BitLayer, x: Tensor) -> Method:
+        """A binary, stacked or ternary layer."""
+        raise UnsupportedError("runs basis_conv2d, this case is of another op")
+
     def prepare(self, files: Files) -> list[Method]:
         """The fused form, channels_last."""
         about = files.about
@@ -40,6 +46,8 @@ class _Kernel:
         layout = "channels_last"
         x = placed(torch.load(files.folder / "input.pt"), layout)
         module = load(files.folder / "fused.pt", layout)
+        if isinstance(module, BitLayer):
+            return [self.bits(module, x)]
         if not isinstance(module, FusedLayer):
             return [inference("fused", layout, functools.partial(self.network(module), x))]
         in_training = about["kind"] == "training"
@@ -72,6 +80,10 @@ class Ours(_Kernel):
             bias=layer.bias, padding=p.padding, activation=p.activation, packed=packed, **geometry,
         )  # fmt: skip
         return call, f"backend {chosen}{', packed' if packed is not None else ''}"
+
+    def bits(self, layer: BitLayer, x: Tensor) -> Method:
+        """Their own ops."""
+        return engine_bits.ours(layer, x)
 
     def network(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
         """The module; its layers keep their packed weights themselves."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from bench.harness.case import PLAIN
 from bench.harness.errors import UnsupportedError
 from bench.harness.protocol import Array, Files, Method
 
@@ -81,7 +82,7 @@ class _Plain:
         x = torch.load(files.folder / "input.pt")
         methods = []
         for form in about["forms"]:
-            if form == "fused":
+            if form not in PLAIN:
                 continue
             for layout in self.layouts if x.dim() == 4 else ("channels_last",):
                 x_placed = placed(x, layout)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import platform
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from bench.harness.errors import UnknownNameError
 
-OURS = ("ours", "ours_compiled")
-"""Ours called from eager PyTorch, and inside a compiled and frozen graph (whole networks only)."""
+OURS = ("ours", "ours_compiled", "ours_avx2")
+"""Ours called from eager PyTorch, inside a compiled and frozen graph (whole networks only), and capped to AVX2."""
+
+INT8 = ("torch_int8", "onnxruntime_int8")
+"""Convolutions on 8-bit codes."""
 
 BASELINES = ("torch_eager", "torch_compiled", "onnxruntime", "openvino")
 """Everybody whose best time counts as the rival."""
@@ -28,6 +34,7 @@ class EngineSpec:
         argument: for the constructor.
         forms: that it computes.
         kinds: of cases that it is for; empty: all.
+        interpreter: the variable that names a Python with what it needs; without it, the one that runs the harness.
     """
 
     name: str
@@ -38,6 +45,16 @@ class EngineSpec:
     argument: str = ""
     forms: tuple[str, ...] = ("two_step", "dense")
     kinds: tuple[str, ...] = ()
+    interpreter: str = ""
+
+    @property
+    def python(self) -> str:
+        """The Python that its process runs."""
+        return os.environ.get(self.interpreter, "") or sys.executable
+
+    def installed(self) -> bool:
+        """Whether what it needs is there; one that runs in a Python of its own says so itself when it starts."""
+        return self.python != sys.executable or importlib.util.find_spec(self.requires) is not None
 
     def takes(self, kind: str, forms: Sequence[str]) -> bool:
         """Whether such a case is for this engine at all; what it then cannot do, it says itself."""
@@ -47,7 +64,12 @@ class EngineSpec:
 ENGINES = (
     EngineSpec(
         "ours", "bench.harness.engine_ours:Ours", "basisconv_kernels",
-        "basis_conv2d with packed weights, channels_last", forms=("fused",),
+        "our op with packed weights, channels_last", forms=("fused",),
+    ),
+    EngineSpec(
+        "ours_avx2", "bench.harness.engine_ours:Ours", "basisconv_kernels",
+        "ours with its kernels capped to AVX2", environment={"BASISCONV_CPU_ISA": "avx2"}, forms=("fused",),
+        kinds=("layer",),
     ),
     EngineSpec(
         "ours_compiled", "bench.harness.engine_ours:OursCompiled", "basisconv_kernels",
@@ -68,6 +90,19 @@ ENGINES = (
     EngineSpec(
         "openvino", "bench.harness.engine_openvino:OpenVino", "openvino",
         "OpenVINO, LATENCY hint, f32 or bf16 as the case says, channels_last and NCHW",
+    ),
+    EngineSpec(
+        "torch_int8", "bench.harness.engine_bits:TorchInt8", "torch",
+        "PyTorch's quantized convolution (oneDNN), 8-bit in and out, channels_last", forms=("int8",), kinds=("layer",),
+    ),
+    EngineSpec(
+        "onnxruntime_int8", "bench.harness.engine_int8:OnnxRuntimeInt8", "onnxruntime",
+        "ONNX Runtime's QLinearConv, 8-bit in and out, NCHW", forms=("int8",), kinds=("layer",),
+    ),
+    EngineSpec(
+        "larq", "bench.harness.engine_larq:Larq", "larq_compute_engine",
+        "Larq Compute Engine, indirect BGEMM, real in and out, NHWC", forms=("binary",), kinds=("layer",),
+        interpreter="BASISCONV_LARQ_PYTHON",
     ),
     EngineSpec(
         "onednn_avx2", "bench.harness.engine_torch:Compiled", "torch",

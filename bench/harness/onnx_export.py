@@ -17,6 +17,8 @@ import torch.fx
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
+from bench.harness.bits import CENTRE, STEP, WEIGHT_STEP, Int8Layer
+
 OPSET = 17
 IR_VERSION = 9
 
@@ -132,6 +134,31 @@ def to_onnx(module: nn.Module, input: Tensor) -> onnx.ModelProto:
     return helper.make_model(made, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
 
 
+def quantized_to_onnx(layer: Int8Layer, codes: Tensor) -> onnx.ModelProto:
+    """A QLinearConv of uint8 codes ``x`` to uint8 codes ``y``."""
+    K, _, R, S = layer.codes.shape
+    constants = {
+        "x_step": (TensorProto.FLOAT, STEP), "x_zero": (TensorProto.UINT8, CENTRE),
+        "w_step": (TensorProto.FLOAT, WEIGHT_STEP), "w_zero": (TensorProto.INT8, 0),
+        "y_step": (TensorProto.FLOAT, layer.output_step), "y_zero": (TensorProto.UINT8, CENTRE),
+    }  # fmt: skip
+    weights = [helper.make_tensor(name, kind, [], [value]) for name, (kind, value) in constants.items()]
+    weights.append(numpy_helper.from_array(layer.codes.numpy(), "w"))
+    inputs = ["x", "x_step", "x_zero", "w", "w_step", "w_zero", "y_step", "y_zero"]
+    node = helper.make_node("QLinearConv", inputs, ["y"], kernel_shape=[R, S], pads=[layer.padding] * 4)
+    N, _, H, W = codes.shape
+    size = [N, K, H + 2 * layer.padding - R + 1, W + 2 * layer.padding - S + 1]
+    made = helper.make_graph(
+        [node],
+        "Int8Layer",
+        [helper.make_tensor_value_info("x", TensorProto.UINT8, list(codes.shape))],
+        [helper.make_tensor_value_info("y", TensorProto.UINT8, size)],
+        weights,
+    )
+    return helper.make_model(made, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
+
+
 def write(module: nn.Module, input: Tensor, path: Path) -> None:
     """``to_onnx`` into a file."""
-    onnx.save(to_onnx(module, input), str(path))
+    made = quantized_to_onnx(module, input) if isinstance(module, Int8Layer) else to_onnx(module, input)
+    onnx.save(made, str(path))

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from basisconv_kernels.core.problem import Conv2dProblem
 from bench import models
-from bench.harness import answers
+from bench.harness import answers, bits
 from bench.harness.answers import Answers
-from bench.harness.case import Case, Form
+from bench.harness.case import PLAIN, Case, Form
 from bench.harness.fused_layer import FusedLayer
 
 SEED = 20190412
@@ -89,6 +89,8 @@ def build(case: Case, folder: Path) -> Payload:
     if case.kind == "network":
         assert case.network is not None
         x, forms = models.network_forms(case.network, case.batch, generator)
+    elif case.op:
+        return _build_bits(case, folder, generator)
     elif case.kind == "linear":
         assert case.linear is not None
         x, forms = _linear_forms(case.linear, generator)
@@ -125,6 +127,31 @@ def build(case: Case, folder: Path) -> Payload:
         "dtype": str(x.dtype).removeprefix("torch."),
         "forms": list(case.forms),
     }
+    (folder / "payload.json").write_text(json.dumps(about))
+    return Payload(folder, found)
+
+
+def _build_bits(case: Case, folder: Path, generator: torch.Generator) -> Payload:
+    """The same for a binary, stacked or ternary layer; 8-bit engines get codes of the same input."""
+    x, forms = bits.forms_of(case, generator)
+    found: dict[Form, Answers] = {}
+    for form in case.forms:
+        module = forms[form].eval()
+        torch.save(module, folder / f"{form}.pt")
+        found[form] = bits.answers_of(case, form, module, forms["dense"], x)
+        if form in PLAIN:
+            _write_onnx(module, x, folder / f"{form}.onnx")
+    if isinstance(forms.get("int8"), bits.Int8Layer):
+        codes = bits.quantized(x)
+        np.save(folder / "codes.npy", codes.numpy())
+        steps = {"centre": bits.CENTRE, "output_step": forms["int8"].output_step}
+        (folder / "int8.json").write_text(json.dumps(steps))
+        _write_onnx(forms["int8"], codes, folder / "int8.onnx")
+    torch.save(x, folder / "input.pt")
+    np.save(folder / "input.npy", x.numpy())
+    np.save(folder / "filters.npy", forms["dense"].weight.detach().numpy())  # type: ignore[operator]
+    about = {"case": case.id, "kind": case.kind, "dtype": "float32", "forms": list(case.forms)}
+    about["padding"] = case.problem.padding[0]
     (folder / "payload.json").write_text(json.dumps(about))
     return Payload(folder, found)
 

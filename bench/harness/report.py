@@ -10,7 +10,7 @@ from bench.harness.case import Suite
 from bench.harness.engines import BASELINES
 from bench.harness.rows import Row
 from bench.harness.stats import paired_ratio, summarize
-from bench.harness.tables import bar, outcome_value, percent, reference_row, times
+from bench.harness.tables import bars, outcome_value, percent, reference_row, times
 from bench.harness.verdict import Outcome, is_ours, outcomes
 
 
@@ -94,7 +94,7 @@ def _memory_table(rows: Sequence[Row]) -> str:
 def _outcomes_table(found: Sequence[Outcome]) -> str:
     head = ["target", "case", "engine", "reached", "must", "stretch", "verdict", "note"]
     lines = [
-        [o.target.name, o.case or "all", o.engine, outcome_value(o), bar(o.target.must), bar(o.target.stretch),
+        [o.target.name, o.case or "all", o.engine, outcome_value(o), *bars(o.target),
          f"**{o.verdict}**" if o.verdict == "short" else o.verdict, o.note]
         for o in found
     ]  # fmt: skip

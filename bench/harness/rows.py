@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from basisconv_kernels.core.problem import Conv2dProblem
 from bench.harness.stats import Summary, summarize
 
 SCHEMA = 1
@@ -86,7 +85,7 @@ class Row:
         return json.dumps(data, ensure_ascii=False)
 
 
-def describe(problem: Conv2dProblem) -> dict[str, Any]:
+def describe(problem: Any) -> dict[str, Any]:
     """A problem as JSON: its fields, dtype by name, and its readable form."""
     data = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(problem).items()}
     data["dtype"] = str(problem.dtype).removeprefix("torch.")

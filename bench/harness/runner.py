@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from bench.harness import gate, payload, quiet, rows
+from bench.harness import bits, gate, payload, quiet, rows
 from bench.harness.case import Case, Form, Suite
 from bench.harness.engines import find, memory_environment
 from bench.harness.errors import EngineMissingError, WorkerDiedError
@@ -56,6 +56,8 @@ class _Entry:
 
 def _work_of(case: Case, form: Form, peaks: Peaks) -> dict[str, Any]:
     """Work and roofline; nothing for networks and training steps, whose work the model does not know."""
+    if case.op:
+        return bits.work_of(case, form)
     if case.kind == "linear" and case.linear is not None:
         found, dtype = linear_work(*case.linear), "float32"
     elif case.kind == "layer" and case.problem is not None:

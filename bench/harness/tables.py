@@ -8,7 +8,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from bench.harness.case import Suite
+from bench.harness.case import Suite, Target
 from bench.harness.engines import OURS
 from bench.harness.rows import Row
 from bench.harness.stats import Summary, paired_ratio, summarize
@@ -97,12 +97,16 @@ def outcome_value(outcome: Outcome) -> str:
         return "–"
     if outcome.target.statistic == "memory":
         return f"{outcome.value / 2**20:.2f} MiB"
+    if outcome.target.statistic == "rate":
+        return f"{outcome.value:.0f} GMAC/s"
     return times(outcome.spread) if outcome.spread else f"{outcome.value:.2f}×"
 
 
-def bar(value: float | None) -> str:
-    """A bar of a target, or a dash."""
-    return "–" if value is None else f"{value:g}×"
+def bars(target: Target) -> tuple[str, str]:
+    """Must and stretch of a target in its unit; a dash where there is none."""
+    unit = " GMAC/s" if target.statistic == "rate" else "×"
+    must, stretch = ("–" if value is None else f"{value:g}{unit}" for value in (target.must, target.stretch))
+    return must, stretch
 
 
 def outcome_table(outcomes: Sequence[Outcome], suite: Suite) -> Table:
@@ -116,7 +120,7 @@ def outcome_table(outcomes: Sequence[Outcome], suite: Suite) -> Table:
     table.add_column("note")
     for o in outcomes:
         table.add_row(
-            o.target.name, o.case or "all", o.engine, outcome_value(o), bar(o.target.must), bar(o.target.stretch),
+            o.target.name, o.case or "all", o.engine, outcome_value(o), *bars(o.target),
             Text(o.verdict, STYLES[o.verdict]), Text(o.note),
         )  # fmt: skip
     return table

@@ -84,6 +84,14 @@ def ratio(rows: Sequence[Row], case: str, engines: Sequence[str], target: Target
     return paired_ratio(rivals[0].samples, ours[0].samples), f"{rivals[0].engine} {rivals[0].layout}{lacking}"
 
 
+def rate(rows: Sequence[Row], case: str, engines: Sequence[str]) -> tuple[float | None, str]:
+    """10⁹ multiply-accumulates a second of the work that a case stands for, and who did it."""
+    ours = timed(rows, case, engines, "fused")
+    if not ours or "flops" not in ours[0].work:
+        return None, "no time of our own"
+    return ours[0].work["flops"] / 2 / summarize(ours[0].samples).median / 1e9, ours[0].detail
+
+
 def _selected(rows: Sequence[Row], suite: Suite, target: Target) -> list[str]:
     """Cases of the target that the rows speak about."""
     measured = {row.case for row in rows}
@@ -149,6 +157,9 @@ def _outcomes(rows: Sequence[Row], suite: Suite, target: Target, name: str, engi
     if target.statistic == "memory":
         made = [(case, *_memory(rows, case, engines)) for case in cases]
         return [Outcome(target, case, name, value, None, verdict, note) for case, verdict, value, note in made]
+    if target.statistic == "rate":
+        rates = [(case, *rate(rows, case, engines)) for case in cases]
+        return [Outcome(target, case, name, value, None, judge(value, target), note) for case, value, note in rates]
     if target.statistic == "share_of_predicted":
         if name != "ours":
             return []

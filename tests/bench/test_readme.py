@@ -10,12 +10,12 @@ import pytest
 
 pytest.importorskip("rich")
 
-from bench import basis_conv2d
+from bench import suites as all_suites
 from bench.harness import readme, rows
 from bench.harness.rows import Row
 
 ROOT = Path(__file__).parents[2]
-SUITES = basis_conv2d.suites()
+SUITES = all_suites.suites()
 
 
 @pytest.fixture

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench import basis_conv2d, models
+from bench import models, suites
 from bench.harness import engines
 from bench.harness.case import Suite
 from bench.harness.errors import UnknownNameError
 
-SUITES = basis_conv2d.suites()
+SUITES = suites.suites()
 
 
 @pytest.mark.parametrize("suite", SUITES.values(), ids=SUITES)
@@ -34,7 +34,8 @@ def test_the_layer_suites_hold_every_performance_case_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters", "macs"), [("resnet18", 11_689_512, 1.814e9), ("vgg16", 138_365_992 - 4_224, 15.47e9)]
+    ("name", "parameters", "macs"),
+    [("resnet18", 11_689_512, 1.814e9), ("vgg16", 138_365_992 - 4_224, 15.47e9), ("resnet50", 25_557_032, 4.089e9)],
 )
 def test_networks_are_the_published_ones(name: str, parameters: int, macs: float) -> None:
     with torch.device("meta"):
@@ -84,7 +85,7 @@ def test_a_converted_network_agrees_with_its_parts(monkeypatch: pytest.MonkeyPat
 
 def test_unknown_names_list_those_that_exist() -> None:
     with pytest.raises(UnknownNameError, match="no suite has the name 'C99'; there are C1, C2"):
-        basis_conv2d.find("C99")
+        suites.find("C99")
     with pytest.raises(UnknownNameError, match="no engine has the name 'x'; there are ours"):
         engines.find("x")
-    assert basis_conv2d.find("c10").name == "C10"
+    assert suites.find("c10").name == "C10"

@@ -1,0 +1,71 @@
+"""The one file that a run leaves: its folder, packed; and taking up an earlier one."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+import time
+from pathlib import Path
+
+from bench.gpu.journal import Journal
+
+EVERY = 20.0  # seconds between two packings while a run goes on
+LARGEST = 8 * 2**20  # bytes of one file that is packed; longer logs are cut at their head
+
+
+class Archive:
+    """``<out>/<name>.tar.gz`` of a folder. It is replaced as a whole, so a run that is ended keeps the one before."""
+
+    def __init__(self, folder: Path, out: Path, name: str):
+        self.folder, self.path = folder, out / f"{name}.tar.gz"
+        self._packed = 0.0
+
+    def now_and_then(self) -> None:
+        """Pack it if that was not done for a while."""
+        if time.time() - self._packed >= EVERY:
+            self.pack()
+
+    def pack(self) -> Path:
+        """Pack it now."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        beside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        with tarfile.open(beside, "w:gz") as packed:
+            for path in sorted(self.folder.rglob("*")):
+                if path.is_file():
+                    self._add(packed, path)
+        beside.replace(self.path)
+        self._packed = time.time()
+        return self.path
+
+    def _add(self, packed: tarfile.TarFile, path: Path) -> None:
+        about = tarfile.TarInfo(path.relative_to(self.folder).as_posix())
+        with path.open("rb") as file:
+            size = path.stat().st_size  # a log may grow meanwhile
+            file.seek(max(0, size - LARGEST))
+            about.size, about.mtime = min(size, LARGEST), int(path.stat().st_mtime)
+            packed.addfile(about, file)
+
+
+def take_up(archive: Path, folder: Path) -> int:
+    """Put the journals of an earlier archive into the folder of a run, before what is there; how many lines came.
+
+    Raises:
+        ValueError: it is no archive of such a run.
+    """
+    lines = 0
+    try:
+        with tarfile.open(archive, "r:gz") as packed:
+            for member in packed.getmembers():
+                if not member.isfile() or not member.name.endswith(".jsonl") or "/" in member.name:
+                    continue
+                source = packed.extractfile(member)
+                earlier = source.read() if source else b""
+                target = folder / member.name
+                now = target.read_bytes() if target.exists() else b""
+                if earlier.strip() and not now.startswith(earlier):
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    target.write_bytes(earlier.rstrip(b"\n") + b"\n" + now)
+                    lines += len(list(Journal(target).lines())) - now.count(b"\n")
+    except (tarfile.TarError, OSError) as error:
+        raise ValueError(f"{archive} is no archive of an earlier run: {error}") from None
+    return lines

@@ -1,0 +1,72 @@
+"""One small call of every GPU kernel, for ``compute-sanitizer``: ``python -m bench.gpu.small NAME``.
+
+Exit status 0 where the result is right, 3 where the call cannot run here (the last line says why).
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+SIZES: dict[str, Any] = {"N": 2, "C": 24, "H": 9, "W": 11, "Q": 16, "K": 40, "padding": (1, 1, 1, 1)}
+FLAGS: dict[str, Any] = {"channels_last": True, "bias": True, "residual": True, "activation": "relu"}
+
+
+def _basis(backend: str, gradients: bool = False, **changes: Any) -> None:
+    import torch
+
+    from basisconv_kernels import basis_conv2d, testing
+    from basisconv_kernels.core.problem import Conv2dProblem
+
+    sizes = {**SIZES, **FLAGS, "dtype": torch.bfloat16, "device": "cuda", **changes}
+    case = testing.Case("small", "", Conv2dProblem(**sizes))
+    kernel = functools.partial(basis_conv2d, backend=backend)
+    testing.check(case, kernel)
+    if gradients:
+        testing.check_gradients(case, kernel)
+
+
+def _tucker(backend: str) -> None:
+    import torch
+
+    from basisconv_kernels import testing, tucker_conv2d
+    from basisconv_kernels.core.problem import TuckerConv2dProblem
+
+    sizes = {**SIZES, **FLAGS, "dtype": torch.bfloat16, "device": "cuda", "rank_in": 16}
+    case = testing.TuckerCase("small", "", TuckerConv2dProblem(**sizes))
+    testing.check_tucker(case, functools.partial(tucker_conv2d, backend=backend))
+
+
+# The sm_90a kernel wants channels_last; NCHW is what sends a call to sm_80's on any device.
+CALLS: dict[str, Callable[[], None]] = {
+    "cuda": functools.partial(_basis, "cuda"),
+    "cuda_sm80": functools.partial(_basis, "cuda", channels_last=False),
+    "cuda_strided": functools.partial(_basis, "cuda", stride=(2, 2), Q=33),
+    "triton_descriptors": functools.partial(_basis, "triton"),
+    "triton_pointers": functools.partial(_basis, "triton", C=20, stride=(2, 1)),
+    "triton_gradients": functools.partial(_basis, "triton", gradients=True),
+    "tucker_cuda": functools.partial(_tucker, "cuda"),
+    "tucker_triton": functools.partial(_tucker, "triton"),
+}
+
+
+def main(name: str) -> int:
+    """Run one call."""
+    from basisconv_kernels import BackendUnavailable
+    from bench.gpu import facts
+
+    if (missing := facts.no_device()) is not None:
+        print(missing)
+        return 3
+    try:
+        CALLS[name]()
+    except BackendUnavailable as reason:
+        print(str(reason).replace("\n", " "))
+        return 3
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
