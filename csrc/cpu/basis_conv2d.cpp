@@ -1,9 +1,9 @@
 // basis_conv2d on the CPU: packing and the choice of variant. Compiled once per instruction set (BASISCONV_ISA).
 //
 // float32, bfloat16 and float16 tensors; arithmetic in float. With products of bfloat16 pairs (BASISCONV_PAIRS)
-// bfloat16 alone, the same tiles on slots of two channels. Input of any strides; result in channels_last or NCHW. Wins
-// over two convolutions because z stays in the cache, small Q fills whole registers, and 3x3 runs as Winograd. Test:
-// tests/ops/test_basis_conv2d.py. Bench: python -m bench run --suite C1.
+// bfloat16 alone, the same tiles on slots of two channels. Input of any strides; result in channels_last or NCHW.
+// Wins over two convolutions because z stays in the cache, small Q fills whole registers, and 3x3 runs as Winograd.
+// Test: tests/ops/test_basis_conv2d.py. Bench: python -m bench run --suite C1 --suite C3.
 #include "basis_conv2d.h"
 
 #include "basis_conv2d_direct.h"

@@ -240,6 +240,11 @@ struct Amx {
     for (int64_t i = 0; i < tiles * kSide * all_maps; i += kSide) {
       _mm256_store_si256(reinterpret_cast<__m256i*>(maps + i), Vec::to_bf16(Vec::load(z + i)));
     }
+    // Maps that only fill up a tile: an infinite input times a filter of zeros is NaN.
+    if (const int64_t real = w.Q / w.groups; real < pack.maps) {
+      for (int64_t i = 0; i < tiles * kSide * all_maps; i += pack.maps)
+        memset(maps + i + real, 0, (pack.maps - real) * sizeof(bf16));
+    }
     for (int64_t row = 0; row < rows; row++) {
       for (int64_t t = 0; t < row_tiles; t++) {
         const int64_t count = params.OW - t * kSide < kSide ? params.OW - t * kSide : kSide;

@@ -32,15 +32,16 @@ struct CpuPack {
   int32_t tile_width;      // winograd: F(2 x tile_width, 3x3), 2 or 4
   int64_t chunk;           // winograd: channel blocks transformed and multiplied at a time; fewer in a last one
   int64_t positions;
-  int64_t filters;                                       // in a filter block: vectors * width / lanes
-  int64_t filter_blocks;                                 // of one group
-  int64_t maps;                                          // of one group with padding: filter_blocks * filters
-  int64_t slots;                                         // places of z that one mixing group reads, `values` maps each
-  int64_t panels;                                        // of one mixing group
-  int64_t planar_rows;                                   // outputs in one tile of the second stage for NCHW
-  int64_t planar_panels;                                 // of one mixing group
-  int64_t group_size;                                    // packed filters of one group, values
-  int64_t filters_size, coefficients_size, planar_size;  // floats
+  int64_t filters;        // in a filter block: vectors * width / lanes
+  int64_t filter_blocks;  // of one group
+  int64_t maps;           // of one group with padding: filter_blocks * filters
+  int64_t slots;          // places of z that one mixing group reads, `values` maps each
+  int64_t panels;         // of one mixing group
+  int64_t planar_rows;    // outputs in one tile of the second stage for NCHW
+  int64_t planar_panels;  // of one mixing group
+  int64_t group_size;     // packed filters of one group, values
+  // Floats, whatever they hold.
+  int64_t filters_size, coefficients_size, planar_size;
 };
 
 // Winograd: floats from the start of a group's filters to those of one position, filter block and channel block.
@@ -65,9 +66,10 @@ struct CpuPlan {
   int64_t tiles;         // winograd: tiles in a pass
   int64_t tile_columns;  // winograd: tiles in a row
   bool fetches_filters;  // winograd: the first pixels of a filter block fetch the next one towards the core
-  bool in_place;      // read where the input lies, without a ring: operands as they are, channels_last, whole blocks;
-                      // direct: and no padding columns
-  int64_t ring_rows;  // padded input rows kept
+  // Read where the input lies, without a ring: operands as they are, channels_last, whole blocks; direct: and no
+  // padding columns, or pairs of more than one block.
+  bool in_place;
+  int64_t ring_rows;     // padded input rows kept
   int64_t ring_columns;  // pixels of one ring row and stride phase
   // Floats of scratch, each a multiple of 16: rows, z, z of one pixel block turned for NCHW, accumulators between
   // chunks, one pixel of zeros, transformed input tiles, products.
@@ -92,7 +94,7 @@ struct CpuPackHeader {
 };
 constexpr int64_t kCpuPackHeaderBytes = 128;
 // Counts up with every change of the layout or its size; programs that were traced with another one are refused.
-constexpr int64_t kCpuPackVersion = 4;
+constexpr int64_t kCpuPackVersion = 5;
 static_assert(sizeof(CpuPackHeader) <= kCpuPackHeaderBytes, "the header must fit in front of the floats");
 
 CpuPackHeader cpu_pack_header(const BasisConv2dWeights& weights, Isa isa);
