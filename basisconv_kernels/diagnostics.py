@@ -184,9 +184,7 @@ def explain(op: str, problem: Conv2dProblem, asked: str | None) -> dict[str, Any
         "asked": wished,
         "chosen": chosen,
         "isa": machine.isa() if chosen == "cpu" else None,
-        "candidates": {
-            c.name: list(against[c.name]) or ([c.only_asked] if c.only_asked and not wished else []) for c in candidates
-        },
+        "candidates": {c.name: list(against[c.name]) for c in candidates},
         "slower": slower,
         "tables": [str(table.path) for table in tuning.tables() if table.unused is None],
         "self_checks": checks_made,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from basisconv_kernels.core.layout import cast
+
 ESTIMATORS = ("identity", "clip", "approx_sign", "swish_sign")
 SWISH_BETA = 5.0
 
@@ -12,7 +14,7 @@ SWISH_BETA = 5.0
 def signs(values: Tensor) -> Tensor:
     """+1 where ``values >= 0``, which −0 is, else −1, NaN included; float32, or float64 for float64."""
     dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
-    return torch.where(values >= 0, 1.0, -1.0).to(dtype)
+    return cast(torch.where(values >= 0, 1.0, -1.0), dtype)
 
 
 def slope(values: Tensor, estimator: str) -> Tensor | None:

@@ -30,9 +30,16 @@ def memory_format(input: Tensor) -> torch.memory_format:
 def laid_out(maps: Tensor, layout: torch.memory_format) -> Tensor:
     """Dense ``maps`` in a layout, with strides that state it; not copied if they do.
 
-    ``contiguous`` alone leaves maps with one channel, or of one pixel, in the strides that they have.
+    ``contiguous`` alone leaves maps with one channel, or of one pixel, in the strides that they have. Nothing is called
+    that would change nothing: under torch.compile, torch 2.11 loses the gradients of a Function whose forward ends so.
     """
-    return maps.contiguous(memory_format=layout).to(memory_format=layout)
+    dense = maps if maps.is_contiguous(memory_format=layout) else maps.contiguous(memory_format=layout)
+    return dense if memory_format(dense) == layout else dense.to(memory_format=layout)
+
+
+def cast(maps: Tensor, dtype: torch.dtype) -> Tensor:
+    """``maps`` in a dtype; not even called for where it is theirs, see ``laid_out``."""
+    return maps if maps.dtype == dtype else maps.to(dtype)
 
 
 def symmetric(input: Tensor, padding: Quad) -> tuple[Tensor, Pair]:

@@ -33,7 +33,6 @@ class Candidate:
         backward: ``"module:function"`` of its gradients; None where they are the reference's.
         check: ``"module:function"``, problem → ``selfcheck.Check`` of what would run on a GPU; automatic choice on a
             CUDA device passes over a candidate whose check fails. None where there is nothing to check.
-        only_asked: why automatic choice never takes it, in words; empty where it may.
     """
 
     name: str
@@ -41,7 +40,6 @@ class Candidate:
     supports: Callable[[Any], Sequence[str]]
     backward: str | None = None
     check: str | None = None
-    only_asked: str = ""
 
 
 _NOTHING: Mapping[str, str] = MappingProxyType({})
@@ -111,7 +109,7 @@ def first(
         slower: {backend: by how much, in words} of those that automatic choice passes over, as from ``tuning.slower``;
             where all that can run are slower, none is passed over.
     """
-    able = [c for c in candidates if not against[c.name] and (c.name == asked if asked else not c.only_asked)]
+    able = [c for c in candidates if not against[c.name] and (c.name == asked if asked else True)]
     fast = [c for c in able if asked is not None or c.name not in slower]
     return next(iter(fast or able), None)
 
@@ -153,7 +151,7 @@ def select(
     if chosen is None:
         raise BackendUnavailable(_refusal(op, problem, asked, against))
     if asked is None:
-        why_not = {c.name: "; ".join(against[c.name]) or c.only_asked or slower.get(c.name) for c in candidates}
+        why_not = {c.name: "; ".join(against[c.name]) or slower.get(c.name) for c in candidates}
         passed = [f"{name}: {why}" for name, why in why_not.items() if why and name != chosen.name]
         log.once(f"{op} [{problem}] → {chosen.name}" + (f" (not {' | '.join(passed)})" if passed else ""))
     return chosen

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from basisconv_kernels.core.estimators import estimated, signs
+from basisconv_kernels.core.layout import cast
 
 
 class _Sign(torch.autograd.Function):
     @staticmethod
     def forward(latent: Tensor, estimator: str) -> Tensor:
-        return signs(latent).to(latent.dtype)
+        return cast(signs(latent), latent.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

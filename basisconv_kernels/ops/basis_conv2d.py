@@ -58,7 +58,7 @@ CANDIDATES = (
         "cuda",
         "basisconv_kernels.ops.basis_conv2d_native:forward",
         native.cuda_supports,
-        only_asked="not yet proven on a GPU: runs where it is asked for by name",
+        check="basisconv_kernels.ops.basis_conv2d_selfcheck:cuda",
     ),
     Candidate(
         "triton",

@@ -6,6 +6,10 @@ what it fetches from the second-level cache, where a convolution reads each inpu
 
     refill = (BM + filters of a tile) · R·S·C · bytes / BM
 
+Our CUDA kernels keep the halo of a tile in shared memory and so fetch each of its pixels once; the basis again for each
+tile, unless it stays there too. That of compute capability 9.0 feeds its matrix instructions through shared memory at
+16 clocks a step, which few filters do not cover. The other kernel runs at half the rate there.
+
 Two library kernels are the R×S convolution with tiles of 128 pixels × 256 filters and the 1×1 convolution, the maps
 between them written and read. Ours pads Q to a power of two and C to a block, computes Z anew for each chunk of outputs
 where it works in parts, and reaches a share of what the formulas say. Only the ratio of the two times matters; it
@@ -30,6 +34,11 @@ CACHE = 8000.0
 # Products without matrix instructions are not what Triton is good at.
 REACHED = {"half": 0.9, "tf32": 0.9, "float32": 0.5}
 LIBRARY_TILE = (128, 256)  # pixels × filters
+# The CUDA kernels: pixels of a tile, the share of the matrix rate of the device, and of what the formulas say.
+HOPPER_TILE, HOPPER_RATE = (16, 8), 1.0
+AMPERE_TILE, AMPERE_RATE = (8, 8), 0.5
+CUDA_REACHED = 0.7
+RESIDENT = 120 * 1024  # bytes of the basis that stay beside two halo tiles
 
 
 def two_kernels(p: Conv2dProblem, arithmetic: str) -> float:
@@ -67,6 +76,24 @@ def triton(p: Conv2dProblem, arithmetic: str) -> float:
     return max(max(products / OPERATIONS[arithmetic], fetched / CACHE) / REACHED[arithmetic], moved / MEMORY)
 
 
+def cuda(p: Conv2dProblem) -> float:
+    """Nanoseconds an output pixel of our CUDA kernel; groups are problems of their own, one after the other."""
+    Q, C, K = p.Q // p.groups, p.C // p.groups, p.K // p.groups
+    hopper = p.channels_last and C % 8 == 0 and Q <= 128 and not p.precise and p.groups == 1
+    (high, wide), rate = (HOPPER_TILE, HOPPER_RATE) if hopper else (AMPERE_TILE, AMPERE_RATE)
+    Q16, depth, outputs = 1 << max(4, (Q - 1).bit_length()), -(-C // 64) * 64, -(-K // 64) * 64
+    rows = (high - 1) * p.stride[0] + (p.R - 1) * p.dilation[0] + 1
+    columns = (wide - 1) * p.stride[1] + (p.S - 1) * p.dilation[1] + 1
+    basis = p.R * p.S * depth * Q16 * 2
+    again = 0 if hopper and basis <= RESIDENT else basis
+    fetched = (rows * columns * depth * 2 + again + Q16 * outputs * 2) / (high * wide)
+    feed = max(1.0, (16 + Q16 / 4) / (Q16 / 2)) if hopper else 1.0
+    products = 2 * (p.R * p.S * depth * feed + outputs) * Q16 / rate
+    moved = (C * p.stride[0] * p.stride[1] + K) * 2
+    longest = max(max(products / OPERATIONS["half"], fetched / CACHE) / CUDA_REACHED, moved / MEMORY)
+    return longest * p.groups
+
+
 def slower_than_plain(problem: Conv2dProblem) -> dict[str, str]:
     """{backend: by how much, in words} of those slower than plain PyTorch: as measured, else on a GPU as predicted."""
     return tuning.slower(OP, problem) if tuning.entries_for(OP, problem) else predicted_slower(problem)
@@ -79,11 +106,13 @@ def predicted_slower(p: Conv2dProblem) -> dict[str, str]:
     if p.device != "cuda" or p.dtype == torch.float64:
         return {}
     ours_in, theirs_in = (configs.arithmetic_of(dtype, p.precise) for dtype in (p.dtype, _library_dtype(p)))
-    ours, theirs = triton(p, ours_in), two_kernels(p, theirs_in)
-    if ours <= theirs:
-        return {}
-    words = f"predicted slower than two library kernels, {ours:.3f} ns an output pixel against {theirs:.3f} (a model)"
-    return {"triton": words}
+    theirs = two_kernels(p, theirs_in)
+    ours = {"triton": triton(p, ours_in), **({"cuda": cuda(p)} if _bytes(p) == 2 else {})}
+    return {
+        name: f"predicted slower than two library kernels, {ns:.3f} ns an output pixel against {theirs:.3f} (a model)"
+        for name, ns in ours.items()
+        if ns > theirs
+    }
 
 
 def _library_dtype(p: Conv2dProblem) -> torch.dtype:

@@ -36,6 +36,36 @@ def triton(problem: Conv2dProblem) -> Check:
     return Check(" ".join(words), functools.partial(against_reference, "triton", problem))
 
 
+def cuda(problem: Conv2dProblem) -> Check:
+    """The variant of the CUDA kernels: dtype, weights and geometry, which decide template and plan, and the layout.
+
+    The kernel for compute capability 9.0 takes channels_last alone, so the two layouts run different code.
+    """
+    Q, C = problem.Q // problem.groups, problem.C // problem.groups
+    K = problem.K // problem.groups
+    words = [
+        f"basis_conv2d cuda {dtype_name(problem.dtype)}",
+        *(["precise"] if problem.precise else []),
+        "channels_last" if problem.channels_last else "NCHW",
+        f"{problem.R}×{problem.S} stride {problem.stride[0]},{problem.stride[1]}",
+        *([f"dilation {problem.dilation[0]},{problem.dilation[1]}"] if problem.dilation != (1, 1) else []),
+        f"C≤{_power_of_two(C)} aligned to {min(C & -C, 8)}",
+        f"Q≤{_power_of_two(Q)} K≤{_power_of_two(K)}",
+        *(["compact"] if problem.groups > 1 else []),
+    ]
+    return Check(" ".join(words), functools.partial(against_reference, "cuda", problem))
+
+
+def _is_tf32(problem: Conv2dProblem) -> bool:
+    from basisconv_kernels.triton_kernels import configs
+
+    return configs.arithmetic_of(problem.dtype, problem.precise) == configs.TF32
+
+
+def _power_of_two(size: int) -> int:
+    return max(16, 1 << (size - 1).bit_length())
+
+
 def against_reference(backend: str, problem: Conv2dProblem) -> None:
     """Run the weights and the geometry of a problem at three sizes, each with another epilogue; once the gradients.
 
@@ -44,10 +74,9 @@ def against_reference(backend: str, problem: Conv2dProblem) -> None:
     """
     from basisconv_kernels import testing
     from basisconv_kernels.ops.basis_conv2d import basis_conv2d
-    from basisconv_kernels.triton_kernels import configs
 
     kernel = functools.partial(basis_conv2d, backend=backend)
-    tf32 = configs.arithmetic_of(problem.dtype, problem.precise) == configs.TF32
+    tf32 = problem.dtype == torch.float32 and _is_tf32(problem)
     cores = torch.cuda.get_device_properties(None).multi_processor_count if torch.cuda.is_available() else 1
     side = math.isqrt(PIXELS_A_CORE * cores) + 1
     # Odd sizes; even ones, which alone take the descriptor path at stride 2; pixels enough for the largest tile.

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from basisconv_kernels.core.checks import Pair, Quad
+from basisconv_kernels.core.layout import cast
 from basisconv_kernels.core.layout import laid_out as laid_out
 from basisconv_kernels.core.layout import memory_format as memory_format
 from basisconv_kernels.core.layout import symmetric as symmetric
@@ -108,7 +109,7 @@ def recombine(
         out = F.relu(out)
     elif activation == "relu6":
         out = F.relu6(out)
-    return laid_out(out.to(input.dtype), memory_format(input))
+    return laid_out(cast(out, input.dtype), memory_format(input))
 
 
 def sloped(grad_output: Tensor, output: Tensor | None, activation: str | None) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from basisconv_kernels.core.checks import Pair, Quad
 from basisconv_kernels.core.estimators import estimated, signs
-from basisconv_kernels.core.layout import laid_out, memory_format, symmetric
+from basisconv_kernels.core.layout import cast, laid_out, memory_format, symmetric
 from basisconv_kernels.core.packed import unpack_planes
 
 ROUTES = ("filters", "splits")
@@ -155,7 +155,7 @@ def forward(
         out = F.relu(out)
     elif settings.activation == "relu6":
         out = F.relu6(out)
-    return laid_out(out.to(settings.dtype), layout_of(input, settings))
+    return laid_out(cast(out, settings.dtype), layout_of(input, settings))
 
 
 def layout_of(input: Tensor, settings: Settings) -> torch.memory_format:

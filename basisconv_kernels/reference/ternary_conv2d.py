@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from basisconv_kernels.core.checks import Pair, Quad
-from basisconv_kernels.core.layout import laid_out, memory_format, symmetric
+from basisconv_kernels.core.layout import cast, laid_out, memory_format, symmetric
 from basisconv_kernels.core.packed import WORD_BITS
 from basisconv_kernels.core.packed import pack_planes as pack_bits
 from basisconv_kernels.core.packed import unpack_planes as unpack_bits
@@ -111,7 +111,7 @@ def forward(
         out = F.relu(out)
     elif activation == "relu6":
         out = F.relu6(out)
-    return laid_out(out.to(input.dtype), memory_format(input))
+    return laid_out(cast(out, input.dtype), memory_format(input))
 
 
 def scaled_weight(

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from basisconv_kernels.core.checks import Pair, Quad
-from basisconv_kernels.core.layout import laid_out, memory_format, symmetric
+from basisconv_kernels.core.layout import cast, laid_out, memory_format, symmetric
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -117,7 +117,7 @@ def _expand(
         out = F.relu(out)
     elif activation == "relu6":
         out = F.relu6(out)
-    return laid_out(out.to(input.dtype), memory_format(input))
+    return laid_out(cast(out, input.dtype), memory_format(input))
 
 
 def backward(

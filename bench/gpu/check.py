@@ -41,9 +41,8 @@ PHASES = (
     Phase("ops", ("tests/ops", "-m", "gpu and not full")),
     Phase("large", ("tests/gpu", "tests/triton", "tests/ops", "-m", "gpu and full", "--full")),
     Phase("elsewhere", ("tests", "-m", "gpu and not full")),
-    Phase("one library", ("tests/ops/test_basis_conv2d.py", "tests/ops/test_tucker_conv2d.py",
-                          "tests/packaging/test_cuda_build.py", "-m", "not gpu and not full")),
-)  # fmt: skip
+    Phase("one library", ("tests/ops", "tests/packaging/test_cuda_build.py", "-m", "not gpu and not full")),
+)
 
 
 # --- the library ------------------------------------------------------------------------------------------------------

@@ -11,25 +11,32 @@ import torch
 from basisconv_kernels import basis_conv2d, basis_conv2d_pack, testing
 from basisconv_kernels.core import registry
 from basisconv_kernels.core.problem import Conv2dProblem
-from basisconv_kernels.diagnostics import explain
 from basisconv_kernels.ops.basis_conv2d import CANDIDATES
 
 CUDA = next(candidate for candidate in CANDIDATES if candidate.name == "cuda")
 PROBLEM = Conv2dProblem(C=64, Q=16, K=64, N=2, H=9, W=11, dtype=torch.bfloat16, device="cuda", channels_last=True)
 
 
-def test_it_runs_only_where_it_is_asked_for():
-    nothing = dict.fromkeys((candidate.name for candidate in CANDIDATES), ())
-    assert registry.first(CANDIDATES, nothing, "cuda") is CUDA
-    against = {**nothing, "cpu": ("another device",), "triton": ("not here",)}
-    assert registry.first(CANDIDATES, against, None).name == "reference"
+def test_it_is_chosen_only_after_its_check():
+    check = registry.check_of(CUDA, PROBLEM)
+    assert check.variant == "basis_conv2d cuda bfloat16 channels_last 3×3 stride 1,1 C≤64 aligned to 8 Q≤16 K≤64"
+    assert registry.check_of(CUDA, replace(PROBLEM, device="cpu")) is None
 
 
-def test_explain_says_so(monkeypatch):
-    monkeypatch.setattr(registry, "absent", lambda backend: None)
-    monkeypatch.setattr(registry, "check_of", lambda candidate, problem: None)  # there is no device to ask
-    assert explain("basis_conv2d", PROBLEM, None)["candidates"]["cuda"] == [CUDA.only_asked]
-    assert explain("basis_conv2d", PROBLEM, "cuda")["candidates"]["cuda"] == []
+@pytest.mark.parametrize(
+    "changes",
+    [{"dtype": torch.float16}, {"channels_last": False}, {"stride": (2, 2)}, {"dilation": (2, 1)}, {"C": 60}, {"Q": 17},
+     {"precise": True}, {"groups": 2, "compact": True}, {"R": 5}, {"K": 65}],
+    ids=str,
+)  # fmt: skip
+def test_what_runs_other_code_or_another_plan_is_another_variant(changes):
+    variants = {registry.check_of(CUDA, problem).variant for problem in (PROBLEM, replace(PROBLEM, **changes))}
+    assert len(variants) == 2
+
+
+def test_size_of_the_maps_and_epilogue_are_no_variants():
+    other = replace(PROBLEM, N=7, H=30, W=31, bias=True, residual=True, activation="relu", padding=(1, 1, 1, 1))
+    assert registry.check_of(CUDA, other).variant == registry.check_of(CUDA, PROBLEM).variant
 
 
 @pytest.mark.parametrize(

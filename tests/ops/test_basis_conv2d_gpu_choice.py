@@ -29,6 +29,12 @@ def test_fusing_pays_where_the_maps_between_cost_much(sizes):
     assert model.slower_than_plain(problem(*sizes)) == {}
 
 
+def test_what_hoppers_kernel_does_not_take_is_predicted_slow_there():
+    assert "cuda" not in model.slower_than_plain(problem(128, 64, 128))
+    assert "cuda" in model.slower_than_plain(problem(128, 64, 128, channels_last=False))
+    assert model.cuda(problem(256, 129, 256)) > 2 * model.cuda(problem(256, 128, 256))
+
+
 @pytest.mark.parametrize(
     ("sizes", "flags"),
     [
@@ -39,8 +45,8 @@ def test_fusing_pays_where_the_maps_between_cost_much(sizes):
     ],
 )
 def test_what_is_predicted_slower_is_passed_over_and_said(sizes, flags):
-    (words,) = model.slower_than_plain(problem(*sizes, **flags)).values()
-    assert words.startswith("predicted slower than two library kernels, ")
+    slower = model.slower_than_plain(problem(*sizes, **flags))
+    assert slower["triton"].startswith("predicted slower than two library kernels, ")
 
 
 def test_the_model_says_nothing_off_the_gpu_and_where_something_was_measured(monkeypatch):
@@ -53,11 +59,12 @@ def test_the_model_says_nothing_off_the_gpu_and_where_something_was_measured(mon
 
 
 def test_more_work_is_never_predicted_to_take_less():
-    before = 0.0
+    before = both = (0.0, 0.0)
     for Q in (8, 16, 17, 32, 64, 100, 128, 256, 300, 700):
-        now = model.triton(problem(64, Q, 64), HALF)
-        assert now >= before
-        before = now
+        both = model.triton(problem(64, Q, 64), HALF), model.cuda(problem(64, Q, 64))
+        assert both >= before
+        assert both[1] >= before[1]
+        before = both
 
 
 # --- tiles ------------------------------------------------------------------------------------------------------------
@@ -190,9 +197,19 @@ def chosen(p):
     return registry.select(op.OP, op.CANDIDATES, p, None, op.slower_than_plain(p)).name
 
 
-def test_triton_is_chosen_after_its_check_and_explain_runs_none(gpu):
+NOBODY_LOOKED = {"cuda": selfcheck.NOT_YET, "triton": selfcheck.NOT_YET}
+
+
+def test_the_first_is_chosen_after_its_check_and_explain_runs_none(gpu):
     p = problem(64, 16, 64)
-    assert explained(p)["self_checks"] == {"triton": selfcheck.NOT_YET}
+    assert explained(p)["self_checks"] == NOBODY_LOOKED
+    assert chosen(p) == explained(p)["chosen"] == "cuda"
+    assert explained(p)["self_checks"] == {**NOBODY_LOOKED, "cuda": diagnostics.PASSED}
+
+
+def test_what_cuda_does_not_take_goes_to_triton(gpu, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    p = problem(64, 16, 64, dtype=torch.float32)
     assert chosen(p) == explained(p)["chosen"] == "triton"
     assert explained(p)["self_checks"] == {"triton": diagnostics.PASSED}
 
@@ -201,15 +218,16 @@ def test_a_failed_check_leads_to_plain_pytorch_and_explain_says_why(gpu):
     gpu.append("wrong")
     p = problem(64, 16, 64)
     assert chosen(p) == explained(p)["chosen"] == "reference"
-    assert "failed its self-check" in explained(p)["candidates"]["triton"][0]
+    for backend in ("cuda", "triton"):
+        assert "failed its self-check" in explained(p)["candidates"][backend][0]
 
 
 def test_what_should_be_slower_is_not_even_checked(gpu):
     gpu.append("wrong")
     p = problem(512, 256, 512)
     assert chosen(p) == explained(p)["chosen"] == "reference"
-    assert explained(p)["self_checks"] == {"triton": selfcheck.NOT_YET}
-    assert explained(p)["slower"]["triton"].startswith("predicted slower")
+    assert explained(p)["self_checks"] == NOBODY_LOOKED
+    assert set(explained(p)["slower"]) == {"cuda", "triton"}
 
 
 @pytest.mark.parametrize(
