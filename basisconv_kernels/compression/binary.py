@@ -137,7 +137,7 @@ def _inputs_of(
     target: nn.Module, layers: Sequence[ConvLayer], batches: Sequence[Any]
 ) -> dict[nn.Module, ChannelMoments]:
     """Mean and variance of the layers' inputs, channel by channel."""
-    seen = {layer.module: ChannelMoments(layer.shape[1]) for layer in layers}
+    seen: dict[nn.Module, ChannelMoments] = {layer.module: ChannelMoments(layer.shape[1]) for layer in layers}
 
     def watcher_for(moments: ChannelMoments) -> Callable[[Tensor, Tensor], None]:
         return lambda input, output: moments.add(input)
