@@ -125,7 +125,7 @@ def _surveyed(target: nn.Module, task: Task) -> tuple[list[ConvLayer], nn.Module
     def note(module: nn.Module, *_: Any) -> None:
         called.append(module)
 
-    kinds = (nn.Conv2d, *own_layers())
+    kinds: tuple[type[nn.Module], ...] = (nn.Conv2d, *own_layers())
     handles = [m.register_forward_pre_hook(note) for m in target.modules() if isinstance(m, kinds)]
     # The hooks are for this run alone: a layer with hooks of its own would be kept.
     try:

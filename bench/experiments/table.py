@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from basisconv_kernels import BasisConfig, BasisConv2d, PruneConfig, StackedBinaryConfig, TuckerConfig, compress
+from basisconv_kernels import BasisConfig, PruneConfig, StackedBinaryConfig, TuckerConfig, compress
 from bench.experiments.setting import EXAMPLE
 
 
@@ -68,13 +68,8 @@ class Experiment:
 
 def random_orthogonal(network: nn.Module) -> nn.Module:
     """Frozen random orthogonal bases of K/2 filters, but in the first convolution; nothing of the weights is kept."""
-    config = BasisConfig(fraction=0.5, keep_dense="never")
-    made, _ = compress(network, config, example_inputs=torch.randn(EXAMPLE), skip=["features.0"])
-    for layer in made.modules():
-        if isinstance(layer, BasisConv2d):
-            layer.basis = "random_orthogonal"
-            layer.reset_parameters()
-    return made
+    config = BasisConfig(fraction=0.5, keep_dense="never", basis="random_orthogonal")
+    return compress(network, config, example_inputs=torch.randn(EXAMPLE), skip=["features.0"])[0]
 
 
 SHORT: Any = {"epochs": 1, "lr": 0.02}  # what every network gets after its conversion, the dense twin too

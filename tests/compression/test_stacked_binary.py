@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from basisconv_kernels import (
-    BasisConfig,
     ArchitectureError,
+    BasisConfig,
     FileFormatError,
     StackedBinaryConfig,
     StackedBinaryConv2d,
