@@ -126,6 +126,21 @@ TABLE = (
         layerwise={"sparsity": 0.33, "bound": 0.01, "prune_epochs": 2, "epochs": 1, "max_steps": 100, "lr": 0.005},
     ),
     Experiment(
+        "vgg-layerwise-slow",
+        "the same at a tenth of the learning rate, since the larger one alone broke the bound",
+        "small-vgg",
+        "vgg-dense",
+        layerwise={
+            "sparsity": 0.33,
+            "bound": 0.01,
+            "prune_epochs": 2,
+            "epochs": 1,
+            "max_steps": 150,
+            "prune_lr": 0.001,
+            "lr": 0.001,
+        },
+    ),
+    Experiment(
         "vgg-stacked",
         "stacked binary filters: layers 100 times smaller or more",
         "small-vgg",
