@@ -17,8 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from basisconv_kernels.layers.basis_conv2d import BasisConv2d
+from basisconv_kernels.layers.ternary_conv2d import TernaryConv2d
+from basisconv_kernels.layers.tucker_conv2d import TuckerConv2d
 
 _RELU = {torch.relu, torch.relu_, F.relu, F.relu_}
+OWN = (BasisConv2d, TuckerConv2d, TernaryConv2d)  # layers that are called as they are
 _ADD = {operator.add, operator.iadd, torch.add}
 
 
@@ -63,7 +66,7 @@ def channels_last(images: Tensor) -> Tensor:
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, BasisConv2d) or super().is_leaf_module(module, name)
+        return isinstance(module, OWN) or super().is_leaf_module(module, name)
 
 
 @torch.no_grad()

@@ -42,14 +42,16 @@ def conclusions(results: dict[str, Any]) -> list[str]:
                 )
     images = results["data"]["test_images"]
     if results["verification"]["passed"]:
-        identical = all(level["verification"]["bit_identical"] for level in results["levels"])
+        files = [*results["levels"], *results["others"]]
+        identical = all(entry["verification"]["bit_identical"] for entry in files)
         said.append(
             f"Verified: a new process loaded the files and gave the same class for all {images:,} test images"
             + (", logits equal to the last bit" if identical else "")
         )
     else:
         problems = [f"{level['file']}: {level['verification'].get('error') or 'other predictions'}"
-                    for level in results["levels"] if not level["verification"]["passed"]]  # fmt: skip
+                    for level in (*results["levels"], *results["others"])
+                    if not level["verification"]["passed"]]  # fmt: skip
         said.append(f"VERIFICATION FAILED: {'; '.join(problems)}")
     seconds = {name: spent for name, spent in results["seconds"].items() if name != "total"}
     longest = sorted(seconds, key=lambda name: -seconds[name])[:4]
@@ -79,6 +81,17 @@ def _costs(results: dict[str, Any]) -> Table:
             f"{100 * after:.2f} %",
             f"{100 * (after - dense['accuracy']):+.2f}",
         )
+    for other in results["others"]:
+        table.add_row(
+            other["name"],
+            "",
+            _millions(other["macs"]) if other["multiplies"] else "additions",
+            _millions(other["parameters"]),
+            f"{other['file_bytes'] / 1e3:.0f}",
+            f"{100 * other['accuracy_before']:.2f} %",
+            f"{100 * other['accuracy']:.2f} %",
+            f"{100 * (other['accuracy'] - dense['accuracy']):+.2f}",
+        )
     return table
 
 
@@ -86,13 +99,17 @@ def _times(results: dict[str, Any]) -> Table:
     batches = [str(batch) for batch in results["timing"]["batches"]]
     columns = [f"{what}batch {b}" for b in batches for what in ("ms/image, ", "speed, ")]
     table = _table("Time: median [quartiles]", ("network", *columns, "by MACs"))
-    dense = results["dense"]["ms_per_image"]
+    dense, dense_macs = results["dense"]["ms_per_image"], results["dense"]["macs"]
     table.add_row("dense", *(cell for b in batches for cell in (_spread(dense[b]), "1")), "1")
     for level in results["levels"]:
         for form, name in FORM_NAMES.items():
             one = level[form]
             cells = [cell for b in batches for cell in (_spread(one["ms_per_image"][b]), _ratio(one["speed_up"][b]))]
             table.add_row(f"energy {level['energy']:g} {name}", *cells, f"{level['theoretical_speed_up']:.2f}×")
+    for other in results["others"]:
+        cells = [cell for b in batches for cell in (_spread(other["ms_per_image"][b]), _ratio(other["speed_up"][b]))]
+        by_macs = f"{dense_macs / other['macs']:.2f}×" if other["multiplies"] else ""
+        table.add_row(other["name"], *cells, by_macs)
     return table
 
 
