@@ -12,6 +12,7 @@ from basisconv_kernels.compression.fold import fold_batchnorm
 from basisconv_kernels.compression.model import compress, to_plain
 from basisconv_kernels.compression.prune_config import PruneConfig
 from basisconv_kernels.compression.report import CompressionReport, LayerReport
+from basisconv_kernels.compression.search import SearchReport, search
 from basisconv_kernels.compression.stacked_binary import StackedBinaryConfig, freeze_bits
 from basisconv_kernels.compression.ternary import train_layerwise
 from basisconv_kernels.compression.ternary_config import TernaryConfig
@@ -57,6 +58,7 @@ __all__ = [
     "PackedMaxPool2d",
     "PackedTensor",
     "PruneConfig",
+    "SearchReport",
     "Sensitivity",
     "StackedBinaryConfig",
     "StackedBinaryConv2d",
@@ -88,6 +90,7 @@ __all__ = [
     "packed_max_pool2d",
     "read_recipe",
     "save",
+    "search",
     "stacked_binary_conv2d",
     "stacked_binary_conv2d_form",
     "stacked_binary_conv2d_pack",

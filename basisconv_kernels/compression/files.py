@@ -22,6 +22,7 @@ from basisconv_kernels.compression import (
     recipe_stacked,  # noqa: F401  (and one more)
     recipe_ternary,  # noqa: F401
 )
+from basisconv_kernels.compression.narrow import narrowed
 from basisconv_kernels.compression.recipe import Recipe
 from basisconv_kernels.compression.recipe_network import Network, describe, refuse_difference, refuse_empty, some
 from basisconv_kernels.compression.restructure import Transaction, find, new_graphs, new_layers, same_bits
@@ -74,7 +75,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     write_atomically(path, content)
 
 
-def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
+def load(path: str | os.PathLike[str], model: nn.Module, *, pruned: bool = False) -> nn.Module:
     """Give a network the structure and the state in a file that ``save`` wrote.
 
     Everything is read and checked first. On success ``model`` is changed in place; on any error its modules, tensors
@@ -85,10 +86,12 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         path: of the file.
         model (Module): freshly built, of the architecture that was compressed, in the dtype that was saved; or already
             of the file's structure.
+        pruned (bool): the file may have fewer channels than the model, as ``PruneConfig`` leaves it. The result is then
+            a new module, and ``model`` is not changed.
 
     Returns:
-        Module: ``model`` itself, unless the whole network is one replaced module: a convolution alone, or a network
-        that ``fold_batchnorm`` traced as a whole. Then it is a new module, and ``model`` is not changed.
+        Module: ``model`` itself, unless ``pruned``, or the whole network is one replaced module: a convolution alone,
+        or a network that ``fold_batchnorm`` traced as a whole. Then it is a new module, and ``model`` is not changed.
 
     Raises:
         FileFormatError: the file is truncated, edited, foreign or of a newer version; names file and problem.
@@ -102,6 +105,8 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     source = f"load: {os.fspath(path)}"
     stored = _decode(Path(path).read_bytes(), source)
     _refuse_unwritable(model)
+    if pruned:
+        model = narrowed(model, stored, source)
     layers, graphs = new_layers(stored, model, source), new_graphs(stored, model, source)
     target = copy.deepcopy(model) if any("" in graph.names for graph, _ in graphs) else model
     with Transaction() as transaction:

@@ -2,47 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
-import math
-import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from basisconv_kernels.compression.basis import orthogonality_loss
+from basisconv_kernels.compression.distributed import reshard, sharded
+from basisconv_kernels.compression.finetune_parts import EpochRecord, reporter
+from basisconv_kernels.compression.finetune_run import Run, check_orthogonality
 from basisconv_kernels.layers.basis_conv2d import BasisConv2d
 from basisconv_kernels.layers.tucker_conv2d import TuckerConv2d
 
 TRAINED = ("all", "coefficients_and_norm")
-
-
-@dataclass(frozen=True)
-class EpochRecord:
-    """One epoch of ``finetune``; also what a progress function gets after every step, for the epoch so far.
-
-    Attributes:
-        epoch: from 1.
-        steps: optimiser steps in this epoch.
-        loss: mean over the samples of loss_function alone.
-        orthogonality: mean over the samples of the orthogonality loss, unweighted; 0 where it has no weight.
-        accuracy: share of the samples, in training mode, whose largest logit is the target; None where the targets are
-            no class numbers.
-        learning_rate: of the first parameter group, at the last step.
-        seconds: since the epoch began.
-    """
-
-    epoch: int
-    steps: int
-    loss: float
-    orthogonality: float
-    accuracy: float | None
-    learning_rate: float
-    seconds: float
 
 
 def trainable_parameters(model: nn.Module, what: str = "all") -> list[nn.Parameter]:
@@ -90,6 +64,12 @@ def finetune(
     progress: bool | Callable[[EpochRecord], None] = True,
     max_steps: int | None = None,
     device: torch.device | str | None = None,
+    validate: Callable[[nn.Module], float] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    save_every: float = 60.0,
+    seed: int | None = None,
+    autocast: torch.dtype | None = None,
+    compiled: bool = False,
 ) -> list[EpochRecord]:
     """Train a network in place.
 
@@ -112,12 +92,29 @@ def finetune(
             ``EpochRecord`` after every step.
         max_steps (int, optional): stop after so many steps over all epochs.
         device (optional): where to train; the network is moved there. Default: where its first parameter is.
+        validate (function, optional): network in eval mode → a number, larger is better, on a validation split; called
+            after each epoch. At the end the network is that of the best epoch, of equals the first.
+        checkpoint (path, optional): a file that holds the whole run; one that was killed goes on from it, to the same
+            result bit by bit on the same machine. Written after each epoch, and within one every ``save_every`` seconds
+            (not by several processes). It must be of the same configuration.
+        save_every (float): seconds.
+        seed (int, optional): before each epoch PyTorch's and Python's random numbers, and the ``generator`` of the
+            loader, are set by it, so that a DataLoader with ``shuffle=True`` and dropout give the same in every run;
+            the caller's come back afterwards. Default: 0 with a checkpoint, else nothing is set.
+        autocast (dtype, optional): mixed precision, bfloat16 or float16; the latter with a scaled loss.
+        compiled (bool): run the network through ``torch.compile``.
+
+    The network may be wrapped in ``DistributedDataParallel``: run the same script under ``torchrun``. ``validate`` then
+    gets the network inside and the mean of all processes counts, the first process writes the checkpoint, and a
+    ``DistributedSampler`` is told the epoch. ``fully_shard`` works without a checkpoint.
 
     Returns:
         list of EpochRecord: one an epoch, an epoch cut short by ``max_steps`` included.
 
     Raises:
         TypeError: ``model`` is no Module.
+        ArchitectureError: the checkpoint is of another configuration or network.
+        FileFormatError: the checkpoint is damaged.
         ValueError: arguments that do not fit, an empty loader, or an orthogonality weight without a trained basis.
         FloatingPointError: the loss is no longer a finite number.
 
@@ -131,53 +128,43 @@ def finetune(
         [3, 3]
     """
     _check_arguments(model, epochs, scheduler_step, orthogonality, max_steps)
+    reshard(model)
+    if checkpoint is not None and sharded(model):
+        raise ValueError(
+            "finetune: a checkpoint would hold one process's part of a sharded network alone; save such a network with "
+            "torch.distributed.checkpoint, or train it without checkpoint"
+        )
     if device is not None:
         model.to(device)
-    place = next(model.parameters()).device
     if optimizer is None:
         optimizer = torch.optim.SGD(trainable_parameters(model, train), lr=lr, momentum=0.9, weight_decay=5e-4)
     if orthogonality:
-        _check_orthogonality(model, optimizer)
+        check_orthogonality(model, optimizer)
     if scheduler is not None and not hasattr(scheduler, "step"):
         scheduler = scheduler(optimizer)
-    loss_of = loss_function or nn.CrossEntropyLoss()
-    history: list[EpochRecord] = []
-    left = math.inf if max_steps is None else max_steps
-    with _training(model, optimizer), _reporter(progress, epochs, loader, max_steps) as report:
-        for epoch in range(1, epochs + 1):
-            tally = _Tally(epoch)
-            for inputs, targets in loader:
-                if tally.steps >= left:
-                    break
-                inputs, targets = _moved(inputs, place), _moved(targets, place)
-                optimizer.zero_grad(set_to_none=True)
-                outputs = model(inputs)
-                loss = loss_of(outputs, targets)
-                extra = orthogonality_loss(model) if orthogonality else torch.zeros(())
-                total = loss + orthogonality * extra if orthogonality else loss
-                if not math.isfinite(float(total.detach())):
-                    raise FloatingPointError(
-                        f"finetune: the loss is {float(total.detach())} at step {tally.steps + 1} of epoch {epoch}; "
-                        "lower the learning rate, and look for NaN in the data"
-                    )
-                total.backward()
-                rate = float(optimizer.param_groups[0]["lr"])
-                optimizer.step()
-                if scheduler is not None and scheduler_step == "step":
-                    scheduler.step()
-                tally.add(outputs, targets, float(loss.detach()), float(extra.detach()), rate)
-                report(tally.record())
-            if tally.steps == 0:
-                if epoch == 1:
-                    raise ValueError("finetune: the loader gave no batch, or max_steps is 0")
-                break
-            left -= tally.steps
-            history.append(tally.record())
-            if scheduler is not None and scheduler_step == "epoch":
-                scheduler.step()
-            if left <= 0:
-                break
-    return history
+    settings = {
+        "epochs": epochs,
+        "max_steps": max_steps,
+        "orthogonality": orthogonality,
+        "scheduler_step": scheduler_step,
+        "seed": 0 if seed is None and checkpoint is not None else seed,
+        "autocast": None if autocast is None else str(autocast).removeprefix("torch."),
+    }
+    with reporter(progress, epochs, loader, max_steps) as report:
+        run = Run(
+            model,
+            loader,
+            optimizer,
+            scheduler,
+            loss_function or nn.CrossEntropyLoss(),
+            settings,
+            validate=validate,
+            checkpoint=checkpoint,
+            save_every=save_every,
+            compiled=compiled,
+            report=report,
+        )
+        return run.go()
 
 
 def _check_arguments(
@@ -195,101 +182,3 @@ def _check_arguments(
         raise ValueError(f"finetune: orthogonality must not be negative, got {orthogonality}")
     if next(model.parameters(), None) is None:
         raise ValueError("finetune: the network has no parameters")
-
-
-def _held(optimizer: torch.optim.Optimizer) -> set[int]:
-    return {id(p) for group in optimizer.param_groups for p in group["params"]}
-
-
-def _check_orthogonality(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Refuse a loss that would train nothing."""
-    orthogonality_loss(model)  # raises where no basis is a parameter
-    held = _held(optimizer)
-    if not any(id(m.basis_weight) in held for m in model.modules() if isinstance(m, BasisConv2d)):
-        raise ValueError(
-            "finetune: orthogonality has a weight, but the optimiser holds no basis, so it would train nothing; "
-            "use train='all', or give the optimiser the basis_weight of the layers"
-        )
-
-
-@contextlib.contextmanager
-def _training(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Training mode, gradients for what the optimiser holds only; all flags come back."""
-    held = _held(optimizer)
-    idle = [p for p in model.parameters() if p.requires_grad and id(p) not in held]
-    flags = [(module, module.training) for module in model.modules()]
-    model.train()
-    for parameter in idle:
-        parameter.requires_grad_(False)
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        for parameter in idle:
-            parameter.requires_grad_(True)
-        for module, flag in flags:
-            module.training = flag
-            if isinstance(module, BasisConv2d):
-                module.repack()  # an optimiser may have written through .data
-
-
-class _Tally:
-    """Running means of one epoch."""
-
-    def __init__(self, epoch: int) -> None:
-        self.epoch, self.steps, self.samples, self.labelled = epoch, 0, 0, 0
-        self.loss = self.extra = self.rate = 0.0
-        self.right = 0
-        self.start = time.perf_counter()
-
-    def add(self, outputs: Any, targets: Any, loss: float, extra: float, rate: float) -> None:
-        size = len(targets) if isinstance(targets, Tensor) and targets.dim() else 1
-        self.steps += 1
-        self.samples += size
-        self.loss += loss * size
-        self.extra += extra * size
-        self.rate = rate
-        classes = isinstance(outputs, Tensor) and outputs.dim() == 2 and isinstance(targets, Tensor)
-        if classes and targets.dim() == 1 and not targets.is_floating_point():
-            self.right += int((outputs.detach().argmax(1) == targets).sum())
-            self.labelled += size
-
-    def record(self) -> EpochRecord:
-        samples = max(1, self.samples)
-        accuracy = self.right / self.labelled if self.labelled else None
-        seconds = time.perf_counter() - self.start
-        return EpochRecord(
-            self.epoch, self.steps, self.loss / samples, self.extra / samples, accuracy, self.rate, seconds
-        )
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    return value.to(device, non_blocking=True) if hasattr(value, "to") else value
-
-
-@contextlib.contextmanager
-def _reporter(
-    progress: bool | Callable[[EpochRecord], None], epochs: int, loader: Any, max_steps: int | None
-) -> Iterator[Callable[[EpochRecord], None]]:
-    """A function to call after every step: the user's, a bar's, or one that does nothing."""
-    if callable(progress):
-        yield progress
-        return
-    if not progress or importlib.util.find_spec("rich") is None:
-        yield lambda record: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    total = epochs * len(loader) if hasattr(loader, "__len__") else None
-    if max_steps is not None:
-        total = min(total, max_steps) if total is not None else max_steps
-    with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task("fine-tuning", total=total)
-
-        def advance(record: EpochRecord) -> None:
-            right = "" if record.accuracy is None else f", accuracy {100 * record.accuracy:.2f} %"
-            bar.update(task, advance=1, description=f"epoch {record.epoch}/{epochs}, loss {record.loss:.4f}{right}")
-
-        yield advance

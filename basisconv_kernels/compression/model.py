@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from basisconv_kernels.compression import basis_method, prune, ternary, tucker  # noqa: F401  (they register)
 from basisconv_kernels.compression.binary import BinaryConfig
 from basisconv_kernels.compression.config import BasisConfig
+from basisconv_kernels.compression.facts import Before, accuracy_of, complete, first_inputs
 from basisconv_kernels.compression.fold import separate_residuals
 from basisconv_kernels.compression.methods import FilterFunction, Task, method_of, own_layers
 from basisconv_kernels.compression.names import resolve
@@ -38,6 +40,8 @@ def compress(
     only: Iterable[str] = (),
     skip: Iterable[str] = (),
     inplace: bool = False,
+    measure: bool = False,
+    evaluate: Callable[[nn.Module], float] | None = None,
 ) -> tuple[nn.Module, CompressionReport]:
     """Replace convolutions of a network by cheaper ones, as ``config`` says.
 
@@ -70,6 +74,8 @@ def compress(
         skip (iterable of str): names of the same kind to leave out.
         inplace (bool): change ``model`` itself instead of a deep copy. Where ``model`` is itself a convolution, the
             result is a new module either way.
+        measure (bool): time every layer that was changed, before and after, at the shapes of the example inputs.
+        evaluate (function, optional): network in eval mode → accuracy; called before and after, for the report.
 
     Returns:
         (Module, CompressionReport): the network, and for every convolution what was done and why; of several steps the
@@ -108,12 +114,19 @@ def compress(
     if any(is_lazy(p) for p in target.parameters()):
         with evaluating(target):
             run(target, example_inputs)  # which gives them their sizes
+    convs = [layer.name for layer in convolutions(target)]
+    before = Before(target, convs, measure)
+    if measure:
+        before.inputs = first_inputs(target, convs, example_inputs)
+    accuracy = accuracy_of(target, evaluate)
     reports = []
     for each, named in steps:
-        before = network_parameters(target)
+        count = network_parameters(target)
         target, rows = method_of(each).convert(target, each, task if named is None else task.narrowed(named))
-        reports.append(CompressionReport(str(each), rows, before, network_parameters(target)))
-    return target, reports[0] if len(reports) == 1 else CompressionReport.joined(reports)
+        reports.append(CompressionReport(str(each), rows, count, network_parameters(target)))
+    report = reports[0] if len(reports) == 1 else CompressionReport.joined(reports)
+    report = complete(report, before, target, example_inputs, measure)
+    return target, replace(report, accuracy_before=accuracy, accuracy_after=accuracy_of(target, evaluate))
 
 
 def _listed(config: Any) -> list[Any]:

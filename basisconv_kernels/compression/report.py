@@ -33,6 +33,9 @@ class LayerReport:
             replaced layer; None where not measured.
         rank_in: of a TuckerConv2d, else None.
         channels_after: (K, C) that pruning left, None where it removed nothing.
+        method: class of the layer that is there now, ``"pruned"`` for an ordinary one with fewer channels, empty where
+            nothing was changed.
+        bytes_before, bytes_after: of the layer's tensors in a model file, binary and ternary layers packed.
     """
 
     name: str
@@ -55,6 +58,9 @@ class LayerReport:
     basis_ms: float | None = None
     rank_in: int | None = None
     channels_after: tuple[int, int] | None = None
+    method: str = ""
+    bytes_before: int | None = None
+    bytes_after: int | None = None
 
     @property
     def replaced(self) -> bool:
@@ -74,6 +80,7 @@ class CompressionReport:
         rule: the configuration, in words.
         layers: in the order of the network's modules.
         steps: where there were several, the report of each; ``layers`` tell then what all of them did together.
+        accuracy_before, accuracy_after: what ``evaluate`` gave; None without one.
     """
 
     rule: str
@@ -81,6 +88,8 @@ class CompressionReport:
     network_parameters_before: int
     network_parameters_after: int
     steps: tuple[CompressionReport, ...] = ()
+    accuracy_before: float | None = None
+    accuracy_after: float | None = None
 
     @classmethod
     def joined(cls, steps: Sequence[CompressionReport]) -> CompressionReport:
@@ -142,23 +151,45 @@ class CompressionReport:
         """ΣQ of the replaced and ΣK of the other layers."""
         return sum(layer.basis_channels or (layer.channels_after or (layer.K,))[0] for layer in self.layers)
 
+    @property
+    def bytes_before(self) -> int:
+        """Of the convolutions' tensors in a model file."""
+        return sum(layer.bytes_before or 0 for layer in self.layers)
+
+    @property
+    def bytes_after(self) -> int:
+        """Of what stands in their place."""
+        return sum(layer.bytes_after or 0 for layer in self.layers)
+
     def totals(self) -> dict[str, int]:
         """The sums, by name."""
-        names = ("macs", "flops", "parameters", "filters", "network_parameters")
+        names = ("macs", "flops", "parameters", "filters", "network_parameters", "bytes")
         return {f"{name}_{when}": getattr(self, f"{name}_{when}") for name in names for when in ("before", "after")}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionaries, lists, strings and numbers."""
-        own = {"rule": self.rule, "totals": self.totals(), "layers": [asdict(layer) for layer in self.layers]}
+        own: dict[str, Any] = {
+            "rule": self.rule,
+            "totals": self.totals(),
+            "layers": [asdict(layer) for layer in self.layers],
+        }
+        if self.accuracy_before is not None:
+            own |= {"accuracy_before": self.accuracy_before, "accuracy_after": self.accuracy_after}
         return own | ({"steps": [step.to_dict() for step in self.steps]} if self.steps else {})
 
     def to_json(self, indent: int | None = 2) -> str:
         """``to_dict`` as JSON."""
         return json.dumps(self.to_dict(), indent=indent, ensure_ascii=False)
 
+    def to_html(self, title: str = "Compression report") -> str:
+        """One page with everything inside: totals, plots by layer, the table; no scripts, nothing fetched."""
+        from basisconv_kernels.compression.report_page import page  # which reads the classes of this file
+
+        return page(self, title)
+
     def to_table(self, width: int = 160) -> str:
         """A table for people: drawn by rich where it is installed, else columns of plain text."""
-        rows = [_row(layer) for layer in self.layers]
+        rows = [row_of(layer) for layer in self.layers]
         body = _rich_table(rows, width) if importlib.util.find_spec("rich") else _plain_table(rows)
         return f"{body}\n{self.summary()}"
 
@@ -167,7 +198,7 @@ class CompressionReport:
         return f", {count} pruned" if count else ""
 
     def summary(self) -> str:
-        """The totals in two lines."""
+        """The totals in a few lines."""
         return (
             f"{len(self.replaced)} of {len(self.layers)} convolutions replaced{self._pruned()}; filters "
             f"{self.filters_before} → {self.filters_after}; MACs an image {_short(self.macs_before)} → "
@@ -176,7 +207,17 @@ class CompressionReport:
             f"({_change(self.parameters_before, self.parameters_after)}), of the network "
             f"{_short(self.network_parameters_before)} → {_short(self.network_parameters_after)} "
             f"({_change(self.network_parameters_before, self.network_parameters_after)})"
+            f"{self._bytes_and_accuracy()}"
         )
+
+    def _bytes_and_accuracy(self) -> str:
+        text = ""
+        if self.bytes_before:
+            change = _change(self.bytes_before, self.bytes_after)
+            text += f"\nbytes of the convolutions {_short(self.bytes_before)} → {_short(self.bytes_after)} ({change})"
+        if self.accuracy_before is not None and self.accuracy_after is not None:
+            text += f"\naccuracy {self.accuracy_before:.4f} → {self.accuracy_after:.4f}"
+        return text
 
 
 def _joined(earlier: LayerReport, later: LayerReport) -> LayerReport:
@@ -218,10 +259,13 @@ class FoldReport:
         return asdict(self)
 
 
-_COLUMNS = ("layer", "C→K R×S", "Q", "Q*", "energy", "error", "MACs", "parameters", "ms", "verdict")
+COLUMNS = (
+    "layer", "C→K R×S", "method", "Q", "Q*", "energy", "error", "MACs", "parameters", "bytes", "ms", "verdict",
+)  # fmt: skip
 
 
-def _row(layer: LayerReport) -> tuple[str, ...]:
+def row_of(layer: LayerReport) -> tuple[str, ...]:
+    """The cells of ``COLUMNS``."""
     shape = f"{layer.C}→{layer.K} {layer.R}×{layer.S}" + (f" /{layer.groups}" if layer.groups > 1 else "")
     changed = layer.verdict != "kept"
     if layer.channels_after is not None:
@@ -229,20 +273,24 @@ def _row(layer: LayerReport) -> tuple[str, ...]:
     return (
         layer.name or "(the model itself)",
         shape,
+        layer.method,
         "" if layer.basis_channels is None else "·".join(str(r) for r in (layer.rank_in, layer.basis_channels) if r),
         f"{layer.break_even:.1f}",
         "" if layer.energy_kept is None else f"{layer.energy_kept:.3f}",
         "" if layer.relative_error is None else f"{layer.relative_error:.3f}",
         _short(layer.macs_before) + (f" → {_short(layer.macs_after)}" if changed else ""),
         _short(layer.parameters_before) + (f" → {_short(layer.parameters_after)}" if changed else ""),
+        ""
+        if layer.bytes_before is None or layer.bytes_after is None
+        else _short(layer.bytes_before) + (f" → {_short(layer.bytes_after)}" if changed else ""),
         "" if layer.dense_ms is None or layer.basis_ms is None else f"{layer.dense_ms:.3f} → {layer.basis_ms:.3f}",
         layer.verdict + (f": {layer.reason}" if layer.reason else ""),
     )
 
 
 def _plain_table(rows: list[tuple[str, ...]]) -> str:
-    table = [_COLUMNS, *rows]
-    widths = [max(len(row[column]) for row in table) for column in range(len(_COLUMNS))]
+    table = [COLUMNS, *rows]
+    widths = [max(len(row[column]) for row in table) for column in range(len(COLUMNS))]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in table)
 
 
@@ -251,7 +299,7 @@ def _rich_table(rows: list[tuple[str, ...]], width: int) -> str:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(*_COLUMNS, box=box.SIMPLE)
+    table = Table(*COLUMNS, box=box.SIMPLE)
     for row in rows:
         table.add_row(*row)
     console = Console(file=io.StringIO(), width=width, markup=False, highlight=False)

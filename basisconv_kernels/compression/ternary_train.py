@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from basisconv_kernels.compression import epochs
 from basisconv_kernels.compression.ternary_config import TernaryConfig
 from basisconv_kernels.compression.ternary_state import Position
 from basisconv_kernels.layers.ternary import TernaryLayer
@@ -71,18 +71,18 @@ class Trainer:
             p = self.parameters[name]
             self.optimizer.state[p]["momentum_buffer"] = buffer.to(p.device, copy=True)
 
-    def run(self, position: Position, epochs: int, random_state: Tensor | None) -> None:
+    def run(self, position: Position, count: int, random_state: Tensor | None) -> None:
         """Do the epochs of the stage that ``position`` has not done; it moves on with every step.
 
         Args:
             position: changed in place.
-            epochs: of the stage.
+            count: epochs of the stage.
             random_state: of PyTorch's generator at ``position``, where that lies within an epoch.
         """
         place = next(self.model.parameters()).device
         with self._training():
             last = time.monotonic()
-            while position.epoch < epochs:
+            while position.epoch < count:
                 batches: Iterator[Any] = iter(self._batches(position))
                 for _ in itertools.islice(batches, position.step):
                     pass  # done before the run was interrupted
@@ -106,15 +106,8 @@ class Trainer:
 
     def _batches(self, position: Position) -> Iterable[Any]:
         """One epoch of the loader, whose order depends on the seed and the position alone."""
-        seed = (self.config.seed * 1_000_003 + (position.stage + 1) * 1_009 + position.epoch) % 2**31
-        torch.manual_seed(seed)
-        random.seed(seed)
-        loader: Any = self.config.loader
-        if callable(loader):
-            return loader(seed)
-        if isinstance(getattr(loader, "generator", None), torch.Generator):
-            loader.generator.manual_seed(seed)
-        return loader
+        seed = epochs.seed_of(self.config.seed, position.stage, position.epoch)
+        return epochs.begin(self.config.loader, seed)
 
     def _step(self, inputs: Any, targets: Any, position: Position) -> None:
         self.optimizer.zero_grad(set_to_none=True)

@@ -235,7 +235,8 @@ class Convertible(nn.Module):
         else:
             self.basis_weight = basis.to(weight, copy=True)
         trained = conversion.is_trained(conv)
-        self.coefficients = nn.Parameter(coefficients.to(weight, copy=True), requires_grad=trained)
+        mixing = coefficients.to(weight, copy=True).contiguous()  # sharded training takes no other layout
+        self.coefficients = nn.Parameter(mixing, requires_grad=trained)
         if bias is not None:
             asks = trained if old_bias is None or conv.bias is None else conv.bias.requires_grad
             self.bias = nn.Parameter(bias.to(weight, copy=True), requires_grad=asks)

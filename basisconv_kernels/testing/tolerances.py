@@ -39,8 +39,12 @@ MEAN_FLOOR_ROUNDINGS = 1.0
 # The mean over few elements scatters: n of them raise its floor by the factor 1 + this/√n.
 MEAN_SCATTER = 8.0
 
-# Winograd F(2×2, 3×3): absolute sums of its transforms over those of the nine products, (1·2 + 1.5·2 + 1.5·2)² / 3².
-WINOGRAD_GROWTH = 64.0 / 9.0
+# Winograd: absolute sums of its transforms over those of the nine products, and how many pixels to the side of an
+# output's window a tile mixes in, down and across. F(2×2, 3×3): (1·2 + 1.5·2 + 1.5·2)/3 each way. F(2×4, 3×3) with the
+# points 0, ±5/8, ±3/2 and infinity, for sums over many channels only: 24/3 across.
+WINOGRAD = ((8.0 / 3.0) * (8.0 / 3.0), (1, 1))
+WINOGRAD_WIDE = ((8.0 / 3.0) * (24.0 / 3.0), (1, 3))
+WINOGRAD_WIDE_CHANNELS = 64
 # TF32 cuts each operand of a product to 10 bits behind the leading one; four operands lie between input and result.
 TF32_SHARE = 4 * 2.0**-10
 # Bias, residual, the two roundings between the stages and Winograd's eight additions a direction.
@@ -83,6 +87,14 @@ def winograd_allowed(problem: Conv2dProblem) -> bool:
     )
 
 
+def winograd_growth(problem: Conv2dProblem) -> tuple[float, tuple[int, int]]:
+    """How Winograd arithmetic may add to the rounding of sums, and how far a tile reaches; 1 and 0 where forbidden."""
+    if not winograd_allowed(problem):
+        return 1.0, (0, 0)
+    channels = problem.taps // (problem.R * problem.S)
+    return WINOGRAD_WIDE if channels >= WINOGRAD_WIDE_CHANNELS else WINOGRAD
+
+
 def lost_in_sums(dtype: torch.dtype, additions: int) -> float:
     """γ(n): the relative error of n additions in the accumulator of a dtype, in any order."""
     share = additions * UNIT_ROUNDOFF[ACCUMULATOR.get(dtype, torch.float32)]
@@ -91,6 +103,13 @@ def lost_in_sums(dtype: torch.dtype, additions: int) -> float:
 
 def _geometry(p: Conv2dProblem) -> tuple[tuple[int, int], tuple[int, int, int, int], tuple[int, int], int]:
     return p.stride, p.padding, p.dilation, p.groups
+
+
+def spread(magnitude: Tensor, reach: tuple[int, int]) -> Tensor:
+    """The largest value within ``reach`` rows and columns: a tile mixes in pixels beside those of the output."""
+    if reach == (0, 0) or not magnitude.numel():
+        return magnitude
+    return F.max_pool2d(magnitude, (2 * reach[0] + 1, 2 * reach[1] + 1), 1, reach)
 
 
 def forward_bound(
@@ -115,11 +134,8 @@ def forward_bound(
                 out = out + (more.abs() if more.dim() == 4 else more.abs()[:, None, None])
         return out
 
-    magnitude = x.abs()
-    growth = 1.0
-    if winograd_allowed(problem) and magnitude.numel():
-        magnitude = F.max_pool2d(magnitude, 3, 1, 1)  # a tile mixes in the pixels beside those of the output
-        growth = WINOGRAD_GROWTH
+    growth, reach = winograd_growth(problem)
+    magnitude = spread(x.abs(), reach)
     sums = mixed(reference.basis_maps(magnitude, f.abs(), *geometry), b, r)
     allowed = lost_in_sums(problem.dtype, problem.taps + problem.mixed + EXTRA_ADDITIONS) * growth * sums
     if tf32 and problem.dtype == torch.float32:
@@ -154,7 +170,7 @@ def backward_bound(
     sums = reference.backward(live.abs(), None, x.abs(), f.abs(), a.abs(), *geometry, None, wanted)  # type: ignore[union-attr]
     oh, ow = problem.output_size
     additions = problem.N * oh * ow + problem.taps + problem.mixed + problem.K + EXTRA_ADDITIONS
-    growth = WINOGRAD_GROWTH if winograd_allowed(problem) else 1.0
+    growth, _ = winograd_growth(problem)
     u = UNIT_ROUNDOFF[problem.dtype]
     share = lost_in_sums(problem.dtype, additions) * growth
     if tf32 and problem.dtype == torch.float32:

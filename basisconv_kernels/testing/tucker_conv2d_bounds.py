@@ -48,11 +48,8 @@ def forward_bound(
                 out = out + (more.abs() if more.dim() == 4 else more.abs()[:, None, None])
         return out
 
-    magnitude = reference.reduce_channels(x.abs(), i.abs())
-    growth = 1.0
-    if tolerances.winograd_allowed(p) and magnitude.numel():
-        magnitude = F.max_pool2d(magnitude, 3, 1, 1)  # a tile mixes in the pixels beside those of the output
-        growth = tolerances.WINOGRAD_GROWTH
+    growth, reach = tolerances.winograd_growth(p)
+    magnitude = tolerances.spread(reference.reduce_channels(x.abs(), i.abs()), reach)
     sums = expanded(_core(p, magnitude, f.abs()), b, r)
     additions = p.C + p.taps + p.Q + tolerances.EXTRA_ADDITIONS
     allowed = tolerances.lost_in_sums(p.dtype, additions) * growth * sums
@@ -93,7 +90,7 @@ def backward_bound(
     sums = reference.backward(live.abs(), None, x.abs(), i.abs(), f.abs(), o.abs(), *geometry, None, wanted)
     oh, ow = p.output_size
     additions = p.N * max(oh * ow, p.H * p.W) + p.C + p.taps + p.Q + p.K + tolerances.EXTRA_ADDITIONS
-    growth = tolerances.WINOGRAD_GROWTH if tolerances.winograd_allowed(p) else 1.0
+    growth, _ = tolerances.winograd_growth(p)
     u = tolerances.UNIT_ROUNDOFF[p.dtype]
     share = tolerances.lost_in_sums(p.dtype, additions) * growth
     if tf32 and p.dtype == torch.float32:

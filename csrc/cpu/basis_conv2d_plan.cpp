@@ -14,14 +14,15 @@ constexpr int64_t kProductsFloats = 120 * 1024;  // winograd: products of a pass
 // Half of the second-level cache: 1 MiB or more beside AVX-512, half of that in processors without.
 int64_t cache_floats(int64_t width) { return (width == 16 ? 128 : 64) * 1024; }
 
-// Winograd passes: tiles in one, and channel blocks transformed and multiplied at a time. AVX-512: a row of positions
-// of one chunk stays in a first-level cache of 48 KiB. Narrower registers: one position does, in 32 KiB; filters that
-// do not fit the second level beside everything else are read once for more tiles.
+// Winograd passes: tiles in one, and channel blocks transformed and multiplied at a time. AVX-512: the transformed
+// tiles of a row of positions stay in the first-level cache, and a pass fills one register tile. Narrower registers:
+// one position does, in 32 KiB; filters that do not fit the second level beside everything else are read once for more
+// tiles.
 struct PassSizes {
   int64_t tiles, chunk;
 };
 PassSizes pass_sizes(int64_t width, int64_t filters_floats) {
-  if (width == 16) return {14, 2};
+  if (width == 16) return {kTilePixels, 4};
   return {filters_floats > cache_floats(width) ? 48 : 24, 8};
 }
 
@@ -65,6 +66,26 @@ int32_t width_of(Isa isa) { return isa == Isa::avx512 ? 16 : isa == Isa::avx2 ? 
 bool fits_winograd(const BasisConv2dWeights& w) {
   return !w.precise && w.R == 3 && w.S == 3 && w.stride_h == 1 && w.stride_w == 1 && w.dilation_h == 1 &&
          w.dilation_w == 1 && w.C / w.groups >= 8;
+}
+
+// Winograd tiles in a pass over `mine` of them: equal passes of at most `most` and, where they fit, whole rows of
+// tiles, which leave z of several rows in one piece.
+int64_t tiles_in_pass(int64_t mine, int64_t tile_columns, int64_t most) {
+  const int64_t tiles = ceil_div(mine, ceil_div(mine, most));
+  if (tile_columns > most) return tiles;
+  return std::min(most, tiles + tile_columns - 1) / tile_columns * tile_columns;
+}
+
+int64_t register_tiles(int64_t mine, int64_t in_pass) {
+  return mine / in_pass * ceil_div(in_pass, kTilePixels) + ceil_div(mine % in_pass, kTilePixels);
+}
+
+// Tiles of 2x4 outputs take three quarters of the products of tiles of 2x2, for weights half as large again. Sums over
+// few channels would lose exactness by them, and 16-bit dtypes
+// their exactness on whole numbers.
+constexpr int64_t kWideTileChannels = 64;
+int32_t tile_width_of(const BasisConv2dWeights& w) {
+  return w.dtype == DType::f32 && w.C / w.groups >= kWideTileChannels ? 4 : 2;
 }
 
 constexpr int64_t kAmxSide = 16, kAmxDepth = 32;
@@ -140,7 +161,8 @@ CpuPack cpu_pack(const BasisConv2dWeights& w, Isa wanted) {
   p.lanes = tile.lanes;
   p.vectors = tile.vectors;
   p.channel_blocks = ceil_div(group_channels, p.block);
-  p.positions = p.variant == CpuVariant::winograd ? 16 : w.R * w.S;
+  p.tile_width = tile_width_of(w);
+  p.positions = p.variant == CpuVariant::winograd ? 4 * (p.tile_width + 2) : w.R * w.S;
   p.filters = static_cast<int64_t>(p.vectors) * p.width / p.lanes;
   p.filter_blocks = ceil_div(group_filters, p.filters);
   p.maps = p.filter_blocks * p.filters;
@@ -174,28 +196,31 @@ CpuPlan cpu_plan(const BasisConv2dParams& params, const CpuPack& pack, int64_t t
   const bool whole_blocks =
       w.dtype == DType::f32 && params.input_stride_c == 1 && pack.block == 16 && w.C / w.groups % pack.block == 0;
   if (pack.variant == CpuVariant::winograd) {
-    p.tile_columns = ceil_div(params.OW, 2);
+    p.tile_columns = ceil_div(params.OW, pack.tile_width);
     p.units = params.N * ceil_div(params.OH, 2);
     const int64_t mine = std::max<int64_t>(ceil_div(p.units, threads), 1) * p.tile_columns;
     // A map of few tiles is one pass that reads the filters once.
-    const int64_t fitting = std::max<int64_t>(kProductsFloats / (16 * all_maps), 6);
+    const int64_t fitting = std::max<int64_t>(kProductsFloats / (pack.positions * all_maps), 6);
     const int64_t most = mine <= 16 ? 16 : std::min(pass_sizes(pack.width, pack.group_size).tiles, fitting);
-    p.tiles = ceil_div(mine, ceil_div(mine, most));
-    // Whole rows of tiles, where they fit, leave z of several rows in one piece.
-    if (p.tile_columns <= most)
-      p.tiles = std::min(most, p.tiles + p.tile_columns - 1) / p.tile_columns * p.tile_columns;
+    p.tiles = tiles_in_pass(mine, p.tile_columns, most);
+    // Twice as many where rows of tiles fill register tiles better so: four rows of seven, not three of four.
+    const int64_t twice = tiles_in_pass(mine, p.tile_columns, 2 * most);
+    if (pack.width == 16 && 2 * most <= fitting && register_tiles(mine, twice) < register_tiles(mine, p.tiles))
+      p.tiles = twice;
     // What comes from the second level is fetched in time by itself where registers are narrow.
     p.fetches_filters = pack.width == 16 || pack.group_size > cache_floats(pack.width);
     p.in_place = whole_blocks;
     p.ring_rows = p.in_place ? 0 : 4 * (p.tiles / p.tile_columns + 2);
-    p.ring_columns = 2 * p.tile_columns + 2;
+    p.ring_columns = pack.tile_width * p.tile_columns + 2;
     p.ring_size = aligned(p.ring_rows * p.ring_columns * pixel);
     p.zeros_size = aligned(pixel);
-    p.transformed_size = aligned(4 * pack.chunk * p.tiles * pack.block);
-    p.partial_size =
-        pack.chunk < pack.channel_blocks ? aligned(4 * pack.filter_blocks * p.tiles * pack.vectors * pack.width) : 0;
-    p.products_size = aligned(16 * p.tiles * w.groups * pack.maps);
-    p.maps_size = aligned(4 * p.tiles * all_maps + maps_margin);
+    const int64_t columns = pack.tile_width + 2;
+    p.transformed_size = aligned(columns * pack.chunk * p.tiles * pack.block);
+    p.partial_size = pack.chunk < pack.channel_blocks
+                         ? aligned(columns * pack.filter_blocks * p.tiles * pack.vectors * pack.width)
+                         : 0;
+    p.products_size = aligned(pack.positions * p.tiles * w.groups * pack.maps);
+    p.maps_size = aligned(2 * pack.tile_width * p.tiles * all_maps + maps_margin);
     return p;
   }
   p.units = params.N * params.OH;

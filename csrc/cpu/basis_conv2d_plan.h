@@ -12,9 +12,9 @@ enum class CpuVariant : int32_t { direct = 0, winograd = 1, amx = 2 };
 
 // Layout of the packed weights; sizes in floats. Per channel group of the R*S convolution:
 //   filters [filter_blocks][channel_blocks][positions][block/lanes][vectors][width]      (direct)
-//   filters [4][chunks][filter_blocks][4][chunk][block/lanes][vectors][width]            (winograd)
-// where positions are the R*S taps, or the 4 rows of 4 points of F(2x2,3x3), whose channel blocks come in chunks: the
-// order in which the kernel walks through them. One register holds width/lanes filters times `lanes`
+//   filters [4][chunks][filter_blocks][columns][chunk][block/lanes][vectors][width]      (winograd)
+// where positions are the R*S taps, or 4 rows of tile_width + 2 columns of Winograd's, whose channel blocks come in
+// chunks: the order in which the kernel walks through them. One register holds width/lanes filters times `lanes`
 // channels: with few filters it is filled up by channels, and the lanes of a filter are summed once at the end.
 // Then per mixing group the coefficients twice, small beside the filters: [panels][slots][output_vectors * width] for a
 // channels_last result, where registers hold outputs of one pixel, and [planar_panels][slots][planar_rows] for an NCHW
@@ -27,6 +27,7 @@ struct CpuPack {
   int32_t output_vectors;  // registers of outputs in one tile of the second stage
   int64_t block;           // channels in a channel block: 16, or 4 for very few channels
   int64_t channel_blocks;  // of one group
+  int32_t tile_width;      // winograd: F(2 x tile_width, 3x3), 2 or 4
   int64_t chunk;           // winograd: channel blocks transformed and multiplied at a time; fewer in a last one
   int64_t positions;
   int64_t filters;        // in a filter block: vectors * width / lanes
@@ -44,9 +45,10 @@ struct CpuPack {
 inline int64_t winograd_filters_at(const CpuPack& p, int64_t position, int64_t filter_block, int64_t channel_block) {
   const int64_t begin = channel_block / p.chunk * p.chunk;
   const int64_t count = p.channel_blocks - begin < p.chunk ? p.channel_blocks - begin : p.chunk;
-  const int64_t row = position / 4 * p.channel_blocks * 4 * p.filter_blocks;
-  const int64_t blocks =
-      row + begin * 4 * p.filter_blocks + (filter_block * 4 + position % 4) * count + channel_block - begin;
+  const int64_t columns = p.tile_width + 2;
+  const int64_t row = position / columns * p.channel_blocks * columns * p.filter_blocks;
+  const int64_t blocks = row + begin * columns * p.filter_blocks +
+                         (filter_block * columns + position % columns) * count + channel_block - begin;
   return blocks * (p.block / p.lanes) * p.vectors * p.width;
 }
 
@@ -56,7 +58,7 @@ inline int64_t winograd_filters_at(const CpuPack& p, int64_t position, int64_t f
 // Tile sizes for one batch and map. Scratch is each thread's own.
 struct CpuPlan {
   CpuPack pack;
-  int64_t units;         // rows of work that threads share, over the batch: output rows, or rows of 2x2 tiles
+  int64_t units;         // rows of work that threads share, over the batch: output rows, or rows of Winograd tiles
   int64_t rows;          // direct: output rows in a pass
   int64_t chunk;         // direct: channel blocks between two visits of a tile; amx: all
   int64_t tiles;         // winograd: tiles in a pass
@@ -89,7 +91,7 @@ struct CpuPackHeader {
 };
 constexpr int64_t kCpuPackHeaderBytes = 128;
 // Counts up with every change of the layout or its size; programs that were traced with another one are refused.
-constexpr int64_t kCpuPackVersion = 3;
+constexpr int64_t kCpuPackVersion = 4;
 static_assert(sizeof(CpuPackHeader) <= kCpuPackHeaderBytes, "the header must fit in front of the floats");
 
 CpuPackHeader cpu_pack_header(const BasisConv2dWeights& weights, Isa isa);

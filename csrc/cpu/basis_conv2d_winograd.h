@@ -1,17 +1,33 @@
-// Stage 1 of a 3x3, stride 1 basis as Winograd F(2x2, 3x3), in the same pass as the recombination.
+// Stage 1 of a 3x3, stride 1 basis as Winograd F(2x2, 3x3) or F(2x4, 3x3), in the same pass as the recombination.
 //
-// For a 4x4 input tile d and a filter g, the 2x2 outputs are  AT [ (G g GT) . (BT d B) ] A  with
+// For an input tile d of 4 rows and a filter g, the outputs of a tile are  AT [ (G g HT) . (BT d C) ] D, with
 //
 //        1  0 -1  0             1    0    0           1  1  1  0
 //   BT = 0  1  1  0       G =  1/2  1/2  1/2     AT = 0  1 -1 -1
 //        0 -1  1  0            1/2 -1/2  1/2
 //        0  1  0 -1             0    0    1
 //
-// The sum over channels moves inside the brackets: 16 products a channel and filter serve 4 outputs instead of 36. Each
-// of the 16 positions is a small matrix product over channels, run by the same register tile as a direct 1x1; pixels
-// are tiles there. Tiles are gathered across rows and images until a pass is full, so that the packed weights, 16/9
-// larger than the filters, are read once for many tiles even on small maps. The four rows of BT d B are made one after
-// the other: a row needs two rows of d only, and its transformed tiles stay in a nearer cache than all 16 positions.
+// along the rows. Columns are treated alike in tiles of 2x2 outputs (H = G, C = B, D = A; 4x4 inputs). In tiles of 2x4
+// outputs (4x6 inputs) they go by the interpolation points 0, +-a, +-b and infinity, a = 5/8 and b = 3/2, all of whose
+// constants are exact; s = a^2 + b^2:
+//
+//        a^2 b^2     0    -s    0   1  0          1/(a^2 b^2)       0          0            1   1   1   1   1   0
+//           0    -a b^2  -b^2   a   1  0           [1  a  a^2] / (2 a^2 (a^2 - b^2))   DT = 0   a  -a   b  -b   0
+//   CT =    0     a b^2  -b^2  -a   1  0      H =  [1 -a  a^2] / (2 a^2 (a^2 - b^2))        0  a^2 a^2 b^2 b^2  0
+//           0    -a^2 b  -a^2   b   1  0           [1  b  b^2] / (2 b^2 (b^2 - a^2))        0  a^3-a^3 b^3-b^3  1
+//           0     a^2 b  -a^2  -b   1  0           [1 -b  b^2] / (2 b^2 (b^2 - a^2))
+//           0   a^2 b^2    0   -s   0  1             0        0          1
+//
+// The sum over channels moves inside the brackets: 16 products a channel and filter serve 4 outputs instead of 36, or
+// 24 serve 8 instead of 72. Of the points that were tried (1 and 2, 1 and 1/2, roots of 2 and 1/2, 1/2 and 3/2, 3/4 and
+// 3/2, ...) these lose least to rounding: 1.0 to 1.4 times the error of a direct sum over 64 channels and more, where
+// tiles of 2x2 lose less than it. Short sums are more exact when summed directly, and take the tiles of 2x2; tiles of
+// 4x4 would lose twice as much as a direct sum. See cpu_pack.
+//
+// Each position is a small matrix product over channels, run by the same register tile as a direct 1x1; pixels are
+// tiles there. Tiles are gathered across rows and images until a pass is full, so that the packed weights, 16/9 or 24/9
+// larger than the filters, are read once for many tiles even on small maps. The four rows of BT d C are made one after
+// the other: a row needs two rows of d only, and its transformed tiles stay in a nearer cache than all positions.
 // NaN spreads as in direct convolution; Inf may become NaN (Inf - Inf): `precise` runs direct.
 #pragma once
 #include "basis_conv2d_recombine.h"
@@ -25,9 +41,9 @@ constexpr int64_t kBlock = 16;  // channels in a channel block
 // Positions of a row that a register tile runs through before the next one takes its turn. Large passes (see
 // basis_conv2d_plan.cpp) take the positions one by one: the tiles of one position then stay in the first-level cache
 // for all filter blocks, and a filter block for all its tiles.
-constexpr int64_t kPositionsTogether = kWidth == 16 ? 4 : 1;
+constexpr bool kPositionsTogether = kWidth == 16;
 
-// The two rows of the padded input that one row of BT d B needs, for a row of neighbouring tiles: column x of channel
+// The two rows of the padded input that one row of BT d C needs, for a row of neighbouring tiles: column x of channel
 // block b lies at first + x * first_pixel + b * block; columns outside begin ... end-1 are zeros.
 struct InputRows {
   const float *first, *second;
@@ -35,9 +51,33 @@ struct InputRows {
   int64_t begin, end;
 };
 
-// Row ROW of BT d B for one register of channels of neighbouring tiles begin ... end-1, the first tile's first column
-// at x; neighbours share two of their four columns. EDGE: columns outside the image are zeros.
-template <int ROW, bool EDGE>
+// The points of F(2x4, 3x3).
+constexpr float kA = 0.625f, kB = 1.5f, kA2 = kA * kA, kB2 = kB * kB;
+
+// One row of d C from one row of d, for a register of channels.
+template <int W>
+static BASISCONV_INLINE void transform_columns(const Vec::Reg (&d)[W + 2], float* out, int64_t position_stride) {
+  if constexpr (W == 2) {
+    Vec::store(out, Vec::sub(d[0], d[2]));
+    Vec::store(out + position_stride, Vec::add(d[1], d[2]));
+    Vec::store(out + 2 * position_stride, Vec::sub(d[2], d[1]));
+    Vec::store(out + 3 * position_stride, Vec::sub(d[1], d[3]));
+  } else {
+    const Vec::Reg product = Vec::set1(kA2 * kB2), sum = Vec::set1(-kA2 - kB2);
+    Vec::store(out, Vec::fma(product, d[0], Vec::fma(sum, d[2], d[4])));
+    Vec::store(out + 5 * position_stride, Vec::fma(product, d[1], Vec::fma(sum, d[3], d[5])));
+    const Vec::Reg a_even = Vec::fma(Vec::set1(-kB2), d[2], d[4]), a_odd = Vec::fma(Vec::set1(-kB2), d[1], d[3]);
+    Vec::store(out + position_stride, Vec::fma(Vec::set1(kA), a_odd, a_even));
+    Vec::store(out + 2 * position_stride, Vec::fma(Vec::set1(-kA), a_odd, a_even));
+    const Vec::Reg b_even = Vec::fma(Vec::set1(-kA2), d[2], d[4]), b_odd = Vec::fma(Vec::set1(-kA2), d[1], d[3]);
+    Vec::store(out + 3 * position_stride, Vec::fma(Vec::set1(kB), b_odd, b_even));
+    Vec::store(out + 4 * position_stride, Vec::fma(Vec::set1(-kB), b_odd, b_even));
+  }
+}
+
+// Row ROW of BT d C for one register of channels of neighbouring tiles begin ... end-1, the first tile's first column
+// at x; neighbours share two of their columns. EDGE: columns outside the image are zeros.
+template <int ROW, int W, bool EDGE>
 static BASISCONV_INLINE void transform_tiles(const InputRows& in, const float* first, const float* second, int64_t x,
                                              int64_t begin, int64_t end, int64_t position_stride, float* out) {
   const auto column = [&](int64_t at) BASISCONV_LAMBDA {
@@ -50,26 +90,25 @@ static BASISCONV_INLINE void transform_tiles(const InputRows& in, const float* f
     return value;
   };
   if (begin >= end) return;
-  Vec::Reg e0 = column_or_zero(x + 2 * begin), e1 = column_or_zero(x + 2 * begin + 1);
+  Vec::Reg d[W + 2];
+  d[0] = column_or_zero(x + W * begin);
+  d[1] = column_or_zero(x + W * begin + 1);
   for (int64_t t = begin; t < end; t++) {
-    const Vec::Reg e2 = column_or_zero(x + 2 * t + 2), e3 = column_or_zero(x + 2 * t + 3);
-    float* to = out + t * kBlock;
-    Vec::store(to, Vec::sub(e0, e2));
-    Vec::store(to + position_stride, Vec::add(e1, e2));
-    Vec::store(to + 2 * position_stride, Vec::sub(e2, e1));
-    Vec::store(to + 3 * position_stride, Vec::sub(e1, e3));
-    e0 = e2;
-    e1 = e3;
+    BASISCONV_UNROLL for (int j = 2; j < W + 2; j++) d[j] = column_or_zero(x + W * t + j);
+    transform_columns<W>(d, out + t * kBlock, position_stride);
+    d[0] = d[W];
+    d[1] = d[W + 1];
   }
 }
 
-// Row ROW of BT d B for `tiles` neighbouring tiles, the first at column x, and `blocks` channel blocks:
+// Row ROW of BT d C for `tiles` neighbouring tiles, the first at column x, and `blocks` channel blocks:
 // out[position in the row][block][tile][channel].
-template <int ROW>
+template <int ROW, int W>
 static inline void transform_input(const InputRows& in, int64_t x, int64_t tiles, int64_t blocks,
                                    int64_t position_stride, int64_t block_stride, float* out) {
   // Tiles inside ... outside-1 have all their columns in the image.
-  int64_t inside = x < in.begin ? (in.begin - x + 1) / 2 : 0, outside = in.end - x < 4 ? 0 : (in.end - x - 2) / 2;
+  int64_t inside = x < in.begin ? (in.begin - x + W - 1) / W : 0;
+  int64_t outside = in.end - x < W + 2 ? 0 : (in.end - x - 2) / W;
   if (inside > tiles) inside = tiles;
   if (outside > tiles) outside = tiles;
   if (outside < inside) outside = inside;
@@ -77,22 +116,39 @@ static inline void transform_input(const InputRows& in, int64_t x, int64_t tiles
     for (int64_t c = 0; c < kBlock; c += kWidth) {
       const float *first = in.first + b * in.block + c, *second = in.second + b * in.block + c;
       float* to = out + b * block_stride + c;
-      transform_tiles<ROW, true>(in, first, second, x, 0, inside, position_stride, to);
-      transform_tiles<ROW, false>(in, first, second, x, inside, outside, position_stride, to);
-      transform_tiles<ROW, true>(in, first, second, x, outside, tiles, position_stride, to);
+      transform_tiles<ROW, W, true>(in, first, second, x, 0, inside, position_stride, to);
+      transform_tiles<ROW, W, false>(in, first, second, x, inside, outside, position_stride, to);
+      transform_tiles<ROW, W, true>(in, first, second, x, outside, tiles, position_stride, to);
     }
   }
 }
 
-// AT m A for `n` <= width maps of one tile: up to 2x2 pixels of z.
+// One row of m D: W outputs from W + 2 products.
+template <int W>
+static BASISCONV_INLINE void transform_products(const Vec::Reg (&m)[W + 2], Vec::Reg (&z)[W]) {
+  if constexpr (W == 2) {
+    z[0] = Vec::add(Vec::add(m[0], m[1]), m[2]);
+    z[1] = Vec::sub(Vec::sub(m[1], m[2]), m[3]);
+  } else {
+    const Vec::Reg a_even = Vec::add(m[1], m[2]), a_odd = Vec::sub(m[1], m[2]);
+    const Vec::Reg b_even = Vec::add(m[3], m[4]), b_odd = Vec::sub(m[3], m[4]);
+    z[0] = Vec::add(m[0], Vec::add(a_even, b_even));
+    z[1] = Vec::fma(Vec::set1(kA), a_odd, Vec::mul(Vec::set1(kB), b_odd));
+    z[2] = Vec::fma(Vec::set1(kA2), a_even, Vec::mul(Vec::set1(kB2), b_even));
+    z[3] = Vec::fma(Vec::set1(kA2 * kA), a_odd, Vec::fma(Vec::set1(kB2 * kB), b_odd, m[5]));
+  }
+}
+
+// AT m D for `n` <= width maps of one tile: up to 2xW pixels of z.
+template <int W>
 static BASISCONV_INLINE void transform_output(const float* m, int64_t position_stride, float* z, int64_t z_pixel,
                                               int64_t z_row, int64_t rows, int64_t columns, int64_t n) {
-  Vec::Reg e[2][4];
+  Vec::Reg e[2][W + 2];
   const bool full = n == kWidth;
-  BASISCONV_UNROLL for (int j = 0; j < 4; j++) {
+  BASISCONV_UNROLL for (int j = 0; j < W + 2; j++) {
     Vec::Reg column[4];
     BASISCONV_UNROLL for (int i = 0; i < 4; i++) {
-      const float* from = m + (4 * i + j) * position_stride;
+      const float* from = m + ((W + 2) * i + j) * position_stride;
       column[i] = full ? Vec::load(from) : Vec::load_n(from, n);
     }
     e[0][j] = Vec::add(Vec::add(column[0], column[1]), column[2]);
@@ -100,15 +156,16 @@ static BASISCONV_INLINE void transform_output(const float* m, int64_t position_s
   }
   BASISCONV_UNROLL for (int i = 0; i < 2; i++) {
     if (i >= rows) break;
-    const Vec::Reg left = Vec::add(Vec::add(e[i][0], e[i][1]), e[i][2]);
-    const Vec::Reg right = Vec::sub(Vec::sub(e[i][1], e[i][2]), e[i][3]);
+    Vec::Reg pixel[W];
+    transform_products<W>(e[i], pixel);
     float* to = z + i * z_row;
-    if (full) {
-      Vec::store(to, left);
-      if (columns > 1) Vec::store(to + z_pixel, right);
-    } else {
-      Vec::store_n(to, left, n);
-      if (columns > 1) Vec::store_n(to + z_pixel, right, n);
+    BASISCONV_UNROLL for (int j = 0; j < W; j++) {
+      if (j >= columns) break;
+      if (full) {
+        Vec::store(to + j * z_pixel, pixel[j]);
+      } else {
+        Vec::store_n(to + j * z_pixel, pixel[j], n);
+      }
     }
   }
 }
@@ -118,8 +175,11 @@ struct TileAt {
   int64_t ring_row;        // of the tile's first row, when rows go through the ring
 };
 
-template <typename T>
+// Tiles of 2 x W outputs.
+template <typename T, int W>
 struct Winograd {
+  static constexpr int64_t kColumns = W + 2;  // positions in a row of them
+
   const BasisConv2dParams& params;
   const CpuPlan& plan;
   const float* filters;
@@ -137,8 +197,8 @@ struct Winograd {
   Piece piece_at(const TileAt* at, int64_t first, int64_t tiles) const {
     int64_t last = first + 1;
     while (last < tiles && at[last].n == at[first].n && at[last].row == at[first].row) last++;
-    const int64_t rest_rows = params.OH - 2 * at[first].row, rest_columns = params.OW - 2 * at[first].column;
-    const int64_t columns = 2 * (last - first);
+    const int64_t rest_rows = params.OH - 2 * at[first].row, rest_columns = params.OW - W * at[first].column;
+    const int64_t columns = W * (last - first);
     return Piece{first, last, rest_rows < 2 ? rest_rows : 2, rest_columns < columns ? rest_columns : columns};
   }
 
@@ -167,7 +227,7 @@ struct Winograd {
     return in;
   }
 
-  // Row ROW of BT d B of the gathered tiles for channel blocks first_block ... first_block + blocks - 1.
+  // Row ROW of BT d C of the gathered tiles for channel blocks first_block ... first_block + blocks - 1.
   template <int ROW>
   void transform(const TileAt* at, int64_t tiles, int64_t first_block, int64_t blocks) const {
     constexpr int64_t kFirst[] = {0, 1, 2, 1}, kSecond[] = {2, 2, 1, 3};
@@ -179,8 +239,8 @@ struct Winograd {
       InputRows in = input_rows(at[t], kFirst[ROW], kSecond[ROW]);
       in.first += first_block * in.block;
       in.second += first_block * in.block;
-      transform_input<ROW>(in, 2 * at[t].column - left, piece.last - t, blocks, pack.chunk * plane, plane,
-                           transformed + t * kBlock);
+      transform_input<ROW, W>(in, W * at[t].column - left, piece.last - t, blocks, pack.chunk * plane, plane,
+                              transformed + t * kBlock);
       t = piece.last;
     }
   }
@@ -188,15 +248,15 @@ struct Winograd {
   void prefetch_output(const TileAt& at) const {
     if (!params.channels_last) return;
     const int64_t bytes = params.weights.K * static_cast<int64_t>(sizeof(T));
-    const int64_t columns = 2 * at.column + 2 <= params.OW ? 2 : 1;
+    const int64_t rest = params.OW - W * at.column, columns = rest < W ? rest : W;
     for (int64_t y = 2 * at.row; y < 2 * at.row + 2 && y < params.OH; y++) {
       const char* lines =
-          static_cast<const char*>(params.output) + ((at.n * params.OH + y) * params.OW + 2 * at.column) * bytes;
+          static_cast<const char*>(params.output) + ((at.n * params.OH + y) * params.OW + W * at.column) * bytes;
       for (int64_t b = 0; b < columns * bytes; b += 64) __builtin_prefetch(lines + b, 1, 2);
     }
   }
 
-  // Transform and matrix products of the four positions of row ROW: products[group][position][tile][map]. Channels go
+  // Transform and matrix products of the positions of row ROW: products[group][position][tile][map]. Channels go
   // by chunks, so that what a chunk transforms is still near when it is multiplied.
   template <int ROW>
   void multiply(const TileAt* at, int64_t tiles) const {
@@ -211,7 +271,7 @@ struct Winograd {
     s.plane = plan.tiles * kBlock;
     s.block_weights = kBlock / pack.lanes * registers;
     s.z_stride = pack.maps;
-    s.times = kPositionsTogether;
+    s.times = kPositionsTogether ? kColumns : 1;
     s.next_pixels = pack.chunk * s.plane;
     s.next_z = plan.tiles * pack.maps;
     s.next_partial = plan.tiles * registers;
@@ -222,14 +282,14 @@ struct Winograd {
         s.last = begin + s.blocks == blocks;
         s.next_weights = s.blocks * s.block_weights;
         transform<ROW>(at, tiles, group * blocks + begin, s.blocks);
-        for (int64_t i = 0; i < 4; i += s.times) {
+        for (int64_t i = 0; i < kColumns; i += s.times) {
           for (int64_t f = 0; f < pack.filter_blocks; f++) {
-            s.weights = filters + group * pack.group_size + winograd_filters_at(pack, 4 * ROW + i, f, begin);
-            s.ahead = plan.fetches_filters ? 4 * s.next_weights : 0;  // to the next chunk or filter block
+            s.weights = filters + group * pack.group_size + winograd_filters_at(pack, kColumns * ROW + i, f, begin);
+            s.ahead = plan.fetches_filters ? kColumns * s.next_weights : 0;  // to the next chunk or filter block
             for (int64_t t = 0; t < tiles; t += tile) {
               s.pixels = transformed + i * s.next_pixels + t * kBlock;
-              s.z = products + ((group * 16 + 4 * ROW + i) * plan.tiles + t) * pack.maps + f * pack.filters;
-              s.partial = partial + ((f * 4 + i) * plan.tiles + t) * registers;
+              s.z = products + (((group * 4 + ROW) * kColumns + i) * plan.tiles + t) * pack.maps + f * pack.filters;
+              s.partial = partial + ((f * kColumns + i) * plan.tiles + t) * registers;
               stage1[tiles - t < tile ? tiles - t : tile](s);
               s.ahead = 0;
             }
@@ -253,13 +313,13 @@ struct Winograd {
       for (int64_t t = 0; t < tiles;) {
         const Piece piece = piece_at(at, t, tiles);
         for (; t < piece.last; t++) {
-          const int64_t x = 2 * (t - piece.first);
-          const float* from = products + (group * 16 * plan.tiles + t) * pack.maps;
+          const int64_t x = W * (t - piece.first);
+          const float* from = products + (group * 4 * kColumns * plan.tiles + t) * pack.maps;
           float* to = z + (filled + x) * all_maps + group * pack.maps;
           for (int64_t q = 0; q < pack.maps; q += kWidth) {
             const int64_t n = pack.maps - q < kWidth ? pack.maps - q : kWidth;
-            transform_output(from + q, plan.tiles * pack.maps, to + q, all_maps, piece.columns * all_maps, piece.rows,
-                             piece.columns - x, n);
+            transform_output<W>(from + q, plan.tiles * pack.maps, to + q, all_maps, piece.columns * all_maps,
+                                piece.rows, piece.columns - x, n);
           }
         }
         filled += piece.rows * piece.columns;
@@ -271,7 +331,7 @@ struct Winograd {
     for (int64_t t = 0; t < tiles;) {
       const Piece piece = piece_at(at, t, tiles);
       for (int64_t row = 0; row < piece.rows; row++) {
-        const int64_t pixel = (2 * at[t].row + row) * params.OW + 2 * at[t].column;
+        const int64_t pixel = (2 * at[t].row + row) * params.OW + W * at[t].column;
         if (pixels > 0 && (run_n != at[t].n || run_pixel + pixels != pixel)) {
           recombination.run(z + begin * all_maps, all_maps, run_n, run_pixel, pixels);
           begin += pixels;
@@ -326,7 +386,7 @@ struct Winograd {
   }
 };
 
-template <typename T>
+template <typename T, int W>
 static void run_winograd(const BasisConv2dParams& params, const CpuPlan& plan, float* scratch, int64_t begin,
                          int64_t end) {
   const CpuPack& pack = plan.pack;
@@ -341,11 +401,11 @@ static void run_winograd(const BasisConv2dParams& params, const CpuPlan& plan, f
   const Recombination<T> recombination{params, pack, coefficients, coefficients + pack.coefficients_size,
                                        z + plan.maps_size};
   const Ring ring = make_ring(params, plan, 1, scratch);
-  Winograd<T>{params, plan, filters, ring, recombination, zeros, transformed, partial, products, z}.run(begin, end);
+  Winograd<T, W>{params, plan, filters, ring, recombination, zeros, transformed, partial, products, z}.run(begin, end);
 }
 
-// G g: rows of three values become rows of four.
-static BASISCONV_INLINE void transform_filter_row(const Vec::Reg* g, int64_t g_step, Vec::Reg* out, int64_t out_step) {
+// G g: three values become four.
+static BASISCONV_INLINE void transform_filter_rows(const Vec::Reg* g, int64_t g_step, Vec::Reg* out, int64_t out_step) {
   const Vec::Reg half = Vec::set1(0.5f);
   const Vec::Reg ends = Vec::add(g[0], g[2 * g_step]);
   out[0] = g[0];
@@ -354,13 +414,32 @@ static BASISCONV_INLINE void transform_filter_row(const Vec::Reg* g, int64_t g_s
   out[3 * out_step] = g[2 * g_step];
 }
 
-// G g GT for a register of filters: taps [9][width] → positions [16][width].
+// g HT: three values become W + 2.
+template <int W>
+static BASISCONV_INLINE void transform_filter_columns(const Vec::Reg* g, Vec::Reg* out) {
+  if constexpr (W == 2) {
+    transform_filter_rows(g, 1, out, 1);
+  } else {
+    const Vec::Reg a = Vec::set1(0.5f / (kA2 * (kA2 - kB2))), b = Vec::set1(0.5f / (kB2 * (kB2 - kA2)));
+    const Vec::Reg a_even = Vec::fma(Vec::set1(kA2), g[2], g[0]), a_odd = Vec::mul(Vec::set1(kA), g[1]);
+    const Vec::Reg b_even = Vec::fma(Vec::set1(kB2), g[2], g[0]), b_odd = Vec::mul(Vec::set1(kB), g[1]);
+    out[0] = Vec::mul(Vec::set1(1.0f / (kA2 * kB2)), g[0]);
+    out[1] = Vec::mul(a, Vec::add(a_even, a_odd));
+    out[2] = Vec::mul(a, Vec::sub(a_even, a_odd));
+    out[3] = Vec::mul(b, Vec::add(b_even, b_odd));
+    out[4] = Vec::mul(b, Vec::sub(b_even, b_odd));
+    out[5] = g[2];
+  }
+}
+
+// G g HT for a register of filters: taps [9][width] → positions [4 * (W + 2)][width].
+template <int W>
 static inline void transform_filter(const float* taps, float* positions) {
-  Vec::Reg g[9], rows[12], out[16];
+  Vec::Reg g[9], rows[12], out[4 * (W + 2)];
   BASISCONV_UNROLL for (int i = 0; i < 9; i++) g[i] = Vec::load(taps + i * kWidth);
-  BASISCONV_UNROLL for (int j = 0; j < 3; j++) transform_filter_row(g + j, 3, rows + j, 3);
-  BASISCONV_UNROLL for (int i = 0; i < 4; i++) transform_filter_row(rows + 3 * i, 1, out + 4 * i, 1);
-  BASISCONV_UNROLL for (int i = 0; i < 16; i++) Vec::store(positions + i * kWidth, out[i]);
+  BASISCONV_UNROLL for (int j = 0; j < 3; j++) transform_filter_rows(g + j, 3, rows + j, 3);
+  BASISCONV_UNROLL for (int i = 0; i < 4; i++) transform_filter_columns<W>(rows + 3 * i, out + (W + 2) * i);
+  BASISCONV_UNROLL for (int i = 0; i < 4 * (W + 2); i++) Vec::store(positions + i * kWidth, out[i]);
 }
 
 }  // namespace BASISCONV_ISA

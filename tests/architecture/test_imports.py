@@ -29,7 +29,7 @@ LEVELS = (
     "cli",
 )
 # The files beside the folders. __init__ collects the public names; assets holds data and the scripts that made it.
-TOP = {"__init__": "compression", "__main__": "cli", "assets": "cli"}
+TOP = {"__init__": "compression", "__main__": "cli", "assets": "cli", "hub": "cli"}
 
 # What only some of the package may need: importing the package loads none of it.
 OPTIONAL = (
@@ -38,6 +38,7 @@ OPTIONAL = (
     "rich",
     "matplotlib",
     "jinja2",
+    "huggingface_hub",
     "onnx",
     "onnxruntime",
     "openvino",

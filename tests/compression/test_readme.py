@@ -12,6 +12,7 @@ import torch
 from basisconv_kernels.demo.networks import CifarResNet
 
 README = Path(__file__).parents[2] / "README.md"
+TRAINING = README.parent / "docs" / "training.md"
 
 
 def test_the_examples_of_the_readme_run(tmp_path, monkeypatch, capsys):
@@ -30,6 +31,7 @@ def test_the_examples_of_the_readme_run(tmp_path, monkeypatch, capsys):
     }  # fmt: skip
     exec(blocks[1], names)
     assert names["out"].shape == (1, 32, 8, 8)
+    names |= {"accuracy": lambda model: float(model(names["example"]).std())}
     names |= {"u_in": torch.randn(64, 8), "core": torch.randn(12, 8, 3, 3), "u_out": torch.randn(32, 12)}
     exec(blocks[2], names)
     assert names["out"].shape == (1, 32, 8, 8)
@@ -44,3 +46,14 @@ def test_the_examples_of_the_readme_run(tmp_path, monkeypatch, capsys):
     exec(blocks[5], names)
     assert (tmp_path / "stacked.safetensors").exists()
     assert names["out"].shape == (1, 32, 8, 8)
+
+
+def test_the_script_of_the_training_page_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (script,) = re.findall(r"```python\n(.*?)```", TRAINING.read_text(encoding="utf-8"), re.DOTALL)
+    for whole, part in (("epochs=5", "max_steps=2"), ("[:1000]", "[:64]"), ("batch_size=128", "batch_size=16")):
+        assert whole in script
+        script = script.replace(whole, part)
+    exec(script, {"__name__": "train"})
+    assert 0.1 < float(capsys.readouterr().out) <= 1
+    assert (tmp_path / "run.state").exists()

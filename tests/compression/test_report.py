@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from html.parser import HTMLParser
 
 import pytest
 import torch
@@ -10,7 +11,13 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from basisconv_kernels.compression.config import BasisConfig
+from basisconv_kernels.compression.files import save
 from basisconv_kernels.compression.model import compress, to_plain
+from basisconv_kernels.compression.prune_config import PruneConfig
+from basisconv_kernels.compression.stacked_binary import StackedBinaryConfig, freeze_bits
+from basisconv_kernels.compression.ternary_config import TernaryConfig
+from basisconv_kernels.compression.tucker_config import TuckerConfig
+from basisconv_kernels.layers.ternary import TernaryLayer
 
 QUARTER = BasisConfig(fraction=0.25)
 
@@ -54,5 +61,97 @@ def test_the_report_as_data_and_as_tables(mixed, image, monkeypatch):
         assert "1 MAC" not in text
     assert "\x1b" not in drawn
     assert plain.splitlines()[0].split() == [
-        "layer", "C→K", "R×S", "Q", "Q*", "energy", "error", "MACs", "parameters", "ms", "verdict",
+        "layer", "C→K", "R×S", "method", "Q", "Q*", "energy", "error", "MACs", "parameters", "bytes", "ms", "verdict",
     ]  # fmt: skip
+
+
+METHODS = {
+    "BasisConv2d": BasisConfig(fraction=0.25, keep_dense="never"),
+    "TuckerConv2d": TuckerConfig(fraction=0.25, keep_dense="never", merge=False),
+    "StackedBinaryConv2d": StackedBinaryConfig(splits=2, bank=0.5),
+    "TernaryConv2d": TernaryConfig(method="twn", linear=False),
+    "pruned": PruneConfig(fraction=0.5),
+}
+
+
+def plain_network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(4, 16, 3, padding=1, bias=False), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(16, 8, 3, padding=1),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_says_method_bytes_times_and_accuracy(method, tmp_path):
+    dense, image = plain_network(), torch.randn(2, 4, 12, 12)
+    answers = iter([0.75, 0.5])
+
+    def evaluate(model):
+        assert not model.training
+        return next(answers)
+
+    small, report = compress(dense, METHODS[method], example_inputs=image, measure=True, evaluate=evaluate)
+    assert (report.accuracy_before, report.accuracy_after) == (0.75, 0.5)
+    changed = [row for row in report.layers if row.verdict != "kept"]
+    assert method in {row.method for row in changed}
+    assert all(row.dense_ms > 0 and row.basis_ms > 0 for row in changed)
+    # Files hold the same tensors and a recipe; what they grow by from one network to another is the tensors alone.
+    small = freeze_bits(small)
+    for module in small.modules():
+        if isinstance(module, TernaryLayer):
+            module.pack()
+    assert report.bytes_before == sum(4 * p.numel() for p in dense.parameters())
+    assert report.bytes_after == sum(t.numel() * t.element_size() for t in small.state_dict().values())
+    if method != "pruned":
+        save(small, tmp_path / "small")
+        assert (tmp_path / "small").stat().st_size > report.bytes_after
+    assert report.bytes_after < report.bytes_before
+    assert "accuracy 0.7500 → 0.5000" in report.to_table()
+    assert report.to_dict()["accuracy_after"] == 0.5
+
+
+class Counted(HTMLParser):
+    """What is in a page: its tags by kind, its text, and whether every tag is closed."""
+
+    VOID = ("meta", "rect")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open, self.count, self.text, self.attributes = [], {}, "", []
+
+    def handle_starttag(self, tag, attrs):
+        self.count[tag] = self.count.get(tag, 0) + 1
+        self.attributes += attrs
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_report_as_a_page():
+    dense, image = plain_network(), torch.randn(2, 4, 12, 12)
+    _, report = compress(dense, {"0": METHODS["BasisConv2d"], "2": METHODS["TuckerConv2d"]}, example_inputs=image)
+    found = Counted()
+    found.feed(report.to_html("A <title> & more"))
+    assert found.open == []
+    assert found.count["svg"] == 3  # nothing was timed
+    assert found.count["rect"] == 3 * 3 * 2
+    assert found.count["tr"] == 1 + 3
+    assert "A <title> & more" in found.text
+    assert report.summary().splitlines()[0] in found.text
+    assert all(row.method in found.text for row in report.layers)
+    assert [row.method for row in report.layers] == ["BasisConv2d", "TuckerConv2d", ""]
+    widths = [float(value) for name, value in found.attributes if name == "width" and "." in value]
+    assert max(widths) == pytest.approx(520)
+    timed = Counted()
+    timed.feed(compress(dense, METHODS["BasisConv2d"], example_inputs=image, measure=True)[1].to_html())
+    assert timed.count["svg"] == 4
+    assert not any(name == "src" or value.startswith("http") for name, value in timed.attributes if value)

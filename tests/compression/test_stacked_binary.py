@@ -74,10 +74,20 @@ def test_what_does_not_fit_stays_dense_with_its_reason(config, reason):
 
 
 def test_by_name_pattern_and_in_xnor_mode():
-    steps = {"3": StackedBinaryConfig(splits=2, bank=8, binarize_input=True), "*": None}
-    model, _ = compress(network(), steps, example_inputs=IMAGE)
-    assert model[3].binarize_input
+    steps = {"8": StackedBinaryConfig(splits=2, bank=4, binarize_input=True), "*": None}
+    dense = network()
+    dense[7] = nn.Identity()
+    model, _ = compress(dense, steps, example_inputs=IMAGE)
+    assert model[8].binarize_input
     assert isinstance(model[6], nn.Conv2d)
+
+
+def test_signs_behind_a_relu_are_refused():
+    model, report = compress(
+        network(), StackedBinaryConfig(splits=2, bank=8, binarize_input=True), example_inputs=IMAGE
+    )
+    assert isinstance(model[3], nn.Conv2d)
+    assert "its input is never negative" in report.layers[1].reason
 
 
 def test_fine_tuning_then_bits_in_a_file(small, tmp_path):

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
@@ -14,6 +15,7 @@ from basisconv_kernels import BackendUnavailable, basis_conv2d, basis_conv2d_pac
 from basisconv_kernels.core import registry
 from basisconv_kernels.core.problem import Conv2dProblem
 from basisconv_kernels.ops.basis_conv2d import CANDIDATES
+from basisconv_kernels.testing import tolerances
 
 OP = "basis_conv2d"
 NATIVE = ("cpu", "cuda")
@@ -97,14 +99,22 @@ def test_any_geometry(kernel, dtype, geometries):
 @pytest.mark.parametrize("activation", [None, "relu", "relu6"])
 @pytest.mark.parametrize("name", ["odd_sizes", "channels_last_stride", "past_a_block", "n1_64to64_at56_q12"])
 def test_nan_spreads_as_in_plain_pytorch(kernel, name, activation, precise):
-    """From every tensor to the outputs that read it and to no other: no activation hides one, no tile spreads one."""
+    """From every tensor to the outputs that read it and to no other: no activation hides one, no tile spreads one.
+
+    Where wide Winograd tiles are allowed, the native kernel may carry it two columns further.
+    """
     case = testing.case(name).at(bias=True, residual=True, activation=activation, precise=precise)
     inputs = testing.make_inputs(kernel.case(case, torch.float32))
     for tensor in inputs.tensors:
         middle = tuple(size // 2 for size in tensor.shape)
         kept = tensor[middle].item()
         tensor[middle] = torch.nan
-        assert torch.equal(call(kernel.run, inputs).isnan(), testing.plain(case, inputs.tensors).isnan())
+        got, plain = call(kernel.run, inputs).isnan(), testing.plain(case, inputs.tensors).isnan()
+        at_most = plain
+        if kernel.name == "cpu" and tolerances.winograd_growth(case.problem) == tolerances.WINOGRAD_WIDE:
+            at_most = F.max_pool2d(plain.float(), (1, 5), 1, (0, 2)) > 0
+        assert not (plain & ~got).any()
+        assert not (got & ~at_most).any()
         tensor[middle] = kept
 
 

@@ -1,0 +1,68 @@
+"""``python -m bench.experiments``: what is tried, and trying it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from bench.experiments.run import run as run_one
+from bench.experiments.table import BY_NAME, TABLE
+
+ROWS = Path(__file__).parent / "results" / "cifar10.jsonl"
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
+
+
+def rows(path: Path = ROWS) -> list[dict]:  # type: ignore[type-arg]
+    """All rows of a file, none where there is no file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+@app.command("list")
+def list_all() -> None:
+    """The experiments, and which seeds have a row."""
+    found = rows()
+    for experiment in TABLE:
+        seeds = sorted(row["seed"] for row in found if row["experiment"] == experiment.name)
+        state = f"seeds {', '.join(map(str, seeds))}" if seeds else "not run"
+        print(f"{experiment.name:<28} tier {experiment.tier}  {state:<16} {experiment.question}")
+
+
+@app.command()
+def run(
+    names: Annotated[list[str] | None, typer.Argument(help="Of experiments; default: all of tier 1.")] = None,
+    weights: Annotated[Path, typer.Option(help="Folder of the published CIFAR ResNet checkpoints.")] = Path("."),
+    folder: Annotated[Path, typer.Option(help="Checkpoints; a run that was killed goes on from it.")] = Path("out"),
+    seeds: Annotated[str, typer.Option(help="Separated by commas; default: those of the table.")] = "",
+    threads: Annotated[int, typer.Option(help="Of PyTorch.")] = 0,
+    shorten: Annotated[int, typer.Option(help="Steps an epoch, for a trial; its rows say so.")] = 0,
+    output: Annotated[Path, typer.Option(help="Rows are appended to it; those it holds are not run again.")] = ROWS,
+) -> None:
+    """Run experiments one after the other; each appends a row a seed."""
+    unknown = set(names or ()) - set(BY_NAME)
+    if unknown:
+        raise typer.BadParameter(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(BY_NAME)}")
+    if threads:
+        torch.set_num_threads(threads)
+    folder.mkdir(parents=True, exist_ok=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    for experiment in [BY_NAME[name] for name in names] if names else [e for e in TABLE if e.tier == 1]:
+        for seed in map(int, seeds.split(",")) if seeds else experiment.seeds:
+            if any(row["experiment"] == experiment.name and row["seed"] == seed for row in rows(output)):
+                continue
+            found = run_one(experiment, seed, weights, folder, shorten or None)
+            with output.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(found, ensure_ascii=False) + "\n")
+            print(
+                f"{experiment.name} seed {seed}: {100 * found['start_test_accuracy']:.2f} % → "
+                f"{100 * found['test_accuracy']:.2f} %, MACs ÷ {found['macs'][0] / found['macs'][1]:.2f}, "
+                f"{found['seconds']:.0f} s",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    app()
