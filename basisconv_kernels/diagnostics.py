@@ -131,8 +131,8 @@ def ops_table() -> list[dict[str, Any]]:
 
 
 def _ordinary(dtype: torch.dtype, device: str) -> Conv2dProblem:
-    """A plain 3×3 problem, open in batch and map size, against which a backend names what it lacks."""
-    return Conv2dProblem(C=64, Q=16, K=64, padding=(1, 1, 1, 1), dtype=dtype, device=device)
+    """A plain 3×3 problem, open in batch and map size, against which a backend of any op names what it lacks."""
+    return TuckerConv2dProblem(C=64, rank_in=16, Q=16, K=64, padding=(1, 1, 1, 1), dtype=dtype, device=device)
 
 
 # --- explain ----------------------------------------------------------------------------------------------------------
