@@ -85,10 +85,10 @@ def _costs(results: dict[str, Any]) -> Table:
         table.add_row(
             other["name"],
             "",
-            _millions(other["macs"]) if other["multiplies"] else "additions",
+            _millions(other["macs"]) if other["multiplies"] else "none",
             _millions(other["parameters"]),
             f"{other['file_bytes'] / 1e3:.0f}",
-            f"{100 * other['accuracy_before']:.2f} %",
+            "" if other["accuracy_before"] is None else f"{100 * other['accuracy_before']:.2f} %",
             f"{100 * other['accuracy']:.2f} %",
             f"{100 * (other['accuracy'] - dense['accuracy']):+.2f}",
         )
