@@ -7,12 +7,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from basisconv_kernels.compression.binary import BinaryConfig
 from basisconv_kernels.compression.report import CompressionReport
+from basisconv_kernels.compression.stacked_binary import StackedBinaryConfig
 from basisconv_kernels.compression.ternary_config import TernaryConfig
 from basisconv_kernels.compression.tucker_config import TuckerConfig
 from basisconv_kernels.core.timing import speed_up
 from basisconv_kernels.demo import measure
 from basisconv_kernels.demo.results import Times
+from basisconv_kernels.layers.binary_conv2d import BinaryConv2d
+from basisconv_kernels.layers.stacked_binary_conv2d import StackedBinaryConv2d
 from basisconv_kernels.layers.ternary import TernaryLayer
 
 METHODS: dict[str, TuckerConfig | TernaryConfig] = {
@@ -21,25 +25,34 @@ METHODS: dict[str, TuckerConfig | TernaryConfig] = {
 }
 LEARNING_RATE = 0.005  # of everything that can be trained; the levels train coefficients and BatchNorms alone
 STAGES = 4
+# How the shipped networks with filters of bits were made; their training takes longer than the demo's epoch.
+SHIPPED: dict[str, StackedBinaryConfig | BinaryConfig] = {
+    "stacked binary": StackedBinaryConfig(splits=2, bank=0.5, rounds=1),  # of the report, which no round changes
+    "XNOR": BinaryConfig(),
+}
+SHIPPED_STAGES = 2
+
+
+WITHOUT = (TernaryLayer, StackedBinaryConv2d, BinaryConv2d)
 
 
 @dataclass
 class Other:
-    """One network on its way through the demo."""
+    """One network on its way through the demo; a shipped one was trained before, so it has no accuracy before that."""
 
     name: str
     network: nn.Module
     report: CompressionReport
     file: str
     file_bytes: int = 0
-    accuracy_before: float = 0.0
+    accuracy_before: float | None = None
     training: dict[str, Any] = field(default_factory=dict)
     logits: Tensor | None = None
 
     @property
     def multiplies(self) -> bool:
-        """Whether its convolutions multiply; ternary ones add."""
-        return not any(isinstance(module, TernaryLayer) for module in self.network.modules())
+        """Whether its convolutions multiply; ternary and stacked binary ones add, XNOR ones count bits."""
+        return not any(isinstance(module, WITHOUT) for module in self.network.modules())
 
 
 def pack(network: nn.Module) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from basisconv_kernels.compression.config import BasisConfig
-from basisconv_kernels.compression.files import save
+from basisconv_kernels.compression.files import load, save
 from basisconv_kernels.compression.finetune import EpochRecord, finetune, trainable_parameters
 from basisconv_kernels.compression.fold import fold_batchnorm
 from basisconv_kernels.compression.model import compress, to_plain
@@ -63,6 +64,11 @@ class Settings:
     quick: bool = False
     seed: int = 0
 
+    @property
+    def ships_bits(self) -> bool:
+        """Whether the package carries networks of filters of bits for this."""
+        return (self.data, self.network) == models.SHIPPED and self.weights is None
+
     def shortened(self) -> Settings:
         """The same in a few seconds: few images, and one level unless the user named some."""
         levels = self.levels if self.levels != LEVELS else (results.middle(LEVELS),)
@@ -88,6 +94,7 @@ def run_demo(settings: Settings) -> dict[str, Any]:
         RuntimeError: the process that verifies the files gave no answer.
     """
     count = STAGES_A_LEVEL * len(settings.levels) + STAGES_BESIDE
+    count += others.SHIPPED_STAGES * len(others.SHIPPED) if settings.ships_bits else 0
     start = time.perf_counter()
     with Stages(count) as stages:
         demo = _Demo(settings, stages)
@@ -116,6 +123,7 @@ class _Demo:
         self.dense.eval()
         self.first_conv = next(name for name, m in self.dense.named_modules() if isinstance(m, nn.Conv2d))
         self.images = channels_last(self.data.normalise(self.test.images[:LARGE]))
+        self.shipped = others.SHIPPED if settings.ships_bits else {}
         self.forms = Forms()
         settings.out.mkdir(parents=True, exist_ok=True)
 
@@ -126,6 +134,7 @@ class _Demo:
         dense_logits = self._dense()
         levels = [self._level(energy) for energy in settings.levels]
         beside = [self._other(name, config) for name, config in others.METHODS.items()]
+        beside += [self._shipped(name, config) for name, config in self.shipped.items()]
         times = self._time(levels)
         with self.stages.stage("predicting again in a new process", "from the saved files"):
             task = Task(settings.data, settings.network, len(labels), LARGE)
@@ -223,6 +232,21 @@ class _Demo:
         other.file_bytes = (self.settings.out / other.file).stat().st_size
         self.forms.add(name, self._folded(network), self.test.images.shape[1:])
         with self.stages.stage("predicting", f"{at}, fine-tuned") as advance:
+            other.logits = self._predict(self.forms.at(name, LARGE), advance)
+        return other
+
+    def _shipped(self, name: str, config: Any) -> others.Other:
+        """A network that the package carries; nothing is trained."""
+        file, example = models.SHIPPED_BITS[name], self.images[:1]
+        with self.stages.stage("loading", name):
+            # What the conversion replaces and costs; its filters are thrown away for those of the file.
+            _, report = compress(self.dense, config, example_inputs=example, skip=[self.first_conv])
+            network = load(file, models.build(self.settings.network, example.shape[1])).eval()
+        other = others.Other(name, network, report, file.name)
+        shutil.copyfile(file, self.settings.out / other.file)
+        other.file_bytes = file.stat().st_size
+        self.forms.add(name, self._folded(network), self.test.images.shape[1:])
+        with self.stages.stage("predicting", f"by {name}, as shipped") as advance:
             other.logits = self._predict(self.forms.at(name, LARGE), advance)
         return other
 

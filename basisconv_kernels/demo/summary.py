@@ -85,10 +85,10 @@ def _costs(results: dict[str, Any]) -> Table:
         table.add_row(
             other["name"],
             "",
-            _millions(other["macs"]) if other["multiplies"] else "additions",
+            _millions(other["macs"]) if other["multiplies"] else "none",
             _millions(other["parameters"]),
             f"{other['file_bytes'] / 1e3:.0f}",
-            f"{100 * other['accuracy_before']:.2f} %",
+            "" if other["accuracy_before"] is None else f"{100 * other['accuracy_before']:.2f} %",
             f"{100 * other['accuracy']:.2f} %",
             f"{100 * (other['accuracy'] - dense['accuracy']):+.2f}",
         )
@@ -228,8 +228,11 @@ def tuned_rows(entries: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
     rows = [("problem", *(f"{name} ms" for name in backends), "fastest", "reference / fastest", "passed over")]
     for entry in entries:
         p = entry["problem"]
-        ranks = f"{p['rank_in']}→{p['Q']}" if "rank_in" in p else p["Q"]
-        shape = f"N{p['N']} {p['C']}→{ranks}→{p['K']} {p['R']}×{p['S']} @{p['H']}×{p['W']}"
+        ranks = f"{p['rank_in']}→{p['Q']}→" if "rank_in" in p else f"{p['Q']}→" if "Q" in p else ""
+        shape = f"N{p['N']} {p['C']}→{ranks}{p['K']} {p['R']}×{p['S']} @{p['H']}×{p['W']}"
+        shape += f" bank {p['n']} splits {p['splits']}" if "splits" in p else ""
+        shape += f"{' packed' if p['planes'] else ''} → {p['output']}" if "output" in p else ""
+        shape = shape if "Q" in p else f"{entry['op']} {shape}"
         shape += f" stride {p['stride'][0]}" if p["stride"] != [1, 1] else ""
         shape += " channels_last" if p["channels_last"] else " NCHW"
         best = entry["ms"][entry["fastest"]]["median"]
@@ -268,6 +271,8 @@ def explanation_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
         p, times = entry["problem"], (f"{name} {_milliseconds(spread)} ms" for name, spread in entry["ms"].items())
         size = f"N{p['N']} @{p['H']}×{p['W']}, {entry['threads']} threads"
         rows.append(("  measured", f"{', '.join(times)} ({size})"))
+    if "stored_bytes" in found:
+        return [*rows, *_bit_rows(found)]
     ratio = _fewer(found["macs_dense"], found["macs_basis"])
     macs = f"{found['macs_basis']:,} instead of {found['macs_dense']:,} ({ratio})"
     weights = f"{found['weights_basis']:,} instead of {found['weights_dense']:,}"
@@ -277,6 +282,15 @@ def explanation_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
         return [*rows, ("verdict", advice)]
     advice = "below it: the basis costs less" if found["pays"] else "not below it: the dense convolution costs no more"
     return [*rows, ("break-even Q*", f"{found['break_even']:.2f}; {advice}")]
+
+
+def _bit_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """Costs of filters of bits; their operations are additions, or pairs of signs, no multiplications."""
+    operations = f"{found['operations']:,} instead of {found['macs_dense']:,} multiplications and additions"
+    form = {None: "", "stacked": ", the bank over every split", "expanded": ", full filters, which take fewer here"}
+    dense = 4 * found["weights_dense"]
+    stored = f"{found['stored_bytes']:,} bytes instead of {dense:,} of float32 ({dense / found['stored_bytes']:.0f}×)"
+    return [("operations", operations + form[found["form"]]), ("filters", stored)]
 
 
 def _fewer(before: int, after: int) -> str:

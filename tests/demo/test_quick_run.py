@@ -48,7 +48,7 @@ def test_results_follow_the_schema(quick_run):
     assert len(found["spectra"]) == len(replaced)
     assert set(found["timing"]["memory_format"]) == batches
     for formats in found["timing"]["memory_format"].values():
-        assert len(formats) == 3 + len(others.METHODS)
+        assert len(formats) == 3 + len(others.METHODS) + len(others.SHIPPED)
         assert set(formats.values()) <= {"nchw", "channels_last"}
     assert found["remarks"]
     assert found["seconds"]["total"] >= found["seconds"]["fine-tuning"]
@@ -70,7 +70,7 @@ def test_a_new_process_verified_the_file(quick_run):
 
 def test_other_methods_have_rows(quick_run, capsys):
     found = quick_run.results["others"]
-    assert [row["name"] for row in found] == list(others.METHODS)
+    assert [row["name"] for row in found] == [*others.METHODS, *others.SHIPPED]
     summary.print_summary(quick_run.results)
     printed = capsys.readouterr().out
     for row in found:
@@ -81,12 +81,16 @@ def test_other_methods_have_rows(quick_run, capsys):
         assert row["name"] in quick_run.page
         assert row["name"] in printed
         assert set(row["speed_up"]) == {str(batch) for batch in BATCHES}
-    tucker, ternary = found
+    tucker, ternary, stacked, xnor = found
     dense = quick_run.results["dense"]
     assert tucker["multiplies"]
     assert tucker["macs"] < dense["macs"]
     assert not ternary["multiplies"]
     assert ternary["file_bytes"] < dense["file_bytes"] / 10
+    for row, share, least in ((stacked, 60, 0.85), (xnor, 25, 0.83)):
+        assert row["file_bytes"] < dense["file_bytes"] / share
+        assert row["accuracy"] > least  # of the first 200 test images
+        assert (row["multiplies"], row["accuracy_before"], len(row["replaced"])) == (False, None, 5)
 
 
 class _Outline(html.parser.HTMLParser):
