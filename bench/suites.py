@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from bench import basis_conv2d, binary_conv2d, stacked_binary_conv2d, ternary_conv2d
+from bench import basis_conv2d, binary_conv2d, stacked_binary_conv2d, ternary_conv2d, tucker_conv2d
 from bench.harness.case import Suite
 from bench.harness.errors import UnknownNameError
 
 
 def suites() -> dict[str, Suite]:
     """All suites by name, in the order of their numbers."""
-    found = [*basis_conv2d.suites(), *binary_conv2d.suites(), *stacked_binary_conv2d.suites(), *ternary_conv2d.suites()]
+    modules = (basis_conv2d, binary_conv2d, stacked_binary_conv2d, ternary_conv2d, tucker_conv2d)
+    found = [suite for module in modules for suite in module.suites()]
     return {suite.name: suite for suite in sorted(found, key=lambda suite: _order(suite.name))}
 
 

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -74,3 +75,10 @@ def vector(tensor: Tensor, *strides: int) -> int:
     while count > 1 and (tensor.data_ptr() % (count * size) or any(stride % count for stride in strides)):
         count //= 2
     return count
+
+
+def channels_fastest(tensor: Tensor) -> Tensor:
+    """The tensor itself if its channels lie side by side, else a channels_last copy."""
+    if tensor.shape[1] == 1 or tensor.stride(1) == 1:
+        return tensor
+    return tensor.contiguous(memory_format=torch.channels_last)

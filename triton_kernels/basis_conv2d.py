@@ -17,7 +17,7 @@ from basisconv_kernels.core import checks
 from basisconv_kernels.core.checks import Pair, Quad
 from basisconv_kernels.reference.basis_conv2d import HALF, memory_format
 from basisconv_kernels.triton_kernels import configs
-from basisconv_kernels.triton_kernels._common import vector
+from basisconv_kernels.triton_kernels._common import channels_fastest, vector
 from basisconv_kernels.triton_kernels.basis_conv2d_descriptors import basis_conv2d_forward_descriptors
 from basisconv_kernels.triton_kernels.basis_conv2d_pointers import basis_conv2d_forward_pointers
 
@@ -32,13 +32,6 @@ def device_of(index: int | None) -> configs.Device:
     properties = torch.cuda.get_device_properties(index)
     shared = getattr(properties, "shared_memory_per_block_optin", 99 * 1024)
     return configs.Device((properties.major, properties.minor), properties.multi_processor_count, shared)
-
-
-def channels_fastest(tensor: Tensor) -> Tensor:
-    """The tensor itself if its channels lie side by side, else a channels_last copy."""
-    if tensor.shape[1] == 1 or tensor.stride(1) == 1:
-        return tensor
-    return tensor.contiguous(memory_format=torch.channels_last)
 
 
 def forward(

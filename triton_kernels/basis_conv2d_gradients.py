@@ -10,8 +10,8 @@ from torch import Tensor
 from basisconv_kernels.core.checks import Pair, Quad
 from basisconv_kernels.reference.basis_conv2d import memory_format, sloped, symmetric
 from basisconv_kernels.triton_kernels import configs
-from basisconv_kernels.triton_kernels._common import vector
-from basisconv_kernels.triton_kernels.basis_conv2d import channels_fastest, device_of
+from basisconv_kernels.triton_kernels._common import channels_fastest, vector
+from basisconv_kernels.triton_kernels.basis_conv2d import device_of
 from basisconv_kernels.triton_kernels.basis_conv2d_backward import (
     basis_conv2d_backward_basis,
     basis_conv2d_backward_coefficients,

@@ -212,6 +212,21 @@ def box(BM: int, N: int, OH: int, OW: int) -> Box:
     return min(found)[-1]
 
 
+# --- tucker_conv2d in one pass ----------------------------------------------------------------------------------------
+
+LARGEST_RANK = 64  # of both: the sums of M and Z are registers
+# Pixels, channels a step, outputs a chunk.
+ONE_PASS: dict[str, tuple[int, int, int]] = {HALF: (64, 32, 64), TF32: (32, 32, 32), FLOAT32: (32, 16, 32)}
+
+
+def against_one_pass(arithmetic: str, rank_in: int, rank_out: int, precise: bool) -> str | None:
+    """Why the chain of ``tucker_conv2d`` cannot run in one pass; None where it can."""
+    largest = LARGEST_RANK // 2 if arithmetic == FLOAT32 else LARGEST_RANK
+    if max(rank_in, rank_out) > largest:
+        return f"a rank above {largest}"
+    return "M and Z in float32" if precise else None
+
+
 # --- gradients --------------------------------------------------------------------------------------------------------
 
 # Blocks of the gradient kernels: pixels, basis filters, channels or outputs.

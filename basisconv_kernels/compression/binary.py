@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from basisconv_kernels.compression.methods import Method, Task, register_method
 from basisconv_kernels.compression.report import LayerReport
+from basisconv_kernels.compression.stacked_binary import unsigned_inputs
 from basisconv_kernels.compression.survey import ConvLayer, evaluating, run, substitute, survey, watching
 from basisconv_kernels.core.estimators import ESTIMATORS
 from basisconv_kernels.core.packed import words_for
@@ -76,18 +77,6 @@ class BinaryConfig:
         return None if self.filters_per_scale == 1 else torch.arange(filters) // self.filters_per_scale
 
 
-@dataclass
-class _Seen:
-    """What the calibration inputs show of the input of one layer."""
-
-    moments: ChannelMoments
-    least: float = float("inf")
-
-    def add(self, input: Tensor, output: Tensor) -> None:
-        self.moments.add(input)
-        self.least = min(self.least, float(input.min()) if input.numel() else self.least)
-
-
 def convert(target: nn.Module, config: BinaryConfig, task: Task) -> tuple[nn.Module, tuple[LayerReport, ...]]:
     """Look at every input, then replace; the network, and a row for every convolution."""
     order = list(_called(target, task.example_inputs))
@@ -98,16 +87,13 @@ def convert(target: nn.Module, config: BinaryConfig, task: Task) -> tuple[nn.Mod
         if not torch.isfinite(dense_parameters(layer.conv)[0]).all():
             raise ValueError(f"compress: layer {layer.name!r} has NaN or infinite weights; nothing was changed")
     seen = _inputs_of(target, wanted, task.batches)
+    unsigned = {} if config.input_norm else unsigned_inputs(target, wanted, task.batches)
     made: dict[nn.Module, nn.Module] = {}
     for layer in wanted:
-        found = seen[layer.module]
-        if not config.input_norm and found.least >= 0:
-            reasons[layer.name] = (
-                "its input is never negative on the calibration inputs (behind a ReLU?), so all its signs would be +1; "
-                "input_norm=True puts a BatchNorm in front"
-            )
-            continue
-        made[layer.module] = _binary(layer, config, found.moments)
+        if layer.module in unsigned:
+            reasons[layer.name] = f"{unsigned[layer.module]}; input_norm=True puts a BatchNorm in front"
+        else:
+            made[layer.module] = _binary(layer, config, seen[layer.module])
     rows = tuple(_report(layer, config, reasons[layer.name]) for layer in layers)
     return substitute(target, made), rows
 
@@ -147,9 +133,16 @@ def _why_not(layer: ConvLayer, config: BinaryConfig, order: Sequence[nn.Module])
     return None
 
 
-def _inputs_of(target: nn.Module, layers: Sequence[ConvLayer], batches: Sequence[Any]) -> dict[nn.Module, _Seen]:
-    seen: dict[nn.Module, _Seen] = {layer.module: _Seen(ChannelMoments(layer.shape[1])) for layer in layers}
-    with evaluating(target), watching({module: found.add for module, found in seen.items()}):
+def _inputs_of(
+    target: nn.Module, layers: Sequence[ConvLayer], batches: Sequence[Any]
+) -> dict[nn.Module, ChannelMoments]:
+    """Mean and variance of the layers' inputs, channel by channel."""
+    seen: dict[nn.Module, ChannelMoments] = {layer.module: ChannelMoments(layer.shape[1]) for layer in layers}
+
+    def watcher_for(moments: ChannelMoments) -> Callable[[Tensor, Tensor], None]:
+        return lambda input, output: moments.add(input)
+
+    with evaluating(target), watching({module: watcher_for(moments) for module, moments in seen.items()}):
         for batch in batches:
             run(target, batch)
     return seen

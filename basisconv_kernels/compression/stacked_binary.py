@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from basisconv_kernels.compression.methods import Method, Task, own_layers, register_method
 from basisconv_kernels.compression.report import LayerReport
-from basisconv_kernels.compression.survey import ConvLayer, substitute, survey
+from basisconv_kernels.compression.survey import ConvLayer, evaluating, run, substitute, survey, watching
 from basisconv_kernels.core.estimators import ESTIMATORS
 from basisconv_kernels.layers.conversion import dense_parameters
 from basisconv_kernels.layers.decompose import break_even
@@ -30,7 +31,8 @@ class StackedBinaryConfig:
             up.
         scale (bool): a trained factor an output; it costs 32 bits an output, and a BatchNorm behind the layer does
             the same.
-        binarize_input (bool): take the signs of the input too (XNOR mode); train it, accuracy is lost without.
+        binarize_input (bool): take the signs of the input too (XNOR mode); train it, accuracy is lost without. Layers
+            whose input is never negative, as behind a ReLU, stay dense; ``BinaryConfig`` puts a BatchNorm in front.
         keep_first (bool): the first convolution that the network calls stays dense, as is usual for binary networks.
         estimator (str): straight-through estimator of the layers.
         rounds, seed (int): of the alternating fit.
@@ -93,10 +95,11 @@ def freeze_bits(model: nn.Module) -> nn.Module:
 def convert(target: nn.Module, config: StackedBinaryConfig, task: Task) -> tuple[nn.Module, tuple[LayerReport, ...]]:
     """Fit every convolution, then replace; the network, and a row for every convolution."""
     layers, first = _surveyed(target, task)
+    unsigned = unsigned_inputs(target, layers, task.batches) if config.binarize_input else {}
     reasons: dict[str, str] = {}
     fits: dict[str, StackedFit] = {}
     for layer in layers:
-        reason = task.why_not(layer) or _why_not(layer, config, first)
+        reason = task.why_not(layer) or _why_not(layer, config, first) or unsigned.get(layer.module)
         if reason is None:
             weight, _ = dense_parameters(layer.conv)
             if not torch.isfinite(weight).all():
@@ -118,14 +121,33 @@ def convert(target: nn.Module, config: StackedBinaryConfig, task: Task) -> tuple
     return substitute(target, made), rows
 
 
+def unsigned_inputs(target: nn.Module, layers: Sequence[ConvLayer], batches: Sequence[Any]) -> dict[nn.Module, str]:
+    """Convolutions whose input is never negative, as behind a ReLU, with what that means for its signs."""
+    least: dict[nn.Module, float] = {}
+
+    def watcher_for(module: nn.Module) -> Any:
+        def watch(input: Tensor, output: Tensor) -> None:
+            if input.numel():
+                least[module] = min(least.get(module, 0.0), float(input.min()))
+
+        return watch
+
+    with evaluating(target), watching({layer.module: watcher_for(layer.module) for layer in layers}):
+        for batch in batches:
+            run(target, batch)
+    what = "its input is never negative on the calibration inputs (behind a ReLU?), so all its signs would be +1"
+    return {module: what for module, value in least.items() if value >= 0}
+
+
 def _surveyed(target: nn.Module, task: Task) -> tuple[list[ConvLayer], nn.Module | None]:
-    """The convolutions, and the one that is called first."""
+    """The convolutions, and the one that is called first; a layer that an earlier step converted may be that one."""
     called: list[nn.Module] = []
 
     def note(module: nn.Module, *_: Any) -> None:
         called.append(module)
 
-    handles = [m.register_forward_pre_hook(note) for m in target.modules() if isinstance(m, nn.Conv2d)]
+    kinds: tuple[type[nn.Module], ...] = (nn.Conv2d, *own_layers())
+    handles = [m.register_forward_pre_hook(note) for m in target.modules() if isinstance(m, kinds)]
     # The hooks are for this run alone: a layer with hooks of its own would be kept.
     try:
         layers = survey(target, task.example_inputs)

@@ -255,7 +255,15 @@ class BinaryConv2d(Convertible):
 
     def _apply(self, fn: Any, recurse: bool = True) -> BinaryConv2d:
         self._prepared.clear()  # or the old copy of the weights would live on beside the converted one
-        return super()._apply(fn, recurse)
+        words = self._buffers.get("words")
+        if words is None:
+            return super()._apply(fn, recurse)
+        # Flat meanwhile: ``to(memory_format=torch.channels_last)`` takes no tensors of five dimensions.
+        self._buffers["words"] = words.reshape(-1)
+        try:
+            return super()._apply(fn, recurse)
+        finally:
+            self._buffers["words"] = self.words.view(words.shape)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         """Accept the state of a frozen layer, after checks of its bits."""

@@ -56,10 +56,19 @@ def cuda(problem: Conv2dProblem) -> Check:
     return Check(" ".join(words), functools.partial(against_reference, "cuda", problem))
 
 
+def sizes(problem: Conv2dProblem) -> list[tuple[int, int, int]]:
+    """N, H, W: odd; even, which alone take the descriptor path at stride 2; pixels enough for the largest tile."""
+    cores = torch.cuda.get_device_properties(None).multi_processor_count if torch.cuda.is_available() else 1
+    side = math.isqrt(PIXELS_A_CORE * cores) + 1
+    down, right = ((n - 1) * d // 2 * 2 for n, d in zip((problem.R, problem.S), problem.dilation, strict=True))
+    large = (1, side * problem.stride[0] // 2 * 2, side * problem.stride[1] // 2 * 2)
+    return [(N, H + down, W + right) for N, H, W in ((2, 9, 13), (3, 8, 10), large)]
+
+
 def _is_tf32(problem: Conv2dProblem) -> bool:
     from basisconv_kernels.triton_kernels import configs
 
-    return configs.arithmetic_of(problem.dtype, problem.precise) == configs.TF32
+    return problem.dtype == torch.float32 and configs.arithmetic_of(problem.dtype, problem.precise) == configs.TF32
 
 
 def _power_of_two(size: int) -> int:
@@ -76,14 +85,9 @@ def against_reference(backend: str, problem: Conv2dProblem) -> None:
     from basisconv_kernels.ops.basis_conv2d import basis_conv2d
 
     kernel = functools.partial(basis_conv2d, backend=backend)
-    tf32 = problem.dtype == torch.float32 and _is_tf32(problem)
-    cores = torch.cuda.get_device_properties(None).multi_processor_count if torch.cuda.is_available() else 1
-    side = math.isqrt(PIXELS_A_CORE * cores) + 1
-    # Odd sizes; even ones, which alone take the descriptor path at stride 2; pixels enough for the largest tile.
-    sizes = (2, 9, 13), (3, 8, 10), (1, side * problem.stride[0] // 2 * 2, side * problem.stride[1] // 2 * 2)
-    for (N, H, W), activation in zip(sizes, ("relu6", "relu", None), strict=True):
-        reach = [(n - 1) * apart // 2 * 2 for n, apart in zip((problem.R, problem.S), problem.dilation, strict=True)]
-        size: dict[str, Any] = {"N": N, "H": H + reach[0], "W": W + reach[1], "activation": activation}
+    tf32 = _is_tf32(problem)
+    for (N, H, W), activation in zip(sizes(problem), ("relu6", "relu", None), strict=True):
+        size: dict[str, Any] = {"N": N, "H": H, "W": W, "activation": activation}
         problem = replace(problem, **size, bias=activation != "relu", residual=activation is not None)
         case = testing.Case("selfcheck", "before the first use", problem)
         testing.check(case, kernel, tf32=tf32)

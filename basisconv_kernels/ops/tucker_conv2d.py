@@ -9,14 +9,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from basisconv_kernels.core import env, registry, tuning
-from basisconv_kernels.core.autograd import refuse_by_name, refuse_double_backward
+from basisconv_kernels.core import env, registry, selfcheck
+from basisconv_kernels.core.autograd import refuse_double_backward
 from basisconv_kernels.core.checks import Pair, Quad
 from basisconv_kernels.core.layout import memory_format
 from basisconv_kernels.core.problem import TuckerConv2dProblem
 from basisconv_kernels.core.registry import Candidate
 from basisconv_kernels.ops import tucker_conv2d_native as native
+from basisconv_kernels.ops import tucker_conv2d_triton as triton
+from basisconv_kernels.ops import tucker_conv2d_unfused as unfused
 from basisconv_kernels.ops.tucker_conv2d_arguments import normal_form
+from basisconv_kernels.ops.tucker_conv2d_model import slower_than_plain
 from basisconv_kernels.reference import tucker_conv2d as reference
 
 OP = "tucker_conv2d"
@@ -51,6 +54,19 @@ def _reference_supports(problem: TuckerConv2dProblem) -> list[str]:
 
 CANDIDATES = (
     Candidate("cpu", "basisconv_kernels.ops.tucker_conv2d_native:forward", _cpu_supports),
+    Candidate(
+        "cuda",
+        "basisconv_kernels.ops.tucker_conv2d_native:forward",
+        native.cuda_supports,
+        check="basisconv_kernels.ops.tucker_conv2d_selfcheck:cuda",
+    ),
+    Candidate(
+        "triton",
+        "basisconv_kernels.ops.tucker_conv2d_triton:forward",
+        triton.supports,
+        backward="basisconv_kernels.ops.tucker_conv2d_triton:backward",
+        check="basisconv_kernels.ops.tucker_conv2d_selfcheck:triton",
+    ),
     Candidate("reference", "basisconv_kernels.ops.tucker_conv2d:_reference_forward", _reference_supports),
 )
 
@@ -76,15 +92,17 @@ def _reference_forward(
     return result, *stages
 
 
-_targets: dict[str, Callable[..., Forward]] = {}
+_targets: dict[str, tuple[Callable[..., Forward], Callable[..., reference.Gradients]]] = {}
 
 
-def _forward(backend: str) -> Callable[..., Forward]:
-    target = _targets.get(backend)
-    if target is None:
+def _targets_of(backend: str) -> tuple[Callable[..., Forward], Callable[..., reference.Gradients]]:
+    """The functions of a backend, forward and backward."""
+    found = _targets.get(backend)
+    if found is None:
         candidate = next(c for c in CANDIDATES if c.name == backend)
-        target = _targets[backend] = registry.resolve(candidate)
-    return target
+        backward = reference.backward if candidate.backward is None else registry.load(candidate.backward)
+        found = _targets[backend] = registry.resolve(candidate), backward
+    return found
 
 
 def _choose(
@@ -93,9 +111,9 @@ def _choose(
     """Name of the backend. It looks only at what stays when batch and map size change: a constant in a graph."""
     problem = problem_of(device, dtype, layout, sizes, Settings._make((*fixed, "")))
     asked = asked or registry.wish()
-    slower = {} if asked else tuning.slower(OP, problem)
+    slower = {} if asked else slower_than_plain(problem)
     chosen = registry.select(OP, CANDIDATES, problem, asked, slower)
-    _forward(chosen.name)
+    _targets_of(chosen.name)  # imported here, since a graph that is traced cannot
     return chosen.name
 
 
@@ -150,7 +168,7 @@ class TuckerConv2dFunction(torch.autograd.Function):
         keep_stages: bool,
     ) -> Forward:
         """Run the backend that ``settings`` names; M and Z are kept for the gradients of core and u_out if asked."""
-        run = _forward(settings.backend)
+        run, _ = _targets_of(settings.backend)
         return run(input, u_in, core, u_out, bias, residual, packed, settings, keep_stages)
 
     @staticmethod
@@ -165,12 +183,12 @@ class TuckerConv2dFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Any, ...]:
-        """The formulas of ``reference.tucker_conv2d.backward``."""
+        """The formulas of ``reference.tucker_conv2d.backward``, by the backend's own kernels where it has some."""
         input, u_in, core, u_out, output, reduced, maps = ctx.saved_tensors
-        stride, padding, dilation, activation, _, _ = ctx.settings
+        stride, padding, dilation, activation, _, backend = ctx.settings
         stages = None if reduced is None else reference.Stages(reduced, maps)
         with _without_graph():
-            gradients = reference.backward(
+            gradients = _targets_of(backend)[1](
                 grad_output,
                 output,
                 input,
@@ -249,7 +267,8 @@ def _plan(tensors: tuple[Any, ...], arguments: tuple[Any, ...]) -> Settings:
             found = _normal_form(*tensors, *arguments)
         if len(_plans) >= _PLANS_KEPT:
             _plans.clear()
-        _plans[key] = found
+        if not selfcheck.capturing():  # what was not checked only because a graph is captured may be chosen later
+            _plans[key] = found
     return found
 
 
@@ -351,35 +370,6 @@ def tucker_conv2d(
     return _run(tensors, packed, (stride, padding, dilation, activation, precise, backend))
 
 
-# As in ``basis_conv2d``: fewer pixels of a float32 batch do not earn back the packing that new weights need.
-_PIXELS_WORTH_PACKING = 1024
-
-
-def _trains_faster_unfused(settings: Settings, input: Tensor, core: Tensor) -> bool:
-    """Whether a step whose weights change is better off with three convolutions of PyTorch and its own autograd.
-
-    The rule of ``basis_conv2d``, whose kernel runs here: it pays where Winograd saves work, on pixels enough.
-    """
-    if settings.backend != "cpu" or input.dtype != torch.float32 or registry.wish() is not None:
-        return False
-    winograd = core.shape[2:] == (3, 3) and settings.stride == settings.dilation == (1, 1)
-    pixels = input.shape[0] * input.shape[2] * input.shape[3]
-    return settings.precise or not winograd or pixels < _PIXELS_WORTH_PACKING
-
-
-def _unfused(tensors: tuple[Any, ...], settings: Settings) -> Tensor:
-    """The reference under PyTorch's autograd; like the Function it refuses double backward."""
-    input, u_in, core, u_out, bias, residual = tensors
-    result = reference.forward(input, u_in, core, u_out, bias, residual, *settings[:-1])
-    result.register_hook(_refuse_graph)
-    return result
-
-
-def _refuse_graph(gradient: Tensor) -> None:
-    if torch.is_grad_enabled():
-        refuse_by_name(OP)
-
-
 def _run(tensors: tuple[Any, ...], packed: Tensor | None, arguments: tuple[Any, ...]) -> Tensor:
     """Plan, then the autograd Function where something needs a gradient, else the backend itself."""
     settings = _normal_form(*tensors, *arguments) if torch.compiler.is_compiling() else _plan(tensors, arguments)
@@ -387,8 +377,8 @@ def _run(tensors: tuple[Any, ...], packed: Tensor | None, arguments: tuple[Any, 
     if needs_gradient or torch._C._are_functorch_transforms_active():
         plain = not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
         new_weights = packed is None and arguments[-1] is None
-        if plain and new_weights and _trains_faster_unfused(settings, tensors[0], tensors[2]):
-            return _unfused(tensors, settings)
+        if plain and new_weights and unfused.trains_faster(settings, tensors[0], tensors[2]):
+            return unfused.run(tensors, settings)
         keep_stages = needs_gradient and (tensors[2].requires_grad or tensors[3].requires_grad)
         return _apply(*tensors, packed, settings, keep_stages)[0]
-    return _forward(settings.backend)(*tensors, packed, settings)[0]
+    return _targets_of(settings.backend)[0](*tensors, packed, settings)[0]

@@ -230,14 +230,14 @@ def _call(candidate: Kernel, inputs: TuckerInputs) -> Tensor:
     return candidate(*inputs.tensors[:5], residual=inputs.residual, **inputs.case.arguments())
 
 
-def check_tucker(case: TuckerCase, candidate: Kernel, *, seed: int = 0) -> Report:
-    """Run a kernel on a case and compare all of its contract, as ``check`` does.
+def check_tucker(case: TuckerCase, candidate: Kernel, *, seed: int = 0, tf32: bool = False) -> Report:
+    """Run a kernel on a case and compare all of its contract, as ``check`` does; ``tf32`` is as there.
 
     Raises:
         Mismatch: an AssertionError that names the first thing that is wrong.
     """
     inputs = make_tucker_inputs(case, seed)
-    with torch.no_grad(), compare.full_float32():
+    with torch.no_grad(), compare.full_float32(tf32):
         with poisoned_allocations():
             got = _call(candidate, inputs)
             compare._form(case, inputs, got)
@@ -245,12 +245,13 @@ def check_tucker(case: TuckerCase, candidate: Kernel, *, seed: int = 0) -> Repor
             again = _call(candidate, inputs)
         compare._untouched(case, inputs)
         compare._own_memory(case, inputs, got, again)
-        bound = tucker_conv2d_bounds.forward_bound(case.problem, *inputs.tensors)
+        bound = tucker_conv2d_bounds.forward_bound(case.problem, *inputs.tensors, tf32=tf32)
         error = compare._elements(str(case), first, bound.expected, bound.allowed)
         plain_error = (plain_tucker(case, inputs.tensors).double() - bound.expected).abs()
-        compare._beside_plain(str(case), case.problem.dtype, error, plain_error, bound)
+        if not tf32:
+            compare._beside_plain(str(case), case.problem.dtype, error, plain_error, bound)
         compare._same_bits(case, "the results of two runs", first, again)
-        if not tolerances.winograd_allowed(case.problem) and exact_in_float32(case, seed):
+        if not tf32 and not tolerances.winograd_allowed(case.problem) and exact_in_float32(case, seed):
             check_tucker_rounding(case, candidate, seed=seed)
     if not error.numel():
         return Report(case, 0.0, 0.0, 0.0)
@@ -306,7 +307,7 @@ def _rounded_once(
     return out.to(p.dtype)
 
 
-def check_tucker_gradients(case: TuckerCase, candidate: Kernel, *, seed: int = 0) -> None:
+def check_tucker_gradients(case: TuckerCase, candidate: Kernel, *, seed: int = 0, tf32: bool = False) -> None:
     """Compare the gradients of all tensors of a case with the explicit formulas in float64, as ``check_gradients``.
 
     Raises:
@@ -316,7 +317,7 @@ def check_tucker_gradients(case: TuckerCase, candidate: Kernel, *, seed: int = 0
     inputs = make_tucker_inputs(case, seed)
     leaves = [None if t is None else t.detach().requires_grad_() for t in inputs.tensors]
     present = [(name, leaf) for name, leaf in zip(NAMES, leaves, strict=True) if leaf is not None]
-    with compare.full_float32():
+    with compare.full_float32(tf32):
         out = candidate(*leaves[:5], residual=leaves[5], **case.arguments())
         compare._form(case, inputs, out)
         if not out.requires_grad:
@@ -325,7 +326,7 @@ def check_tucker_gradients(case: TuckerCase, candidate: Kernel, *, seed: int = 0
         grad_output = torch.randn(out.shape, generator=generator).to(p.dtype).to(p.device)
         got = torch.autograd.grad(out, [leaf for _, leaf in present], grad_output, allow_unused=True)
         compare._untouched(case, inputs)
-        bounds = tucker_conv2d_bounds.backward_bound(p, grad_output, out.detach(), *inputs.tensors[:4])
+        bounds = tucker_conv2d_bounds.backward_bound(p, grad_output, out.detach(), *inputs.tensors[:4], tf32)
         beside = _plain_gradients(case, inputs, grad_output, out.detach())
     for (name, leaf), gradient in zip(present, got, strict=True):
         head = f"{case}: gradient of {name}"
@@ -336,8 +337,9 @@ def check_tucker_gradients(case: TuckerCase, candidate: Kernel, *, seed: int = 0
                 f"{head} must be {leaf.dtype} {list(leaf.shape)}, got {gradient.dtype} {list(gradient.shape)}"
             )
         error = compare._elements(head, gradient, bounds[name].expected, bounds[name].allowed, "abcd"[: gradient.dim()])
-        plain_error = (beside[name].double() - bounds[name].expected).abs()
-        compare._beside_plain(head, p.dtype, error, plain_error, bounds[name])
+        if not tf32:
+            plain_error = (beside[name].double() - bounds[name].expected).abs()
+            compare._beside_plain(head, p.dtype, error, plain_error, bounds[name])
 
 
 def _plain_gradients(case: TuckerCase, inputs: TuckerInputs, grad_output: Tensor, output: Tensor) -> dict[str, Tensor]:

@@ -17,6 +17,8 @@ from basisconv_kernels.reference import tucker_conv2d as reference
 from basisconv_kernels.testing import tolerances
 from basisconv_kernels.testing.tolerances import Bound
 
+TF32_SHARE = tolerances.TF32_SHARE / 4 * 6  # six operands lie between input and result
+
 
 def _core(p: TuckerConv2dProblem, reduced: Tensor, core: Tensor) -> Tensor:
     top, bottom, left, right = p.padding
@@ -31,8 +33,9 @@ def forward_bound(
     u_out: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
+    tf32: bool = False,
 ) -> Bound:
-    """Rule 1 for the op's result, in float64 on the same rounded inputs."""
+    """Rule 1 for the op's result, in float64 on the same rounded inputs; ``tf32`` where float32 products may use it."""
     p = problem
     x, i, f, o = input.double(), u_in.double(), core.double(), u_out.double()
     b, r = (None if t is None else t.double() for t in (bias, residual))
@@ -50,6 +53,8 @@ def forward_bound(
     sums = expanded(_core(p, magnitude, f.abs()), b, r)
     additions = p.C + p.taps + p.Q + tolerances.EXTRA_ADDITIONS
     allowed = tolerances.lost_in_sums(p.dtype, additions) * growth * sums
+    if tf32 and p.dtype == torch.float32:
+        allowed += TF32_SHARE * sums
     u = tolerances.UNIT_ROUNDOFF[p.dtype]
     allowed += u * expected.abs()
     smallest = torch.finfo(p.dtype).smallest_normal * torch.finfo(p.dtype).eps
@@ -69,6 +74,7 @@ def backward_bound(
     u_in: Tensor,
     core: Tensor,
     u_out: Tensor,
+    tf32: bool = False,
 ) -> dict[str, Bound]:
     """The same rule for the six gradients; the slope of the activation is read off ``output``.
 
@@ -87,6 +93,8 @@ def backward_bound(
     growth, _ = tolerances.winograd_growth(p)
     u = tolerances.UNIT_ROUNDOFF[p.dtype]
     share = tolerances.lost_in_sums(p.dtype, additions) * growth
+    if tf32 and p.dtype == torch.float32:
+        share += TF32_SHARE
     smallest = torch.finfo(p.dtype).smallest_normal * torch.finfo(p.dtype).eps
     bounds = {}
     for name, expected, total in zip(exact._fields, exact, sums, strict=True):

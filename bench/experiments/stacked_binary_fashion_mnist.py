@@ -50,7 +50,6 @@ ROWS: dict[str, StackedBinaryConfig | BinaryConfig | None] = {
     "stacked, 2 splits, bank K/2": StackedBinaryConfig(splits=2, bank=0.5),
     "stacked, 2 splits, bank K/4": StackedBinaryConfig(splits=2, bank=0.25),
     "stacked, 4 splits, bank K/4": StackedBinaryConfig(splits=4, bank=0.25),
-    "stacked XNOR, 2 splits, bank K/2": StackedBinaryConfig(splits=2, bank=0.5, binarize_input=True),
 }
 Data = Literal["fashion-mnist", "cifar10"]
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from basisconv_kernels.core.problem import Conv2dProblem
+from basisconv_kernels.core.problem import Conv2dProblem, TuckerConv2dProblem
 from basisconv_kernels.testing import tolerances
 from basisconv_kernels.testing.tolerances import Bound
+from bench.harness import tucker
 
 
 @dataclass
@@ -58,6 +59,8 @@ def _bound(module: nn.Module, problem: Conv2dProblem | None, x: Tensor, exact: T
         return Bound(exact, (lost * sums + rounding) * tolerances.SECOND_ORDER, exact.abs())
     if problem is None:
         return None
+    if isinstance(module, nn.Sequential) and isinstance(problem, TuckerConv2dProblem):
+        return tucker.bound(module, problem, x)
     if isinstance(module, nn.Sequential):
         basis, mixing = module[0], module[1]
         assert isinstance(basis, nn.Conv2d)
@@ -67,7 +70,8 @@ def _bound(module: nn.Module, problem: Conv2dProblem | None, x: Tensor, exact: T
         assert isinstance(module, nn.Conv2d)
         # A dense convolution is a basis convolution whose basis are its own filters, recombined by the identity.
         weights, bias = (module.weight.detach(), torch.eye(problem.K, dtype=x.dtype)), module.bias
-        problem = replace(problem, Q=problem.K)
+        fields = {name: getattr(problem, name) for name in Conv2dProblem.__dataclass_fields__}
+        problem = Conv2dProblem(**{**fields, "Q": problem.K})
     return tolerances.forward_bound(problem, x, *weights, None if bias is None else bias.detach(), None)
 
 

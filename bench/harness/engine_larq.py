@@ -24,7 +24,10 @@ from bench.harness.protocol import Array, Files, Method
 
 
 class Larq:
-    """QuantConv2D converted to a flat buffer: signs of the input, packing, convolution and float results in a call."""
+    """QuantConv2D converted to a flat buffer: signs of the input, packing, convolution and float results in a call.
+
+    Its interpreter takes batches image by image, so the model is one of a single image.
+    """
 
     def prepare(self, files: Files) -> list[Method]:
         """The binary form."""
@@ -46,10 +49,10 @@ class Larq:
         return [Method("binary", "channels_last", lambda: runner.predict(x), output, f"{version}, indirect BGEMM")]
 
     def _converted(self, x: Array, filters: Array) -> Any:
-        N, *shape = x.shape
+        shape = x.shape[1:]
         model = tf.keras.Sequential(
             [
-                tf.keras.layers.Input(tuple(shape), batch_size=N),
+                tf.keras.layers.Input(shape, batch_size=1),
                 larq.layers.QuantConv2D(
                     len(filters), filters.shape[2:], padding="same", pad_values=0, input_quantizer="ste_sign",
                     kernel_quantizer="ste_sign", use_bias=False,

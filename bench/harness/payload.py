@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from basisconv_kernels.core.problem import Conv2dProblem
+from basisconv_kernels.core.problem import Conv2dProblem, TuckerConv2dProblem
 from bench import models
-from bench.harness import answers, bits
+from bench.harness import answers, bits, tucker
 from bench.harness.answers import Answers
 from bench.harness.case import PLAIN, Case, Form
 from bench.harness.fused_layer import FusedLayer
@@ -96,7 +96,8 @@ def build(case: Case, folder: Path) -> Payload:
         x, forms = _linear_forms(case.linear, generator)
     else:
         assert case.problem is not None
-        x, forms = layer_forms(case.problem, generator)
+        chain = isinstance(case.problem, TuckerConv2dProblem)
+        x, forms = (tucker.layer_forms if chain else layer_forms)(case.problem, generator)
 
     grad = None
     if case.kind == "training":

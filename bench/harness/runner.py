@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from bench.harness import bits, gate, payload, quiet, rows
+from basisconv_kernels.core.problem import TuckerConv2dProblem
+from bench.harness import bits, gate, payload, quiet, rows, tucker
 from bench.harness.case import Case, Form, Suite
 from bench.harness.engines import find, memory_environment
 from bench.harness.errors import EngineMissingError, WorkerDiedError
@@ -61,7 +62,7 @@ def _work_of(case: Case, form: Form, peaks: Peaks) -> dict[str, Any]:
     if case.kind == "linear" and case.linear is not None:
         found, dtype = linear_work(*case.linear), "float32"
     elif case.kind == "layer" and case.problem is not None:
-        found = work(case.problem, form)
+        found = (tucker.work if isinstance(case.problem, TuckerConv2dProblem) else work)(case.problem, form)
         dtype = str(case.problem.dtype).removeprefix("torch.")
     else:
         return {}

@@ -66,7 +66,8 @@ struct Tile {
   template <int P>
   BASISCONV_INLINE void count(const Taps& taps, const uint8_t* bits, int32_t* to) {
 #if defined(BASISCONV_WORDS)
-    count_words<P>(taps, bits, to);
+    if (plan.pack.vectors == 2) return count_words<P, 2>(taps, bits, to);
+    count_words<P, 1>(taps, bits, to);
 #else
     if constexpr (Bytes::kMostVectors == 2) {
       if (plan.pack.vectors == 2) return count_vectors<P, 2>(taps, bits, to);

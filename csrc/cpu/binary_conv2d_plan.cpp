@@ -35,7 +35,7 @@ BinaryPack binary_pack(const BinaryConv2dWeights& w, Isa wanted) {
       break;
     case Isa::avx512_vpopcntdq:
       p.lanes = 16;
-      p.vectors = 1;
+      p.vectors = filters > 16 ? 2 : 1;
       p.pixels = 7;
       break;
     default:

@@ -36,7 +36,7 @@ struct BinaryPackHeader {
 };
 static_assert(sizeof(BinaryPackHeader) == 64, "bits behind it stay aligned to a cache line");
 
-constexpr int64_t kBinaryPackVersion = 1;
+constexpr int64_t kBinaryPackVersion = 2;
 
 // The set whose kernels of this op run when `isa` is in use: the matrix unit has none of its own.
 Isa binary_isa_for(Isa isa);

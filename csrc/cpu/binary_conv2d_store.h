@@ -107,9 +107,72 @@ static BASISCONV_INLINE void store_floats(const BinaryConv2dParams& p, const Spo
   }
 }
 
+#if defined(BASISCONV_AVX512)
+
+// A tile of registers of 16 filters that start at a multiple of 16: bits go to memory as the compare gives them, and
+// whole numbers and float32 of channels_last stay in the register. False where the general way must do it.
+static BASISCONV_INLINE bool store_registers(const BinaryConv2dParams& p, const Spot& at, int64_t pixels,
+                                             const int32_t* raw, int64_t block, const int32_t* table_of_row,
+                                             int64_t class_size) {
+  if (block > 32) return false;
+  const int64_t place = (at.n * p.OH + at.y) * p.OW + at.x;
+  const int32_t* classes = p.column_class + at.x;
+  if (p.output_type == BinaryOutput::packed) {
+    if (at.k % 16 != 0) return false;
+    const int64_t step = words_for(p.weights.K) * 4;
+    for (int64_t f = 0; f < at.count; f += 16) {
+      uint8_t* to = static_cast<uint8_t*>(p.output) + place * step + (at.k + f) / 8;
+      const __mmask16 flipped = _mm512_movepi32_mask(_mm512_loadu_si512(at.flip + f));
+      const uint32_t real = at.count - f < 16 ? (1u << (at.count - f)) - 1u : 0xffffu;
+      for (int64_t i = 0; i < pixels; i++, to += step) {
+        const __m512i limit = _mm512_loadu_si512(table_of_row + classes[i] * class_size + f);
+        const __mmask16 below = _mm512_cmple_epi32_mask(_mm512_loadu_si512(raw + i * block + f), limit);
+        const uint16_t bits = static_cast<uint16_t>((below ^ flipped) & real);
+        memcpy(to, &bits, 2);
+      }
+    }
+    return true;
+  }
+  if (at.count % 16 != 0 || !p.channels_last) return false;
+  const int shift = p.codes ? 0 : 1;
+  const auto sums = [&](int64_t i, int64_t f) {
+    const __m512i table = _mm512_loadu_si512(table_of_row + classes[i] * class_size + f);
+    return _mm512_sub_epi32(table, _mm512_slli_epi32(_mm512_loadu_si512(raw + i * block + f), shift));
+  };
+  const int64_t K = p.weights.K;
+  if (p.output_type == BinaryOutput::i32) {
+    for (int64_t f = 0; f < at.count; f += 16) {
+      int32_t* to = static_cast<int32_t*>(p.output) + place * K + at.k + f;
+      for (int64_t i = 0; i < pixels; i++) _mm512_storeu_si512(to + i * K, sums(i, f));
+    }
+    return true;
+  }
+  if (p.output_type != BinaryOutput::f32) return false;
+  const __m512 zero = _mm512_setzero_ps(), six = _mm512_set1_ps(6.0f);
+  for (int64_t f = 0; f < at.count; f += 16) {
+    float* to = static_cast<float*>(p.output) + place * K + at.k + f;
+    const __m512 scale = _mm512_loadu_ps(p.scale + at.k + f), bias = _mm512_loadu_ps(p.bias + at.k + f);
+    for (int64_t i = 0; i < pixels; i++) {
+      __m512 values = _mm512_mul_ps(_mm512_cvtepi32_ps(sums(i, f)), scale);
+      if (p.pixel_scale != nullptr) values = _mm512_mul_ps(values, _mm512_set1_ps(p.pixel_scale[place + i]));
+      values = _mm512_add_ps(values, bias);
+      // The second operand of these is the result where one is NaN.
+      if (p.activation != BinaryActivation::none) values = _mm512_max_ps(zero, values);
+      if (p.activation == BinaryActivation::relu6) values = _mm512_min_ps(six, values);
+      _mm512_storeu_ps(to + i * K, values);
+    }
+  }
+  return true;
+}
+
+#endif
+
 // All of a tile's pixels; raw [pixels][block].
 static void store_tile(const BinaryConv2dParams& p, Spot at, int64_t pixels, const int32_t* raw, int64_t block,
                        const int32_t* table_of_row, int64_t class_size, float* values) {
+#if defined(BASISCONV_AVX512)
+  if (store_registers(p, at, pixels, raw, block, table_of_row, class_size)) return;
+#endif
   for (int64_t i = 0; i < pixels; i++, at.x++, raw += block) {
     at.table = table_of_row + p.column_class[at.x] * class_size;
     switch (p.output_type) {

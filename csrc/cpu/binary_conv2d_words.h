@@ -16,7 +16,7 @@ namespace BASISCONV_ISA {
 struct Words {
   using Reg = __m512i;
   static constexpr int kLanes = 16;
-  static constexpr int kVectors = 1;
+  static constexpr int kMostVectors = 2;
   static constexpr int kPixels = 7;
   static BASISCONV_INLINE Reg zero() { return _mm512_setzero_si512(); }
   static BASISCONV_INLINE Reg load(const void* p) { return _mm512_loadu_si512(p); }
@@ -32,7 +32,7 @@ struct Words {
 struct Words {
   typedef uint32_t Reg __attribute__((vector_size(16)));
   static constexpr int kLanes = 4;
-  static constexpr int kVectors = 2;
+  static constexpr int kMostVectors = 2;
   static constexpr int kPixels = 2;
   static BASISCONV_INLINE Reg zero() { return Reg{0, 0, 0, 0}; }
   static BASISCONV_INLINE Reg load(const void* p) {
@@ -61,9 +61,9 @@ struct Words {
 #endif
 
 // raw[pixel][filter] of one plane and one block of filters.
-template <int P>
+template <int P, int F>
 static BASISCONV_INLINE void count_words(const Taps& taps, const uint8_t* bits, int32_t* raw) {
-  constexpr int F = Words::kVectors, kBlock = F * Words::kLanes;
+  constexpr int kBlock = F * Words::kLanes;
   Words::Reg sums[P][F];
   BASISCONV_UNROLL for (int i = 0; i < P; i++) {
     BASISCONV_UNROLL for (int f = 0; f < F; f++) sums[i][f] = Words::zero();

@@ -113,4 +113,4 @@ def test_larq_is_missing_by_name_unless_a_python_is_named(monkeypatch):
 def test_suites_are_in_the_order_of_their_numbers():
     names = list(suites.suites())
     assert names[:11] == [f"C{number}" for number in range(1, 12)]
-    assert set(names[11:]) == {"smoke", "ternary"}
+    assert set(names[11:]) == {"smoke", "ternary", "tucker"}

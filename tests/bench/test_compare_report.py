@@ -104,5 +104,5 @@ def test_wrong_usage_is_told(tmp_path: Path) -> None:
 def test_list() -> None:
     assert "n1_64to64_at112_q8" in invoke("list", "--suite", "C2")
     data = json.loads(invoke("list", "--json"))
-    names = [*(f"C{number}" for number in range(1, 12)), "smoke", "ternary"]
+    names = [*(f"C{number}" for number in range(1, 12)), "smoke", "ternary", "tucker"]
     assert [suite["name"] for suite in data["suites"]] == names

@@ -10,6 +10,7 @@ from torch import nn
 
 from basisconv_kernels import (
     ArchitectureError,
+    BasisConfig,
     FileFormatError,
     StackedBinaryConfig,
     StackedBinaryConv2d,
@@ -74,10 +75,20 @@ def test_what_does_not_fit_stays_dense_with_its_reason(config, reason):
 
 
 def test_by_name_pattern_and_in_xnor_mode():
-    steps = {"3": StackedBinaryConfig(splits=2, bank=8, binarize_input=True), "*": None}
-    model, _ = compress(network(), steps, example_inputs=IMAGE)
-    assert model[3].binarize_input
+    steps = {"8": StackedBinaryConfig(splits=2, bank=4, binarize_input=True), "*": None}
+    dense = network()
+    dense[7] = nn.Identity()
+    model, _ = compress(dense, steps, example_inputs=IMAGE)
+    assert model[8].binarize_input
     assert isinstance(model[6], nn.Conv2d)
+
+
+def test_signs_behind_a_relu_are_refused():
+    model, report = compress(
+        network(), StackedBinaryConfig(splits=2, bank=8, binarize_input=True), example_inputs=IMAGE
+    )
+    assert isinstance(model[3], nn.Conv2d)
+    assert "its input is never negative" in report.layers[1].reason
 
 
 def test_fine_tuning_then_bits_in_a_file(small, tmp_path):
@@ -146,3 +157,14 @@ def test_bad_weights_change_nothing():
     with pytest.raises(ValueError, match=r"'6' has NaN"):
         compress(dense, CONFIG, example_inputs=IMAGE, inplace=True)
     assert isinstance(dense[3], nn.Conv2d)
+
+
+def test_the_first_convolution_is_told_among_converted_ones_too():
+    """A pipeline or a pattern may have converted the layer that the network calls first."""
+    dense = nn.Sequential(nn.Conv2d(4, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3))
+    image = torch.randn(1, 4, 12, 12)
+    steps = {"0": BasisConfig(fraction=0.25, keep_dense="never"), "*": StackedBinaryConfig(splits=2, bank=0.5)}
+    small, _ = compress(dense, steps, example_inputs=image)
+    assert [isinstance(small[i], StackedBinaryConv2d) for i in (0, 2, 4)] == [False, True, True]
+    alone, _ = compress(dense, StackedBinaryConfig(splits=2, bank=0.5), example_inputs=image)
+    assert [isinstance(alone[i], StackedBinaryConv2d) for i in (0, 2, 4)] == [False, True, True]

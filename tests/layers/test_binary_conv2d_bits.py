@@ -136,3 +136,12 @@ def test_bits_do_not_pass_a_batchnorm():
     assert layer.take_bits(contiguous=True)(bits).is_contiguous()
     with pytest.raises(ValueError, match=r"^BinaryConv2d.to_plain: the layer takes the signs of its input"):
         layer.to_plain()
+
+
+def test_a_frozen_layer_goes_to_other_memory_formats_and_devices():
+    layer = BinaryConv2d(40, 8, 3).freeze()
+    x = torch.randn(1, 40, 5, 5)
+    expected, shape = layer(x), layer.words.shape
+    assert torch.equal(layer.to(memory_format=torch.channels_last)(x), expected)
+    assert layer.words.shape == shape
+    assert layer.to("meta").words.shape == shape

@@ -191,7 +191,9 @@ def test_the_op_is_exported_and_passes_opcheck():
     )  # fmt: skip
     torch.library.opcheck(torch.ops.basisconv.binary_conv2d.default, arguments)
     torch.library.opcheck(torch.ops.basisconv.bitpack.default, (x, None, None, 1, False))
-    torch.library.opcheck(torch.ops.basisconv.binary_conv2d_pack.default, (weight, False, 20, 1, 1))
+    torch.library.opcheck(
+        torch.ops.basisconv.binary_conv2d_pack.default, (weight, False, 20, 1, extension.facts()["binary_pack_format"])
+    )
 
     class Network(torch.nn.Module):
         def forward(self, x):

@@ -17,6 +17,7 @@ from basisconv_kernels.triton_kernels import basis_conv2d_backward, configs
 from basisconv_kernels.triton_kernels.basis_conv2d_descriptors import basis_conv2d_forward_descriptors
 from basisconv_kernels.triton_kernels.basis_conv2d_pointers import basis_conv2d_forward_pointers
 from basisconv_kernels.triton_kernels.configs import Tile
+from basisconv_kernels.triton_kernels.tucker_conv2d import tucker_conv2d_forward
 from tests.triton.rows import Row
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -151,3 +152,42 @@ def gradient(name: str, arithmetic: str, capability: int, **changes: Any) -> Com
         "PRECISION": configs.input_precision(arithmetic), **changes,
     }  # fmt: skip
     return compile_for(capability, kernel, arguments, 4, 2)
+
+
+def tucker_one_pass(arithmetic: str, capability: int, **changes: Any) -> Compiled:
+    """The chain in one pass at the largest ranks that it takes, channels_last, everything in the epilogue."""
+    of = TYPES[arithmetic]
+    rank = configs.LARGEST_RANK // 2 if arithmetic == configs.FLOAT32 else configs.LARGEST_RANK
+    BM, BK, BL = configs.ONE_PASS[arithmetic]
+    pointers = dict.fromkeys(("input", "u_in", "core", "u_out", "bias", "residual", "out"), f"*{of}")
+    sizes = dict.fromkeys(tucker_conv2d_forward.arg_names, "i32")
+    multiples = dict.fromkeys(
+        (
+            "C",
+            "rank_in",
+            "Q",
+            "K",
+            "input_n",
+            "input_y",
+            "input_x",
+            "u_c",
+            "mix_k",
+            "core_q",
+            "core_r",
+            "core_s",
+            "residual_n",
+            "residual_y",
+            "residual_x",
+            "out_n",
+            "out_y",
+            "out_x",
+        ),
+        "i32:16",
+    )
+    constants = {
+        "BM": BM, "BI": rank, "BQ": rank, "BK": BK, "BL": BL, "ACTIVATION": "relu", "u_i": 1, "mix_q": 1,
+        "core_i": 1, "VECTOR": 8 if of == "fp16" else 4, "CORE_VECTOR": 8 if of == "fp16" else 4,
+        "PRECISION": configs.input_precision(arithmetic),
+    }  # fmt: skip
+    arguments = {**sizes, **multiples, **pointers, **_EPILOGUE, **constants, **changes}
+    return compile_for(capability, tucker_conv2d_forward, arguments, 4, 3)

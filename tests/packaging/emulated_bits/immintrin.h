@@ -60,6 +60,10 @@ inline __m256i to_f16(__m512 value) {
   return _mm256_set_m128i(_mm256_cvtps_ph(halves.at[1], 0), _mm256_cvtps_ph(halves.at[0], 0));
 }
 
+inline __m512 to_floats(__m512i value) {
+  return same_bits<__m512>(each<Lanes<float, 16>>(same_bits<Lanes<int32_t, 16>>(value)));
+}
+
 }  // namespace emulated
 
 #undef _mm512_cvtepu16_epi32
@@ -70,6 +74,8 @@ inline __m256i to_f16(__m512 value) {
 #undef _mm512_maskz_loadu_ps
 #undef _mm256_mask_storeu_epi16
 #undef _mm512_mask_storeu_ps
+#undef _mm512_cvtepi32_ps
+#define _mm512_cvtepi32_ps(value) emulated::to_floats(value)
 #define _mm512_cvtepu16_epi32(value) emulated::widen(value)
 #define _mm512_cvtepi32_epi16(value) emulated::narrow(value)
 #define _mm512_cvtph_ps(value) emulated::from_f16(value)

@@ -1,0 +1,72 @@
+"""What a call of ``tucker_conv2d`` should take on a GPU where nothing was measured; see ``basis_conv2d_model``.
+
+The first 1×1 is the same library call either way, so what decides is the rest: the basis kernel on M, against two
+library kernels. The model also says when the whole chain should run in one pass, which computes M once a tap but spares
+its way through memory.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from basisconv_kernels.core import tuning
+from basisconv_kernels.core.problem import Conv2dProblem, TuckerConv2dProblem
+from basisconv_kernels.ops import basis_conv2d_model as basis
+from basisconv_kernels.ops.basis_conv2d_model import CACHE, MEMORY, OPERATIONS, REACHED
+
+OP = "tucker_conv2d"
+
+
+def last_two_stages(problem: TuckerConv2dProblem) -> Conv2dProblem:
+    """What the basis kernel is asked: core and u_out on M."""
+    fields = {name: getattr(problem, name) for name in Conv2dProblem.__dataclass_fields__}
+    return Conv2dProblem(**{**fields, "C": problem.rank_in})
+
+
+def slower_than_plain(problem: TuckerConv2dProblem) -> dict[str, str]:
+    """{backend: by how much, in words} of those slower than plain PyTorch: as measured, else on a GPU as predicted."""
+    if tuning.entries_for(OP, problem):
+        return tuning.slower(OP, problem)
+    slower = basis.predicted_slower(last_two_stages(problem))
+    if "triton" in slower and one_pass_pays(problem):
+        slower.pop("triton")
+    return slower
+
+
+def one_pass_pays(problem: TuckerConv2dProblem) -> bool:
+    """Whether Triton should run the chain in one pass: a function of the weights and the geometry alone."""
+    from basisconv_kernels.triton_kernels import configs
+
+    return _pays(problem, configs.arithmetic_of(problem.dtype, problem.precise))
+
+
+@functools.lru_cache(4096)
+def _pays(p: TuckerConv2dProblem, arithmetic: str) -> bool:
+    from basisconv_kernels.triton_kernels import configs
+
+    if configs.against_one_pass(arithmetic, p.rank_in, p.Q, p.precise) is not None:
+        return False
+    return _one_pass(p, arithmetic) < _first_stage(p, arithmetic) + basis.triton(last_two_stages(p), arithmetic)
+
+
+def _one_pass(p: TuckerConv2dProblem, arithmetic: str) -> float:
+    """Nanoseconds an output pixel of the kernel in ``triton_kernels/tucker_conv2d.py``."""
+    from basisconv_kernels.triton_kernels import configs
+
+    size = basis._bytes(p)
+    BM, BK, BL = configs.ONE_PASS[arithmetic]
+    BK, BL = min(BK, configs.power_of_two(p.C)), min(BL, configs.power_of_two(p.K))
+    C, K = -(-p.C // BK) * BK, -(-p.K // BL) * BL
+    rank_in, rank_out = configs.power_of_two(p.rank_in), configs.power_of_two(p.Q)
+    taps = p.R * p.S
+    products = 2 * (taps * (C * rank_in + rank_in * rank_out) + rank_out * K)
+    fetched = (taps * (C + (C * rank_in + rank_in * rank_out) / BM) + rank_out * K / BM) * size
+    moved = (p.C * p.stride[0] * p.stride[1] + p.K) * size
+    return max(max(products / OPERATIONS[arithmetic], fetched / CACHE) / REACHED[arithmetic], moved / MEMORY)
+
+
+def _first_stage(p: TuckerConv2dProblem, arithmetic: str) -> float:
+    """Nanoseconds an output pixel of the 1×1 on all pixels of the input, and of its launch nothing."""
+    pixels = p.stride[0] * p.stride[1]
+    moved = pixels * (p.C + p.rank_in) * basis._bytes(p)
+    return max(2 * pixels * p.C * p.rank_in / OPERATIONS[arithmetic], moved / MEMORY)
