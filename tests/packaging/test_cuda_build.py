@@ -80,8 +80,8 @@ ALLOWED = re.compile(r"(aoti_torch_|torch_)\w+|.*@(GLIBC|GLIBCXX|CXXABI|GCC)_[\d
 WEAK = re.compile(r"_ITM_\w+|__gmon_start__|__cxa_finalize.*|aoti_torch_get_current_cuda_stream|.*@GLIBC.*|_Z.*")
 
 
-# One library for torch 2.10 and later is what the headers promise; of this release it is looked up. It is the one that a
-# machine with a GPU is most likely to have, older than the one that builds here.
+# The headers promise one library for torch 2.10 and later; of this release it is looked up, since a machine with a GPU
+# is likely to have it.
 OLDER = [
     line
     for line in (Path(__file__).with_name("torch_2.11_symbols.txt")).read_text(encoding="utf-8").splitlines()
