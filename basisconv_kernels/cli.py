@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from basisconv_kernels.core.checks import ACTIVATIONS
 from basisconv_kernels.demo import terminal
 
 if TYPE_CHECKING:
     from torch import nn
-
-    from basisconv_kernels.core.problem import Conv2dProblem
 
 app = typer.Typer(
     name="basisconv",
@@ -227,7 +226,9 @@ def tune(
     fraction: Annotated[float, typer.Option(help="Its layers get this fraction of their filters, 0..1.")] = 0.25,
     problem: Annotated[
         list[str] | None,
-        typer.Option(metavar="N=8,C=64,...", help="A problem: N C H W Q K R, also S stride padding dilation groups."),
+        typer.Option(
+            metavar="N=8,C=64,...", help="N C H W Q K R, also S stride padding dilation groups; op=... first."
+        ),
     ] = None,
     layout: Annotated[str, typer.Option(help="Memory format: both, channels_last or nchw.")] = "both",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
@@ -328,9 +329,15 @@ def ops(as_json: Json = False) -> None:
 def explain(
     op: Annotated[str, typer.Argument(help="Name of the op, as in `basisconv ops`.")],
     input: Annotated[str, typer.Option("--input", metavar="N,C,H,W", help="Shape of the input.")],
-    basis_channels: Annotated[int, typer.Option(min=1, help="Q, basis filters; rank_out of tucker_conv2d.")],
     out_channels: Annotated[int, typer.Option(min=1, help="K, outputs.")],
+    basis_channels: Annotated[int | None, typer.Option(min=1, help="Q, basis filters; rank_out of Tucker.")] = None,
     rank_in: Annotated[int | None, typer.Option(min=1, help="Of tucker_conv2d alone.")] = None,
+    bank: Annotated[int | None, typer.Option(min=1, help="n of stacked_binary_conv2d; default: K.")] = None,
+    splits: Annotated[int | None, typer.Option(min=1, help="Of stacked_binary_conv2d; default: 1.")] = None,
+    signs: Annotated[bool, typer.Option("--signs", help="Of stacked_binary_conv2d: signs of the input.")] = False,
+    packed: Annotated[bool, typer.Option("--packed", help="Of binary_conv2d: packed signs come in.")] = False,
+    bits_out: Annotated[bool, typer.Option("--bits-out", help="Of binary_conv2d: packed signs go out.")] = False,
+    scales: Annotated[int | None, typer.Option(help="Of ternary_conv2d: 0, 1 or 2.")] = None,
     kernel: Annotated[str, typer.Option(metavar="R[,S]", help="Filter height and width.")] = "3",
     stride: Annotated[str, typer.Option(metavar="V[,H]", help="Vertical, horizontal.")] = "1",
     padding: Annotated[str, typer.Option(metavar="V[,H]", help="Vertical, horizontal, or same.")] = "0",
@@ -349,20 +356,25 @@ def explain(
 ) -> None:
     """Print what a call would run on, why nothing else, and what it costs. Nothing is run."""
     from basisconv_kernels import diagnostics
+    from basisconv_kernels.compression.problems import problem_of_options
     from basisconv_kernels.demo.summary import explanation_rows
 
-    sizes = (*terminal.sizes(input, "--input", 4), basis_channels, out_channels, *terminal.pair(kernel, "--kernel", 1))
+    for option, value, known in (("--device", device, ["cpu", "cuda"]), ("--activation", activation, ACTIVATIONS)):
+        terminal.one_of(option, value, known)
+    sizes = (*terminal.sizes(input, "--input", 4), out_channels, *terminal.pair(kernel, "--kernel", 1))
     geometry = {
-        **({} if rank_in is None else {"rank_in": rank_in}),
         "stride": terminal.pair(stride, "--stride", 1),
         "padding": padding if padding in ("same", "valid") else terminal.pair(padding, "--padding", 0),
         "dilation": terminal.pair(dilation, "--dilation", 1),
         "groups": groups,
-        "compact": compact,
     }
-    flags = {"channels_last": channels_last, "bias": bias, "residual": residual, "activation": activation,
-             "precise": precise}  # fmt: skip
-    problem = _problem(op, sizes, geometry, dtype, device, flags)
+    traits = {"basis_channels": basis_channels, "rank_in": rank_in, "bank": bank, "splits": splits, "scales": scales}
+    flags = {"compact": compact, "residual": residual, "precise": precise, "bias": bias, "signs": signs,
+             "packed": packed, "bits_out": bits_out}  # fmt: skip
+    shared = {"dtype": terminal.dtype(dtype), "device": device, "channels_last": channels_last,
+              "activation": activation}  # fmt: skip
+    diagnostics.op_module(op)  # an error where there is none
+    problem = problem_of_options(op, sizes, {**geometry, **shared}, traits, flags)
     found = diagnostics.explain(op, problem, backend)
     if as_json:
         terminal.print_json(found)
@@ -371,30 +383,3 @@ def explain(
     if found["chosen"] is None:
         asked = f"backend {found['asked']!r}" if found["asked"] else "no backend"
         raise RuntimeError(f"{op}: {asked} cannot run this" if found["asked"] else f"{op}: no backend can run this")
-
-
-def _problem(
-    op: str, sizes: tuple[int, ...], geometry: dict[str, Any], dtype: str, device: str, flags: dict[str, Any]
-) -> Conv2dProblem:
-    """The problem that the options of ``explain`` state, in normal form and checked as the op checks its arguments."""
-    from basisconv_kernels.core import checks
-    from basisconv_kernels.core.problem import Conv2dProblem, TuckerConv2dProblem
-
-    for option, value, known in (
-        ("--device", device, ["cpu", "cuda"]),
-        ("--activation", flags["activation"], list(checks.ACTIVATIONS)),
-    ):
-        terminal.one_of(option, value, known)
-    N, C, H, W, Q, K, R, S = sizes
-    groups = geometry["groups"]
-    for name, value in (("C", C), ("Q", Q), *((("K", K),) if geometry["compact"] else ())):
-        if value % groups:
-            raise ValueError(f"{op}: {name} = {value} must be divisible by groups = {groups}")
-    if ("rank_in" in geometry) != (op == "tucker_conv2d") or (op == "tucker_conv2d" and groups > 1):
-        raise ValueError(f"{op}: --rank-in belongs to tucker_conv2d, which needs it and has no groups")
-    padding = checks.padding4(op, geometry["padding"], (R, S), geometry["stride"], geometry["dilation"])
-    kind: Any = TuckerConv2dProblem if op == "tucker_conv2d" else Conv2dProblem
-    return kind(
-        N=N, C=C, H=H, W=W, Q=Q, K=K, R=R, S=S, **{**geometry, "padding": padding}, **flags,
-        dtype=terminal.dtype(dtype), device=device,
-    )  # fmt: skip

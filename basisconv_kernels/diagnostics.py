@@ -24,6 +24,7 @@ import torch
 
 from basisconv_kernels import ops as ops_package
 from basisconv_kernels import testing
+from basisconv_kernels.compression import problems
 from basisconv_kernels.core import checks, env, extension, machine, registry, selfcheck, tuning
 from basisconv_kernels.core.problem import Conv2dProblem, TuckerConv2dProblem, dtype_name
 from basisconv_kernels.core.version import __version__
@@ -137,10 +138,10 @@ def _ordinary(dtype: torch.dtype, device: str) -> Conv2dProblem:
 # --- explain ----------------------------------------------------------------------------------------------------------
 
 
-EXPLAINED = ("basis_conv2d", "tucker_conv2d")  # whose problems the options of the command can state
+EXPLAINED = ("basis_conv2d", "tucker_conv2d", *problems.BITS)  # whose problems the options of the command can state
 
 
-def explain(op: str, problem: Conv2dProblem, asked: str | None) -> dict[str, Any]:
+def explain(op: str, problem: Any, asked: str | None) -> dict[str, Any]:
     """What a call would run on, why nothing else, and what it costs; nothing is run.
 
     Args:
@@ -159,7 +160,7 @@ def explain(op: str, problem: Conv2dProblem, asked: str | None) -> dict[str, Any
     candidates = op_module(op).CANDIDATES
     if op not in EXPLAINED:
         raise ValueError(
-            f"explain describes calls of {' and '.join(EXPLAINED)}, got {op!r}; run the call itself with "
+            f"explain describes calls of {', '.join(EXPLAINED)}, got {op!r}; run the call itself with "
             "BASISCONV_LOG=dispatch"
         )
     against = registry.reasons(candidates, problem)
@@ -173,10 +174,7 @@ def explain(op: str, problem: Conv2dProblem, asked: str | None) -> dict[str, Any
                 against[name] = (verdict,)
     first = registry.first(candidates, against, wished, slower)
     chosen = first.name if first else None
-    chain = isinstance(problem, TuckerConv2dProblem)  # two ranks: there is no single break-even
-    Q_star = None if chain else break_even(problem.K, problem.taps, problem.groups if problem.compact else 1)
     OH, OW = problem.output_size
-    fewer_weights = problem.weights() < problem.dense_weights()
     return {
         "op": op,
         "problem": str(problem),
@@ -190,6 +188,20 @@ def explain(op: str, problem: Conv2dProblem, asked: str | None) -> dict[str, Any
         "self_checks": checks_made,
         "measured": tuning.entries_for(op, problem),
         "unknown_backend": wished if wished is not None and wished not in against else None,
+        **_costs(problem),
+    }
+
+
+def _costs(problem: Any) -> dict[str, Any]:
+    """Operations and weights of a call and of the dense convolution that it replaces."""
+    if not isinstance(problem, Conv2dProblem):
+        OH, OW = problem.output_size
+        weights = problem.K * problem.taps
+        return {"macs_dense": problem.N * OH * OW * weights, "weights_dense": weights, **problems.cost(problem)}
+    chain = isinstance(problem, TuckerConv2dProblem)  # two ranks: there is no single break-even
+    Q_star = None if chain else break_even(problem.K, problem.taps, problem.groups if problem.compact else 1)
+    fewer_weights = problem.weights() < problem.dense_weights()
+    return {
         "macs_dense": problem.dense_macs(),
         "macs_basis": problem.macs(),
         "weights_dense": problem.dense_weights(),

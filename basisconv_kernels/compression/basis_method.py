@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -41,6 +42,11 @@ def convert(target: nn.Module, config: BasisConfig, task: Task) -> tuple[nn.Modu
     for layer in open_layers:
         reasons[layer.name] = decisions[layer.name].reason
     rows = tuple(_report(layer, decisions.get(layer.name), reasons[layer.name]) for layer in layers)
+    if config.basis != "eigen":
+        for made in replaced.values():
+            made.basis = config.basis
+            made.reset_parameters()
+        rows = tuple(replace(row, energy_kept=None, relative_error=None) for row in rows)
     target = substitute(target, replaced)
     if config.basis_norm:
         _insert_norms(target, list(replaced.values()), list(task.batches))

@@ -11,6 +11,7 @@ from torch import nn
 
 RULES = ("energy", "fraction", "basis_channels", "macs", "parameters", "sensitivity", "latency")
 KEEP_DENSE = ("auto", "never")
+BASES = ("eigen", "random_orthogonal", "dct")
 FRACTIONS = tuple(round(0.05 * step, 2) for step in range(19, 0, -1))  # .95, .90, … .05
 
 
@@ -67,6 +68,9 @@ class BasisConfig:
             convert only where that is faster (except under a budget, which a layer left dense might overspend).
         train_basis: the basis becomes a parameter; else it is frozen, and fine-tuning reaches the coefficients alone.
         basis_norm: insert a BatchNorm between the stages, calibrated to the identity of eval mode.
+        basis: ``"eigen"`` takes basis and coefficients from the weights; ``"random_orthogonal"`` and ``"dct"`` draw a
+            basis of that size and random coefficients, for training from scratch: nothing of the weights is left, and
+            the basis stays as drawn unless ``train_basis``. Random numbers are PyTorch's.
         data_aware: truncate for the least error of a layer's output on the calibration inputs instead of its filters'.
 
     Layers that a mapping does not name stay dense. Mappings and sequences are copied.
@@ -89,6 +93,7 @@ class BasisConfig:
     train_basis: bool = False
     basis_norm: bool = False
     data_aware: bool = False
+    basis: str = "eigen"
 
     def __post_init__(self) -> None:
         given = [rule for rule in RULES if getattr(self, rule) is not None]
@@ -116,6 +121,8 @@ class BasisConfig:
             raise TypeError(f"BasisConfig: sensitivity must be a Sensitivity, got {type(self.sensitivity).__name__}")
         if self.keep_dense not in KEEP_DENSE:
             raise ValueError(f"BasisConfig: keep_dense must be 'auto' or 'never', got {self.keep_dense!r}")
+        if self.basis not in BASES:
+            raise ValueError(f"BasisConfig: basis must be one of {', '.join(BASES)}, got {self.basis!r}")
         _at_least("BasisConfig", "min_channels", self.min_channels)
         _at_least("BasisConfig", "multiple_of", self.multiple_of)
 

@@ -272,6 +272,8 @@ def _report(
     member = graph.members.get(layer.module)
     if reason is None and left == K and member is not None:
         reason = next((why for label in member.gives if (why := graph.why_pinned(label))), None)
+        if reason is None and not pruned:
+            reason = "equally many of every group must go" if G > 1 else "none of its filters was among the least"
     row = LayerReport(
         name=layer.name, verdict="pruned" if pruned else "kept", reason=reason or "", K=K, C=C, R=R, S=S, groups=G,
         break_even=break_even(K, layer.taps, G), basis_channels=None, energy_kept=None, relative_error=None,

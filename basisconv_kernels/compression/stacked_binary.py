@@ -140,13 +140,14 @@ def unsigned_inputs(target: nn.Module, layers: Sequence[ConvLayer], batches: Seq
 
 
 def _surveyed(target: nn.Module, task: Task) -> tuple[list[ConvLayer], nn.Module | None]:
-    """The convolutions, and the one that is called first."""
+    """The convolutions, and the one that is called first; a layer that an earlier step converted may be that one."""
     called: list[nn.Module] = []
 
     def note(module: nn.Module, *_: Any) -> None:
         called.append(module)
 
-    handles = [m.register_forward_pre_hook(note) for m in target.modules() if isinstance(m, nn.Conv2d)]
+    kinds: tuple[type[nn.Module], ...] = (nn.Conv2d, *own_layers())
+    handles = [m.register_forward_pre_hook(note) for m in target.modules() if isinstance(m, kinds)]
     # The hooks are for this run alone: a layer with hooks of its own would be kept.
     try:
         layers = survey(target, task.example_inputs)

@@ -17,8 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from basisconv_kernels.layers.basis_conv2d import BasisConv2d
+from basisconv_kernels.layers.binary_conv2d import BinaryConv2d
+from basisconv_kernels.layers.packed_max_pool2d import PackedMaxPool2d
+from basisconv_kernels.layers.stacked_binary_conv2d import StackedBinaryConv2d
+from basisconv_kernels.layers.ternary_conv2d import TernaryConv2d
+from basisconv_kernels.layers.tucker_conv2d import TuckerConv2d
 
 _RELU = {torch.relu, torch.relu_, F.relu, F.relu_}
+# Layers that are called as they are.
+OWN = (BasisConv2d, TuckerConv2d, TernaryConv2d, StackedBinaryConv2d, BinaryConv2d, PackedMaxPool2d)
 _ADD = {operator.add, operator.iadd, torch.add}
 
 
@@ -63,12 +70,15 @@ def channels_last(images: Tensor) -> Tensor:
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, BasisConv2d) or super().is_leaf_module(module, name)
+        return isinstance(module, OWN) or super().is_leaf_module(module, name)
 
 
 @torch.no_grad()
 def inference_form(network: nn.Module, example: Tensor) -> nn.Module:
     """A copy of a folded network in eval mode, its plain convolutions packed for inputs shaped like ``example``.
+
+    Those of a network that takes signs of its activations stay as they are: packed they round differently in the last
+    bit, which turns a sign now and then.
 
     Args:
         network (Module): traceable by ``torch.fx``; BatchNorms already folded.
@@ -82,7 +92,7 @@ def inference_form(network: nn.Module, example: Tensor) -> nn.Module:
         if parameter.dim() == 4:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     expected = target(example)
-    if not packing_available():
+    if not packing_available() or any(isinstance(module, BinaryConv2d) for module in target.modules()):
         return target
     graph = fx.GraphModule(target, _Tracer().trace(target))
     shapes = _input_shapes(graph, example)

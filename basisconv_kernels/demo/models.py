@@ -17,6 +17,10 @@ CLASS_NAMES = {
 }
 NETWORKS = ("small-vgg", "resnet20", "resnet56")
 SHIPPED = ("fashion-mnist", "small-vgg")  # the one combination whose weights the package carries
+SHIPPED_BITS = {  # networks of that combination with filters of bits, trained and saved, by method
+    "stacked binary": Path(__file__).resolve().parents[1] / "assets" / "fashion_vgg_stacked.safetensors",
+    "XNOR": Path(__file__).resolve().parents[1] / "assets" / "fashion_vgg_xnor.safetensors",
+}
 SHIPPED_WEIGHTS = Path(__file__).resolve().parents[1] / "assets" / "fashion_vgg.safetensors"
 
 

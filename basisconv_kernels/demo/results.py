@@ -2,7 +2,8 @@
 
 Keys: ``schema`` and ``version``; ``quick``; ``finished`` (UTC); ``environment``; ``data``; ``network``; ``recipe`` of
 the fine-tuning; ``timing``; ``dense``; ``levels`` (one a compressed network, with ``two_step``, ``fused``, ``layers``
-and ``verification``); ``gains``; ``spectra``; ``samples``; ``remarks``; ``verification``; ``seconds`` by stage.
+and ``verification``); ``others`` (one a network of another method); ``gains``; ``spectra``; ``samples``; ``remarks``;
+``verification``; ``seconds`` by stage.
 Times are milliseconds, an image for networks and a call for layers, keyed by batch size; speed-ups are against dense.
 """
 
@@ -24,7 +25,7 @@ from basisconv_kernels.demo.timing import LARGE
 from basisconv_kernels.layers.conversion import dense_parameters
 from basisconv_kernels.layers.decompose import decompose
 
-SCHEMA, SCHEMA_VERSION = "basisconv-demo", 1
+SCHEMA, SCHEMA_VERSION = "basisconv-demo", 2
 FORMS = ("two_step", "fused")
 FIRST_SHOWN, DIFFERENT_SHOWN = 12, 6
 FIRST_REASON = "the first convolution, see below"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -14,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from basisconv_kernels.compression.config import BasisConfig
-from basisconv_kernels.compression.files import save
+from basisconv_kernels.compression.files import load, save
 from basisconv_kernels.compression.finetune import EpochRecord, finetune, trainable_parameters
 from basisconv_kernels.compression.fold import fold_batchnorm
 from basisconv_kernels.compression.model import compress, to_plain
 from basisconv_kernels.compression.named import load_weights
 from basisconv_kernels.core.timing import disturbed
-from basisconv_kernels.demo import measure, models, page, results
+from basisconv_kernels.demo import measure, models, others, page, results
 from basisconv_kernels.demo.data import Batches, Split
 from basisconv_kernels.demo.inference import channels_last, inference_form, packing_available
 from basisconv_kernels.demo.progress import Advance, Stages
@@ -32,7 +33,7 @@ from basisconv_kernels.diagnostics import environment
 LEVELS = (0.95, 0.85, 0.70)
 # Learning rate, momentum and weight decay of Tayyab, Khan, Mahalanobis 2021; one epoch here, 120 there.
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY, TRAIN_BATCH = 0.01, 0.9, 5e-4, 64
-STAGES_A_LEVEL, STAGES_BESIDE = 6, 3 + len(BATCHES)
+STAGES_A_LEVEL, STAGES_BESIDE = 6, 3 + len(BATCHES) + others.STAGES * len(others.METHODS)
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,11 @@ class Settings:
     quick: bool = False
     seed: int = 0
 
+    @property
+    def ships_bits(self) -> bool:
+        """Whether the package carries networks of filters of bits for this."""
+        return (self.data, self.network) == models.SHIPPED and self.weights is None
+
     def shortened(self) -> Settings:
         """The same in a few seconds: few images, and one level unless the user named some."""
         levels = self.levels if self.levels != LEVELS else (results.middle(LEVELS),)
@@ -88,6 +94,7 @@ def run_demo(settings: Settings) -> dict[str, Any]:
         RuntimeError: the process that verifies the files gave no answer.
     """
     count = STAGES_A_LEVEL * len(settings.levels) + STAGES_BESIDE
+    count += others.SHIPPED_STAGES * len(others.SHIPPED) if settings.ships_bits else 0
     start = time.perf_counter()
     with Stages(count) as stages:
         demo = _Demo(settings, stages)
@@ -116,6 +123,7 @@ class _Demo:
         self.dense.eval()
         self.first_conv = next(name for name, m in self.dense.named_modules() if isinstance(m, nn.Conv2d))
         self.images = channels_last(self.data.normalise(self.test.images[:LARGE]))
+        self.shipped = others.SHIPPED if settings.ships_bits else {}
         self.forms = Forms()
         settings.out.mkdir(parents=True, exist_ok=True)
 
@@ -125,10 +133,14 @@ class _Demo:
         load_average = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
         dense_logits = self._dense()
         levels = [self._level(energy) for energy in settings.levels]
+        beside = [self._other(name, config) for name, config in others.METHODS.items()]
+        beside += [self._shipped(name, config) for name, config in self.shipped.items()]
         times = self._time(levels)
         with self.stages.stage("predicting again in a new process", "from the saved files"):
             task = Task(settings.data, settings.network, len(labels), LARGE)
-            verification = verify(task, {level.file: level.logits["fused"] for level in levels}, settings.out)
+            expected = {level.file: level.logits["fused"] for level in levels}
+            expected |= {other.file: other.logits for other in beside if other.logits is not None}
+            verification = verify(task, expected, settings.out)
         rows = [results.level_results(level, labels, times, verification, self.first_conv) for level in levels]
         accuracy = measure.accuracy(dense_logits, labels)
         found: dict[str, Any] = {
@@ -163,6 +175,7 @@ class _Demo:
             },
             "dense": results.dense_results(self.dense, levels[0].report, accuracy, len(labels), times),
             "levels": rows,
+            "others": [others.other_results(other, labels, times, verification) for other in beside],
             "gains": results.gains(rows),
             "spectra": results.spectra(self.dense, rows),
             "samples": results.samples(labels, dense_logits, results.middle(levels).logits["fused"]),
@@ -205,15 +218,47 @@ class _Demo:
                 level.logits[form] = self._predict(self.forms.at(level.key(form), LARGE), advance)
         return level
 
-    def _finetune(self, network: nn.Module, advance: Advance) -> dict[str, Any]:
+    def _other(self, name: str, config: Any) -> others.Other:
+        at = f"by {name}"
+        with self.stages.stage("compressing", at):
+            network, report = compress(self.dense, config, example_inputs=self.images[:1], skip=[self.first_conv])
+        other = others.Other(name, network, report, f"{self.settings.network}-{name.lower()}.safetensors")
+        with self.stages.stage("predicting", f"{at}, before fine-tuning") as advance:
+            before = inference_form(self._folded(network), self.images)
+            other.accuracy_before = measure.accuracy(self._predict(before, advance), self.test.labels)
+        with self.stages.stage("fine-tuning", at) as advance:
+            other.training = self._finetune(network, advance, "all", others.LEARNING_RATE)
+        save(others.pack(network.eval()), self.settings.out / other.file)
+        other.file_bytes = (self.settings.out / other.file).stat().st_size
+        self.forms.add(name, self._folded(network), self.test.images.shape[1:])
+        with self.stages.stage("predicting", f"{at}, fine-tuned") as advance:
+            other.logits = self._predict(self.forms.at(name, LARGE), advance)
+        return other
+
+    def _shipped(self, name: str, config: Any) -> others.Other:
+        """A network that the package carries; nothing is trained."""
+        file, example = models.SHIPPED_BITS[name], self.images[:1]
+        with self.stages.stage("loading", name):
+            # What the conversion replaces and costs; its filters are thrown away for those of the file.
+            _, report = compress(self.dense, config, example_inputs=example, skip=[self.first_conv])
+            network = load(file, models.build(self.settings.network, example.shape[1])).eval()
+        other = others.Other(name, network, report, file.name)
+        shutil.copyfile(file, self.settings.out / other.file)
+        other.file_bytes = file.stat().st_size
+        self.forms.add(name, self._folded(network), self.test.images.shape[1:])
+        with self.stages.stage("predicting", f"by {name}, as shipped") as advance:
+            other.logits = self._predict(self.forms.at(name, LARGE), advance)
+        return other
+
+    def _finetune(
+        self, network: nn.Module, advance: Advance, train: str = "coefficients_and_norm", lr: float = LEARNING_RATE
+    ) -> dict[str, Any]:
         """One epoch; flips of the images are the only augmentation."""
         loader = Batches(self.data, self.train, TRAIN_BATCH, train=True, crop=0, seed=self.settings.seed)
-        parameters = trainable_parameters(network, "coefficients_and_norm")
-        optimizer = torch.optim.SGD(
-            parameters, lr=LEARNING_RATE, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True
-        )
+        parameters = trainable_parameters(network, train)
+        optimizer = torch.optim.SGD(parameters, lr=lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, LEARNING_RATE, total_steps=len(loader) + 1, pct_start=0.2, cycle_momentum=False
+            optimizer, lr, total_steps=len(loader) + 1, pct_start=0.2, cycle_momentum=False
         )
 
         def tell(record: EpochRecord) -> None:

@@ -42,14 +42,16 @@ def conclusions(results: dict[str, Any]) -> list[str]:
                 )
     images = results["data"]["test_images"]
     if results["verification"]["passed"]:
-        identical = all(level["verification"]["bit_identical"] for level in results["levels"])
+        files = [*results["levels"], *results["others"]]
+        identical = all(entry["verification"]["bit_identical"] for entry in files)
         said.append(
             f"Verified: a new process loaded the files and gave the same class for all {images:,} test images"
             + (", logits equal to the last bit" if identical else "")
         )
     else:
         problems = [f"{level['file']}: {level['verification'].get('error') or 'other predictions'}"
-                    for level in results["levels"] if not level["verification"]["passed"]]  # fmt: skip
+                    for level in (*results["levels"], *results["others"])
+                    if not level["verification"]["passed"]]  # fmt: skip
         said.append(f"VERIFICATION FAILED: {'; '.join(problems)}")
     seconds = {name: spent for name, spent in results["seconds"].items() if name != "total"}
     longest = sorted(seconds, key=lambda name: -seconds[name])[:4]
@@ -79,6 +81,17 @@ def _costs(results: dict[str, Any]) -> Table:
             f"{100 * after:.2f} %",
             f"{100 * (after - dense['accuracy']):+.2f}",
         )
+    for other in results["others"]:
+        table.add_row(
+            other["name"],
+            "",
+            _millions(other["macs"]) if other["multiplies"] else "none",
+            _millions(other["parameters"]),
+            f"{other['file_bytes'] / 1e3:.0f}",
+            "" if other["accuracy_before"] is None else f"{100 * other['accuracy_before']:.2f} %",
+            f"{100 * other['accuracy']:.2f} %",
+            f"{100 * (other['accuracy'] - dense['accuracy']):+.2f}",
+        )
     return table
 
 
@@ -86,13 +99,17 @@ def _times(results: dict[str, Any]) -> Table:
     batches = [str(batch) for batch in results["timing"]["batches"]]
     columns = [f"{what}batch {b}" for b in batches for what in ("ms/image, ", "speed, ")]
     table = _table("Time: median [quartiles]", ("network", *columns, "by MACs"))
-    dense = results["dense"]["ms_per_image"]
+    dense, dense_macs = results["dense"]["ms_per_image"], results["dense"]["macs"]
     table.add_row("dense", *(cell for b in batches for cell in (_spread(dense[b]), "1")), "1")
     for level in results["levels"]:
         for form, name in FORM_NAMES.items():
             one = level[form]
             cells = [cell for b in batches for cell in (_spread(one["ms_per_image"][b]), _ratio(one["speed_up"][b]))]
             table.add_row(f"energy {level['energy']:g} {name}", *cells, f"{level['theoretical_speed_up']:.2f}×")
+    for other in results["others"]:
+        cells = [cell for b in batches for cell in (_spread(other["ms_per_image"][b]), _ratio(other["speed_up"][b]))]
+        by_macs = f"{dense_macs / other['macs']:.2f}×" if other["multiplies"] else ""
+        table.add_row(other["name"], *cells, by_macs)
     return table
 
 
@@ -211,8 +228,11 @@ def tuned_rows(entries: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
     rows = [("problem", *(f"{name} ms" for name in backends), "fastest", "reference / fastest", "passed over")]
     for entry in entries:
         p = entry["problem"]
-        ranks = f"{p['rank_in']}→{p['Q']}" if "rank_in" in p else p["Q"]
-        shape = f"N{p['N']} {p['C']}→{ranks}→{p['K']} {p['R']}×{p['S']} @{p['H']}×{p['W']}"
+        ranks = f"{p['rank_in']}→{p['Q']}→" if "rank_in" in p else f"{p['Q']}→" if "Q" in p else ""
+        shape = f"N{p['N']} {p['C']}→{ranks}{p['K']} {p['R']}×{p['S']} @{p['H']}×{p['W']}"
+        shape += f" bank {p['n']} splits {p['splits']}" if "splits" in p else ""
+        shape += f"{' packed' if p['planes'] else ''} → {p['output']}" if "output" in p else ""
+        shape = shape if "Q" in p else f"{entry['op']} {shape}"
         shape += f" stride {p['stride'][0]}" if p["stride"] != [1, 1] else ""
         shape += " channels_last" if p["channels_last"] else " NCHW"
         best = entry["ms"][entry["fastest"]]["median"]
@@ -251,6 +271,8 @@ def explanation_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
         p, times = entry["problem"], (f"{name} {_milliseconds(spread)} ms" for name, spread in entry["ms"].items())
         size = f"N{p['N']} @{p['H']}×{p['W']}, {entry['threads']} threads"
         rows.append(("  measured", f"{', '.join(times)} ({size})"))
+    if "stored_bytes" in found:
+        return [*rows, *_bit_rows(found)]
     ratio = _fewer(found["macs_dense"], found["macs_basis"])
     macs = f"{found['macs_basis']:,} instead of {found['macs_dense']:,} ({ratio})"
     weights = f"{found['weights_basis']:,} instead of {found['weights_dense']:,}"
@@ -260,6 +282,15 @@ def explanation_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
         return [*rows, ("verdict", advice)]
     advice = "below it: the basis costs less" if found["pays"] else "not below it: the dense convolution costs no more"
     return [*rows, ("break-even Q*", f"{found['break_even']:.2f}; {advice}")]
+
+
+def _bit_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """Costs of filters of bits; their operations are additions, or pairs of signs, no multiplications."""
+    operations = f"{found['operations']:,} instead of {found['macs_dense']:,} multiplications and additions"
+    form = {None: "", "stacked": ", the bank over every split", "expanded": ", full filters, which take fewer here"}
+    dense = 4 * found["weights_dense"]
+    stored = f"{found['stored_bytes']:,} bytes instead of {dense:,} of float32 ({dense / found['stored_bytes']:.0f}×)"
+    return [("operations", operations + form[found["form"]]), ("filters", stored)]
 
 
 def _fewer(before: int, after: int) -> str:

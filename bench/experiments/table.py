@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from basisconv_kernels import BasisConfig, BasisConv2d, PruneConfig, StackedBinaryConfig, TuckerConfig, compress
-from bench.experiments.setting import EXAMPLE
+from basisconv_kernels import BasisConfig, PruneConfig, StackedBinaryConfig, TuckerConfig, compress, search
+from bench.experiments.setting import EXAMPLE, validation_accuracy
 
 
 @dataclass(frozen=True)
@@ -68,13 +68,13 @@ class Experiment:
 
 def random_orthogonal(network: nn.Module) -> nn.Module:
     """Frozen random orthogonal bases of K/2 filters, but in the first convolution; nothing of the weights is kept."""
-    config = BasisConfig(fraction=0.5, keep_dense="never")
-    made, _ = compress(network, config, example_inputs=torch.randn(EXAMPLE), skip=["features.0"])
-    for layer in made.modules():
-        if isinstance(layer, BasisConv2d):
-            layer.basis = "random_orthogonal"
-            layer.reset_parameters()
-    return made
+    config = BasisConfig(fraction=0.5, keep_dense="never", basis="random_orthogonal")
+    return compress(network, config, example_inputs=torch.randn(EXAMPLE), skip=["features.0"])[0]
+
+
+def searched(network: nn.Module) -> nn.Module:
+    """search: macs=0.25, BasisConv and Tucker at five sizes, loss on the validation images"""
+    return search(network, example_inputs=torch.randn(EXAMPLE), macs=0.25, evaluate=validation_accuracy)[0]
 
 
 SHORT: Any = {"epochs": 1, "lr": 0.02}  # what every network gets after its conversion, the dense twin too
@@ -122,6 +122,35 @@ TABLE = (
         "small-vgg",
         "vgg-dense",
         (Stage(PruneConfig(macs=0.25), **SHORT),),
+    ),
+    Experiment(
+        "vgg-search",
+        "method and size of each layer by search, at the MACs of the single methods",
+        "small-vgg",
+        "vgg-dense",
+        (Stage(searched, **SHORT),),
+    ),
+    Experiment(
+        "vgg-layerwise-third",
+        "layer-wise training with a third of the weights pruned: most layers 16 times smaller or more, within 1 point",
+        "small-vgg",
+        "vgg-dense",
+        layerwise={"sparsity": 0.33, "bound": 0.01, "prune_epochs": 2, "epochs": 1, "max_steps": 100, "lr": 0.005},
+    ),
+    Experiment(
+        "vgg-layerwise-slow",
+        "the same at a tenth of the learning rate, since the larger one alone broke the bound",
+        "small-vgg",
+        "vgg-dense",
+        layerwise={
+            "sparsity": 0.33,
+            "bound": 0.01,
+            "prune_epochs": 2,
+            "epochs": 1,
+            "max_steps": 150,
+            "prune_lr": 0.001,
+            "lr": 0.001,
+        },
     ),
     Experiment(
         "vgg-stacked",

@@ -137,6 +137,22 @@ def test_explain_of_a_tucker_convolution(basisconv):
     assert "--rank-in belongs to tucker_conv2d" in basisconv(*EXPLAIN, "--rank-in", "8").err
 
 
+SIZES = ("--input", "2,64,9,9", "--out-channels", "32", "--padding", "1")
+
+
+def test_explain_of_filters_of_bits(basisconv):
+    dense = 2 * 81 * 32 * 64 * 9
+    found = basisconv("explain", "binary_conv2d", *SIZES, "--packed", "--bits-out", "--json").json
+    assert (found["operations"], found["stored_bytes"], found["form"]) == (dense, 32 * 64 * 9 // 8, None)
+    assert "packed signs float32 → packed" in found["problem"]
+    found = basisconv("explain", "stacked_binary_conv2d", *SIZES, "--bank", "8", "--splits", "2", "--json").json
+    assert found["operations"] == 2 * 81 * (8 * 64 * 9 + 32 * 2)
+    assert (found["stored_bytes"], found["form"]) == ((8 * 32 * 9 + 32 * 2 * 3) // 8, "stacked")
+    out = basisconv("explain", "ternary_conv2d", *SIZES, "--scales", "2", "--bias").out
+    assert "two scales" in out
+    assert f"{32 * 64 * 9 // 4:,} bytes instead of {4 * 32 * 64 * 9:,} of float32 (16×)" in out
+
+
 def test_doctor_runs_every_op():
     ran = {finding.what for finding in diagnostics.doctor() if finding.state == "ok"}
     assert {f"{name} on reference" for name in diagnostics._TINY_RUNS} <= ran

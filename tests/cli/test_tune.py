@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from basisconv_kernels import BinaryConv2d, StackedBinaryConv2d, TernaryConv2d, bitpack
 from basisconv_kernels.compression import tune
 from basisconv_kernels.core import registry, tuning
 
@@ -142,3 +143,38 @@ def test_doctor_shows_the_table(basisconv):
     tuning.forget()
     assert finding()["state"] == "missing"
     assert "is not used: cannot be read" in finding()["detail"]
+
+
+BIT_PROBLEMS = {
+    "binary_conv2d": "op=binary_conv2d,N=1,C=40,H=6,W=6,K=12,R=3,padding=1,packed=1",
+    "stacked_binary_conv2d": "op=stacked_binary_conv2d,N=1,C=8,H=6,W=6,K=12,R=3,padding=1,bank=5,splits=2",
+    "ternary_conv2d": "op=ternary_conv2d,N=1,C=8,H=6,W=6,K=12,R=3,padding=1,scales=2",
+}
+
+
+@pytest.mark.parametrize(("op", "text"), BIT_PROBLEMS.items(), ids=BIT_PROBLEMS)
+def test_filters_of_bits_are_measured_and_found_again_by_the_choice(basisconv, op, text, monkeypatch):
+    """What a call of a layer looks up is what ``tune`` wrote: the same fields, whatever batch and map."""
+    found = basisconv("tune", "--problem", text, "--seconds", "0.01", "--layout", "channels_last", "--json").json
+    (entry,) = found["entries"]
+    assert entry["op"] == op
+    assert set(entry["ms"]) >= {"reference"}
+    shown = basisconv("tune", "--problem", text, "--seconds", "0.01", "--layout", "nchw", "--dry-run").out
+    assert f"{op} N1 {entry['problem']['C']}→12 3×3 @6×6" in shown
+    seen = []
+    monkeypatch.setattr(tuning, "slower", lambda name, problem: seen.append((name, problem)) or {})
+    x = torch.randn(3, entry["problem"]["C"], 7, 9).contiguous(memory_format=torch.channels_last)
+    sizes = {"padding": 1, "bias": False}
+    layer = {
+        "binary_conv2d": lambda: BinaryConv2d(40, 12, 3, scaling=None, **sizes),
+        "stacked_binary_conv2d": lambda: StackedBinaryConv2d(8, 12, 3, bank=5, splits=2, **sizes),
+        "ternary_conv2d": lambda: TernaryConv2d(8, 12, 3, rule="ttq", **sizes),
+    }[op]()
+    given = bitpack(x) if op == "binary_conv2d" else x
+    with torch.no_grad():
+        layer(given)
+    ((_, problem),) = [call for call in seen if call[0] == op]
+    keys = [tuning._weights_key(op, values) for values in (problem.to_json(), entry["problem"])]
+    assert keys[0] == keys[1]
+    (of_layer,) = tune.model_problems(torch.nn.Sequential(layer), given)
+    assert tuning._weights_key(op, of_layer.to_json()) == keys[0]

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from torch import nn
 
 from basisconv_kernels import testing
-from basisconv_kernels.compression import prune
 from basisconv_kernels.compression.model import compress, network_parameters
 from basisconv_kernels.compression.prune_config import PruneConfig
-from basisconv_kernels.compression.prune_graph import channel_graph
-from basisconv_kernels.compression.survey import survey
 from basisconv_kernels.compression.tucker_config import TuckerConfig
 from basisconv_kernels.layers.tucker_conv2d import TuckerConv2d
+
+from .zeroing import zeroed
 
 THIRD = PruneConfig(fraction=0.34)
 
@@ -59,30 +56,6 @@ def net(randomize):
 @pytest.fixture
 def image():
     return torch.randn(2, 3, 12, 14, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-
-
-@torch.no_grad()
-def zeroed(model, image, config):
-    """The same network, nothing removed: whoever reads a channel that would go has zeros for it."""
-    model = copy.deepcopy(model)
-    graph = channel_graph(model, (image,))
-    task = prune.Task(image, [image])
-    layers = survey(model, image)
-    prune._pin_excluded(graph, layers, task)
-    gone = prune._chosen(graph, layers, config, prune._scores(model, graph, config, task))
-    assert gone
-    for member in graph.members.values():
-        module = member.module
-        for i, label in enumerate(member.reads):
-            if graph.root(label) not in gone:
-                continue
-            if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1):
-                module.weight[:, i] = 0
-            elif isinstance(module, nn.Conv2d) and module.groups < module.in_channels:
-                per, outputs = module.in_channels // module.groups, module.out_channels // module.groups
-                group = i // per
-                module.weight[group * outputs : (group + 1) * outputs, i % per] = 0
-    return model
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.34, 0.75, 0.99])

@@ -10,6 +10,7 @@ from torch import nn
 
 from basisconv_kernels import (
     ArchitectureError,
+    BasisConfig,
     FileFormatError,
     StackedBinaryConfig,
     StackedBinaryConv2d,
@@ -156,3 +157,14 @@ def test_bad_weights_change_nothing():
     with pytest.raises(ValueError, match=r"'6' has NaN"):
         compress(dense, CONFIG, example_inputs=IMAGE, inplace=True)
     assert isinstance(dense[3], nn.Conv2d)
+
+
+def test_the_first_convolution_is_told_among_converted_ones_too():
+    """A pipeline or a pattern may have converted the layer that the network calls first."""
+    dense = nn.Sequential(nn.Conv2d(4, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3))
+    image = torch.randn(1, 4, 12, 12)
+    steps = {"0": BasisConfig(fraction=0.25, keep_dense="never"), "*": StackedBinaryConfig(splits=2, bank=0.5)}
+    small, _ = compress(dense, steps, example_inputs=image)
+    assert [isinstance(small[i], StackedBinaryConv2d) for i in (0, 2, 4)] == [False, True, True]
+    alone, _ = compress(dense, StackedBinaryConfig(splits=2, bank=0.5), example_inputs=image)
+    assert [isinstance(alone[i], StackedBinaryConv2d) for i in (0, 2, 4)] == [False, True, True]

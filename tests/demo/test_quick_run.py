@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from basisconv_kernels.demo import plots, results, summary
+from basisconv_kernels.demo import others, plots, results, summary
 from basisconv_kernels.demo.timing import BATCHES
 
 SPREAD = {"median", "q1", "q3", "least", "samples"}
@@ -17,7 +17,8 @@ VOID = {"meta", "img", "br"}
 def test_it_leaves_page_results_and_networks(quick_run):
     assert quick_run.code == 0
     names = {path.name for path in quick_run.folder.iterdir()}
-    assert names == {"index.html", "results.json", *(level["file"] for level in quick_run.results["levels"])}
+    files = {entry["file"] for key in ("levels", "others") for entry in quick_run.results[key]}
+    assert names == {"index.html", "results.json", *files}
 
 
 def test_results_follow_the_schema(quick_run):
@@ -47,7 +48,7 @@ def test_results_follow_the_schema(quick_run):
     assert len(found["spectra"]) == len(replaced)
     assert set(found["timing"]["memory_format"]) == batches
     for formats in found["timing"]["memory_format"].values():
-        assert len(formats) == 3
+        assert len(formats) == 3 + len(others.METHODS) + len(others.SHIPPED)
         assert set(formats.values()) <= {"nchw", "channels_last"}
     assert found["remarks"]
     assert found["seconds"]["total"] >= found["seconds"]["fine-tuning"]
@@ -65,6 +66,31 @@ def test_a_new_process_verified_the_file(quick_run):
     (level,) = quick_run.results["levels"]
     assert level["verification"]["different"] == 0
     assert level["verification"]["images"] == quick_run.results["data"]["test_images"]
+
+
+def test_other_methods_have_rows(quick_run, capsys):
+    found = quick_run.results["others"]
+    assert [row["name"] for row in found] == [*others.METHODS, *others.SHIPPED]
+    summary.print_summary(quick_run.results)
+    printed = capsys.readouterr().out
+    for row in found:
+        assert row["replaced"]
+        assert quick_run.results["network"]["first_conv"] not in row["replaced"]
+        assert row["verification"]["passed"]
+        assert row["file_bytes"] == (quick_run.folder / row["file"]).stat().st_size
+        assert row["name"] in quick_run.page
+        assert row["name"] in printed
+        assert set(row["speed_up"]) == {str(batch) for batch in BATCHES}
+    tucker, ternary, stacked, xnor = found
+    dense = quick_run.results["dense"]
+    assert tucker["multiplies"]
+    assert tucker["macs"] < dense["macs"]
+    assert not ternary["multiplies"]
+    assert ternary["file_bytes"] < dense["file_bytes"] / 10
+    for row, share, least in ((stacked, 60, 0.85), (xnor, 25, 0.83)):
+        assert row["file_bytes"] < dense["file_bytes"] / share
+        assert row["accuracy"] > least  # of the first 200 test images
+        assert (row["multiplies"], row["accuracy_before"], len(row["replaced"])) == (False, None, 5)
 
 
 class _Outline(html.parser.HTMLParser):

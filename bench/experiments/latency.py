@@ -1,0 +1,66 @@
+"""Milliseconds of the networks that the experiments ended with, beside the dense one, call by call in turn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import basisconv_kernels as bk
+from basisconv_kernels.compression.timing import measure_ms
+from bench.experiments import setting
+from bench.experiments.run import finished
+from bench.experiments.table import TABLE
+from bench.harness import machine
+
+BATCHES = (1, 16)
+
+
+def measure(folder: Path, seconds: float) -> list[dict[str, Any]]:
+    """One row for each network kind and batch size: {experiment: ms a call}, the dense network under ``dense``.
+
+    Args:
+        folder: where ``run`` put the networks of seed 0.
+        seconds: for each network.
+    """
+    rows = []
+    for kind in dict.fromkeys(experiment.network for experiment in TABLE):
+        example = torch.randn(setting.EXAMPLE, generator=torch.Generator().manual_seed(0))
+        networks: dict[str, nn.Module] = {}
+        for experiment in TABLE:
+            trained_dense = all(stage.config is None for stage in experiment.stages) and experiment.layerwise is None
+            if experiment.network == kind and not trained_dense:
+                try:
+                    networks[experiment.name] = finished(experiment.name, 0, folder)
+                except FileNotFoundError:
+                    continue
+        if not networks:
+            continue
+        networks = {"dense": setting.network(kind, 0), **networks}
+        forms = [_inference(network, example) for network in networks.values()]
+        for batch in BATCHES:
+            images = torch.randn(batch, *setting.EXAMPLE[1:]).contiguous(memory_format=torch.channels_last)
+            times = measure_ms(forms, images, seconds)
+            rows.append(
+                {
+                    "network": kind,
+                    "batch": batch,
+                    "ms": dict(zip(networks, (round(ms, 4) for ms in times), strict=True)),
+                    "threads": torch.get_num_threads(),
+                    "dtype": "float32",
+                    "form": "channels_last, BatchNorm and ReLU folded",
+                    "device": machine.device(),
+                    "versions": machine.versions(),
+                    "git": machine.commit(),
+                    "finished": machine.now(),
+                }
+            )
+    return rows
+
+
+def _inference(network: nn.Module, example: torch.Tensor) -> nn.Module:
+    """As it would be served: eval mode, channels_last, bits frozen, what follows a convolution inside it."""
+    network = bk.freeze_bits(network.eval()).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return bk.fold_batchnorm(network, example)[0]

@@ -1,0 +1,181 @@
+"""The results page of the docs, made of the recorded rows: tables, and plots beside it."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.experiments.table import TABLE, Experiment
+from bench.harness.paths import ROOT
+
+RESULTS = Path(__file__).parent / "results"
+ROWS, LATENCY = RESULTS / "cifar10.jsonl", RESULTS / "latency.jsonl"
+PAGE, PLOTS = ROOT / "docs" / "results.md", ROOT / "docs" / "results"
+START, END = "<!-- rows -->", "<!-- end of rows -->"
+TWIN = {"small-vgg": "vgg-dense-longer"}  # what the accuracy of a network is held against, else its own start
+MARKERS = "os^Dv<>Pp*Xhd"
+
+Row = dict[str, Any]
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a file, none where there is no file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+class Summary:
+    """One experiment over its seeds.
+
+    Attributes:
+        accuracy: mean of the test accuracies; ``spread``: largest less smallest.
+        macs, parameters, learnable, bytes: how many times fewer than in the dense network.
+        ms: {batch: (dense, this)} of seed 0, where it was timed.
+    """
+
+    def __init__(self, experiment: Experiment, rows: Sequence[Row], latency: Sequence[Row]) -> None:
+        self.experiment, self.rows = experiment, rows
+        found = [row["test_accuracy"] for row in rows]
+        self.accuracy, self.spread = statistics.mean(found), max(found) - min(found)
+        self.start = statistics.mean(row["start_test_accuracy"] for row in rows)
+        first = rows[0]
+        self.macs, self.parameters, self.learnable, self.bytes = (
+            first[key][0] / max(1, first[key][1]) for key in ("macs", "parameters", "learnable", "file_bytes")
+        )
+        self.file_bytes = first["file_bytes"][1]
+        self.mac_count = first["macs"][1]
+        self.ms = {
+            row["batch"]: (row["ms"]["dense"], row["ms"][experiment.name])
+            for row in latency
+            if row["network"] == experiment.network and experiment.name in row["ms"]
+        }
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether its MACs are multiplications; those of ±1 and ternary weights are additions or bits."""
+        words = " ".join(stage["config"] for stage in self.rows[0].get("stages", ()))
+        constrained = self.rows[0].get("layers_16_times_smaller", [0])[0]
+        return not constrained and "splits" not in words
+
+
+def summaries(rows: Sequence[Row], latency: Sequence[Row]) -> list[Summary]:
+    """Of all experiments that have rows, shortened ones left out, in the order of the table."""
+    found = []
+    for experiment in TABLE:
+        own = [row for row in rows if row["experiment"] == experiment.name and not row["shortened"]]
+        if own:
+            found.append(Summary(experiment, sorted(own, key=lambda row: int(row["seed"])), latency))
+    return found
+
+
+def text(rows: Sequence[Row], latency: Sequence[Row]) -> str:
+    """The generated part of the page."""
+    known = summaries(rows, latency)
+    by_name = {summary.experiment.name: summary for summary in known}
+    lines = [
+        "| experiment | seeds | accuracy, % | spread | against | MACs ÷ | parameters ÷ | learnable ÷ | file ÷ "
+        "| ms at batch 1 | at 16 |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [_line(summary, by_name) for summary in known]
+    lines += ["", "![accuracy against MACs](results/macs.svg) ![against bytes](results/bytes.svg)"]
+    lines += ["![against milliseconds](results/ms.svg)"] if latency else []
+    lines += ["", "### What was asked", ""]
+    lines += [f"- **{s.experiment.name}**: {s.experiment.question}. {_recipe(s)}" for s in known]
+    lines += ["", "### Curves", "", "Validation accuracy after each epoch, of each seed; the best epoch is kept.", ""]
+    lines += [curve for summary in known for curve in _curves(summary)]
+    missing = [e for e in TABLE if e.name not in by_name]
+    if missing:
+        lines += ["", "### Not run", ""] + [f"- **{e.name}** (tier {e.tier}): {e.question}" for e in missing]
+    lines += ["", *_context(rows, latency)]
+    return "\n".join(lines) + "\n"
+
+
+def _line(summary: Summary, by_name: dict[str, Summary]) -> str:
+    twin = by_name.get(TWIN.get(summary.experiment.network, ""))
+    reference = summary.start if twin is None else twin.accuracy
+    named = "its start" if twin is None else twin.experiment.name
+    against = f"{100 * (summary.accuracy - reference):+.2f} to {named}" if summary is not twin else ""
+    times = [f"{summary.ms[b][0]:.2f} → {summary.ms[b][1]:.2f}" if b in summary.ms else "" for b in (1, 16)]
+    spread = f"{100 * summary.spread:.2f}" if len(summary.rows) > 1 else "one seed"
+    macs = f"{summary.macs:.2f}" + ("" if summary.multiplies else " (in part additions)")
+    return (
+        f"| {summary.experiment.name} | {len(summary.rows)} | {100 * summary.accuracy:.2f} | {spread} | {against} | "
+        f"{macs} | {summary.parameters:.2f} | {summary.learnable:.2f} | {summary.bytes:.1f} | {times[0]} | {times[1]} |"
+    )
+
+
+def _recipe(summary: Summary) -> str:
+    row = summary.rows[0]
+    if "layerwise" in row:
+        settings = ", ".join(f"{key} {value}" for key, value in row["layerwise"].items())
+        kept = "; ".join(
+            f"{r['layers_16_times_smaller'][0]} of {r['layers_16_times_smaller'][1]}" for r in summary.rows
+        )
+        stopped = {r["report"]["stopped"] for r in summary.rows} - {""}
+        end = f" Stopped: {'; '.join(sorted(stopped))}." if stopped else ""
+        return f"Layer-wise: {settings}. Layers 16 times smaller or more, by seed: {kept}.{end}"
+    parts = [
+        f"`{stage['config']}`, {stage['epochs']} × {stage['curve'][0]['steps']} steps at {stage['lr']:g}"
+        for stage in row["stages"]
+    ]
+    return "; then ".join(parts) + f", from {row['start']}."
+
+
+def _curves(summary: Summary) -> list[str]:
+    found = []
+    for number in range(len(summary.rows[0].get("stages", ()))):
+        curves = [[100 * epoch["validation"] for epoch in row["stages"][number]["curve"]] for row in summary.rows]
+        before = [100 * row["stages"][number]["test_accuracy_before_training"] for row in summary.rows]
+        words = "; ".join(
+            f"{b:.1f} (test, untrained) → " + " → ".join(f"{value:.1f}" for value in curve)
+            for b, curve in zip(before, curves, strict=True)
+        )
+        stage = f" stage {number + 1}" if len(summary.rows[0]["stages"]) > 1 else ""
+        found.append(f"- {summary.experiment.name}{stage}: {words}")
+    return found
+
+
+def _context(rows: Sequence[Row], latency: Sequence[Row]) -> list[str]:
+    cpus = sorted({row["device"]["cpu"] for row in [*rows, *latency]})
+    commits = sorted({(row["git"]["commit"] or "unknown")[:10] for row in rows})
+    torches = sorted({row["versions"]["torch"] for row in rows})
+    hours = sum(row["seconds"] for row in rows) / 3600
+    return [
+        f"{len(rows)} trainings, {hours:.1f} hours, {', '.join(cpus)}, {', '.join(torches)}, at commits "
+        f"{', '.join(commits)}. Accuracies are of the 8,000 test images that chose nothing."
+    ]
+
+
+def write(page: Path = PAGE, plots: Path = PLOTS) -> None:
+    """Put the tables between the page's marks, and draw the plots."""
+    rows, latency = read(ROWS), read(LATENCY)
+    old = page.read_text(encoding="utf-8")
+    head, _, rest = old.partition(START)
+    _, _, tail = rest.partition(END)
+    page.write_text(f"{head}{START}\n\n{text(rows, latency)}\n{END}{tail}", encoding="utf-8")
+    plots.mkdir(parents=True, exist_ok=True)
+    known = summaries(rows, latency)
+    _plot(plots / "macs.svg", "million MACs an image", [(s, s.mac_count / 1e6) for s in known if s.multiplies])
+    _plot(plots / "bytes.svg", "kilobytes of the file", [(s, s.file_bytes / 1e3) for s in known])
+    timed = [(s, s.ms[1][1]) for s in known if 1 in s.ms]
+    if timed:
+        _plot(plots / "ms.svg", "milliseconds an image, batch 1, one thread", timed)
+
+
+def _plot(path: Path, label: str, points: Sequence[tuple[Summary, float]]) -> None:
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"svg.hashsalt": path.stem, "font.size": 9}):
+        figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+        axes = figure.add_subplot()
+        for (summary, x), marker in zip(points, MARKERS, strict=False):
+            values = [100 * row["test_accuracy"] for row in summary.rows]
+            axes.plot([x] * len(values), values, marker, ms=5, alpha=0.8, label=summary.experiment.name)
+        axes.set(xlabel=label, ylabel="test accuracy, %", xscale="log")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+        figure.savefig(path, metadata={"Date": None})
