@@ -22,8 +22,13 @@ static bool transform([[maybe_unused]] const CpuPack& pack, [[maybe_unused]] con
                       [[maybe_unused]] float* transformed) {
 #if !defined(BASISCONV_PAIRS)
   if (pack.variant == CpuVariant::winograd) {
-    if (pack.tile_width == 2) transform_filter<2>(taps, transformed);
-    if (pack.tile_width == 4) transform_filter<4>(taps, transformed);
+    if (pack.position_rows == 5) {
+      transform_filter<Form<2, 2>>(taps, transformed);
+    } else if (pack.tile_width == 4) {
+      transform_filter<Form<1, 4>>(taps, transformed);
+    } else {
+      transform_filter<Form<1, 2>>(taps, transformed);
+    }
     return true;
   }
 #endif
@@ -37,7 +42,7 @@ static void pack_filters(const BasisConv2dWeights& w, const CpuPack& pack, const
   const int64_t per_register = kWidth / pack.lanes, steps = pack.block / pack.lanes / Slots::kValues;
   const int64_t block_weights = steps * pack.vectors * kRegisterValues;  // one position of one channel block
   float* side_by_side = new float[taps * kRegisterValues];
-  float transformed[24 * kRegisterValues];
+  float transformed[25 * kRegisterValues];
   for (int64_t group = 0; group < w.groups; group++) {
     for (int64_t f = 0; f < pack.filter_blocks; f++) {
       Slots::Value* of_group = packed + group * pack.group_size;
@@ -108,12 +113,14 @@ static void run(const BasisConv2dParams& params, const CpuPlan& plan, float* scr
 
 template <typename T>
 static void run_as(const BasisConv2dParams& params, const CpuPlan& plan, float* scratch, int64_t begin, int64_t end) {
-  if (plan.pack.variant == CpuVariant::winograd && plan.pack.tile_width == 4) {
-    run_winograd<T, 4>(params, plan, scratch, begin, end);
-  } else if (plan.pack.variant == CpuVariant::winograd) {
-    run_winograd<T, 2>(params, plan, scratch, begin, end);
-  } else {
+  if (plan.pack.variant == CpuVariant::direct) {
     run_direct<T>(params, plan, scratch, begin, end);
+  } else if (params.weights.stride_h == 2) {
+    run_winograd<T, Form<2, 2>>(params, plan, scratch, begin, end);
+  } else if (plan.pack.tile_width == 4) {
+    run_winograd<T, Form<1, 4>>(params, plan, scratch, begin, end);
+  } else {
+    run_winograd<T, Form<1, 2>>(params, plan, scratch, begin, end);
   }
 }
 
