@@ -181,13 +181,6 @@ TABLE = (
         (Stage(BasisConfig(macs=0.25, train_basis=True), 4, 0.05, orthogonality=1e-3),),
     ),
     Experiment(
-        "vgg-xnor",
-        "stacked binary filters and binary activations",
-        "small-vgg",
-        "vgg-dense",
-        (Stage(StackedBinaryConfig(splits=2, bank=0.5, binarize_input=True), **SHORT),),
-    ),
-    Experiment(
         "resnet56-spectral",
         "spectral fine-tuning at energy 0.63: −64.11 % FLOPs, published 92.95 % (one run) from 93.27 %",
         "resnet56",
