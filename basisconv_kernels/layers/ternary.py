@@ -271,4 +271,12 @@ class TernaryLayer(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> TernaryLayer:
         self._prepared.clear()
-        return super()._apply(fn, recurse)
+        # ``to(memory_format=channels_last)`` takes tensors of five dimensions for volumes; planes are none.
+        shapes = {key: held.shape for key, held in self._buffers.items() if held is not None and held.dim() == 5}
+        for key in shapes:
+            self._buffers[key] = self._buffers[key].flatten()  # type: ignore[union-attr]
+        try:
+            return super()._apply(fn, recurse)
+        finally:
+            for key, shape in shapes.items():
+                self._buffers[key] = self._buffers[key].view(shape)  # type: ignore[union-attr]

@@ -45,6 +45,8 @@ MEAN_SCATTER = 8.0
 WINOGRAD = ((8.0 / 3.0) * (8.0 / 3.0), (1, 1))
 WINOGRAD_WIDE = ((8.0 / 3.0) * (24.0 / 3.0), (1, 3))
 WINOGRAD_WIDE_CHANNELS = 64
+# With stride 2, tiles of 2×2: (2 + 2 + 1)/3 each way. Without constants, so whole numbers stay exact.
+WINOGRAD_STRIDE_2 = ((5.0 / 3.0) * (5.0 / 3.0), (0, 0))
 # TF32 cuts each operand of a product to 10 bits behind the leading one; four operands lie between input and result.
 TF32_SHARE = 4 * 2.0**-10
 # Bias, residual, the two roundings between the stages and Winograd's eight additions a direction.
@@ -78,19 +80,21 @@ class Bound:
 
 
 def winograd_allowed(problem: Conv2dProblem) -> bool:
-    """Whether the contract lets a kernel use Winograd arithmetic here."""
-    return (
-        problem.dtype == torch.float32
-        and not problem.precise
-        and (problem.R, problem.S) == (3, 3)
-        and problem.stride == problem.dilation == (1, 1)
-    )
+    """Whether the contract lets a kernel use Winograd arithmetic here, and lose exactness on whole numbers by it."""
+    return _winograd_geometry(problem) and problem.stride == (1, 1)
+
+
+def _winograd_geometry(problem: Conv2dProblem) -> bool:
+    plain = problem.dtype == torch.float32 and not problem.precise and problem.dilation == (1, 1)
+    return plain and (problem.R, problem.S) == (3, 3) and problem.stride in ((1, 1), (2, 2))
 
 
 def winograd_growth(problem: Conv2dProblem) -> tuple[float, tuple[int, int]]:
     """How Winograd arithmetic may add to the rounding of sums, and how far a tile reaches; 1 and 0 where forbidden."""
-    if not winograd_allowed(problem):
+    if not _winograd_geometry(problem):
         return 1.0, (0, 0)
+    if problem.stride == (2, 2):
+        return WINOGRAD_STRIDE_2
     channels = problem.taps // (problem.R * problem.S)
     return WINOGRAD_WIDE if channels >= WINOGRAD_WIDE_CHANNELS else WINOGRAD
 

@@ -33,6 +33,7 @@ def run(
     folder: Annotated[Path, typer.Option(help="Checkpoints; a run that was killed goes on from it.")] = Path("out"),
     seeds: Annotated[str, typer.Option(help="Separated by commas; default: those of the table.")] = "",
     threads: Annotated[int, typer.Option(help="Of PyTorch.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, or cuda.")] = "cpu",
     shorten: Annotated[int, typer.Option(help="Steps an epoch, for a trial; its rows say so.")] = 0,
     output: Annotated[
         Path, typer.Option(help="Rows are appended to it; those it holds are not run again.")
@@ -50,7 +51,7 @@ def run(
         for seed in map(int, seeds.split(",")) if seeds else experiment.seeds:
             if any(row["experiment"] == experiment.name and row["seed"] == seed for row in report.read(output)):
                 continue
-            found = run_one(experiment, seed, weights, folder, shorten or None)
+            found = run_one(experiment, seed, weights, folder, shorten or None, device)
             with output.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(found, ensure_ascii=False) + "\n")
             print(

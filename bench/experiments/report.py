@@ -56,7 +56,8 @@ class Summary:
     def multiplies(self) -> bool:
         """Whether its MACs are multiplications; those of ±1 and ternary weights are additions or bits."""
         words = " ".join(stage["config"] for stage in self.rows[0].get("stages", ()))
-        return self.experiment.layerwise is None and "splits" not in words
+        constrained = self.rows[0].get("layers_16_times_smaller", [0])[0]
+        return not constrained and "splits" not in words
 
 
 def summaries(rows: Sequence[Row], latency: Sequence[Row]) -> list[Summary]:
@@ -99,7 +100,7 @@ def _line(summary: Summary, by_name: dict[str, Summary]) -> str:
     against = f"{100 * (summary.accuracy - reference):+.2f} to {named}" if summary is not twin else ""
     times = [f"{summary.ms[b][0]:.2f} → {summary.ms[b][1]:.2f}" if b in summary.ms else "" for b in (1, 16)]
     spread = f"{100 * summary.spread:.2f}" if len(summary.rows) > 1 else "one seed"
-    macs = f"{summary.macs:.2f}" + ("" if summary.multiplies else " (no multiplications)")
+    macs = f"{summary.macs:.2f}" + ("" if summary.multiplies else " (in part additions)")
     return (
         f"| {summary.experiment.name} | {len(summary.rows)} | {100 * summary.accuracy:.2f} | {spread} | {against} | "
         f"{macs} | {summary.parameters:.2f} | {summary.learnable:.2f} | {summary.bytes:.1f} | {times[0]} | {times[1]} |"

@@ -26,7 +26,9 @@ from bench.harness import machine
 BATCH = 128
 
 
-def run(experiment: Experiment, seed: int, weights: Path, folder: Path, shorten: int | None = None) -> dict[str, Any]:
+def run(
+    experiment: Experiment, seed: int, weights: Path, folder: Path, shorten: int | None = None, device: str = "cpu"
+) -> dict[str, Any]:
     """The row of an experiment.
 
     Args:
@@ -35,10 +37,11 @@ def run(experiment: Experiment, seed: int, weights: Path, folder: Path, shorten:
         weights: folder of the published weights.
         folder: where checkpoints and the networks found lie; a second call goes on from there.
         shorten: at most so many steps an epoch, for a look at whether everything runs.
+        device: where to train and to judge.
     """
     start, began = time.monotonic(), machine.now()
-    dense = _start(experiment, seed, weights, folder)
-    example = torch.randn(setting.EXAMPLE, generator=torch.Generator().manual_seed(0))
+    dense = _start(experiment, seed, weights, folder).to(device)
+    example = torch.randn(setting.EXAMPLE, generator=torch.Generator().manual_seed(0)).to(device)
     context = folder / f"{experiment.name}-{seed}.json"
     known = json.loads(context.read_text(encoding="utf-8")) if context.exists() else {"seconds": 0.0}
     known.setdefault("start", {"test": setting.test_accuracy(dense)})
@@ -52,14 +55,20 @@ def run(experiment: Experiment, seed: int, weights: Path, folder: Path, shorten:
         model, found = _layerwise(experiment, dense, seed, folder, shorten)
     row |= found
     row["test_accuracy"] = setting.test_accuracy(model)
-    row |= _sizes(experiment, seed, dense, model, example)
+    model = model.cpu()
+    row |= _sizes(experiment, seed, model, example.cpu())
     data, validation = setting.cifar10()
     row["data"] = {"name": data.name, "training": len(data.train.labels), "validation": len(validation.labels)}
     row["data"]["test"] = len(data.test.labels)
     row["seconds"] = round(time.monotonic() - start, 1)  # of this process; a run that was resumed took longer
     row["shortened"] = shorten
     row |= {"threads": torch.get_num_threads(), "autocast": "bfloat16 in training", "finished": machine.now()}
-    row |= {"device": machine.device(), "versions": machine.versions(), "git": machine.commit()}
+    accelerator = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else None
+    row |= {
+        "device": machine.device() | {"accelerator": accelerator},
+        "versions": machine.versions(),
+        "git": machine.commit(),
+    }
     bk.save(model, _network_file(experiment.name, seed, folder))
     return row
 
@@ -187,7 +196,7 @@ def _layerwise(
     }
 
 
-def _sizes(experiment: Experiment, seed: int, dense: nn.Module, model: nn.Module, example: Any) -> dict[str, Any]:
+def _sizes(experiment: Experiment, seed: int, model: nn.Module, example: Any) -> dict[str, Any]:
     """MACs, parameters and bytes of the dense network and of the one found."""
     twin = setting.network(experiment.network, seed)
     with tempfile.TemporaryDirectory() as name:

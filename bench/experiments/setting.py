@@ -46,10 +46,10 @@ def training(batch: int) -> data.Batches:
 
 def accuracy(network: nn.Module, split: data.Split) -> float:
     """Share of right answers in eval mode."""
-    right = 0
+    right, place = 0, next(network.parameters()).device
     with evaluating(network):
         for images, labels in ChannelsLast(cifar10()[0], split, EVALUATED):
-            right += int((network(images).argmax(1) == labels).sum())
+            right += int((network(images.to(place)).argmax(1).cpu() == labels).sum())
     return right / len(split.labels)
 
 

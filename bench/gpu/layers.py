@@ -106,6 +106,7 @@ class Prepared:
         self.bias = self._normal(p.K)
         self.dense = self._composed()
         self._inputs: dict[int, Tensor] = {}
+        self._functions: dict[str, Callable[[Tensor], Tensor]] = {}
 
     def _normal(self, *shape: int, scale: float = 1.0) -> Tensor:
         made = torch.randn(shape, generator=self.generator, device=self.p.device) * scale
@@ -129,11 +130,12 @@ class Prepared:
         return functools.partial(self.function(engine), self.input(i))
 
     def function(self, engine: str) -> Callable[[Tensor], Tensor]:
-        """Input → result.
+        """Input → result; weights are packed, and graphs compiled, once."""
+        if engine not in self._functions:
+            self._functions[engine] = self._made(engine)
+        return self._functions[engine]
 
-        Raises:
-            Unavailable: this engine cannot run the layer here.
-        """
+    def _made(self, engine: str) -> Callable[[Tensor], Tensor]:
         if engine.endswith("_compiled"):
             return torch.compile(self.function(engine.removesuffix("_compiled")), fullgraph=True)
         if engine == "dense":

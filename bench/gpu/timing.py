@@ -21,7 +21,7 @@ from torch import Tensor
 from basisconv_kernels.core.timing import Spread
 
 COLD_BYTES = 200 * 2**20
-MOST_COPIES = 512
+MOST_COPIES = 2048
 SAMPLES = 50
 WARM_CALLS = 16
 EAGER_CALLS = 30

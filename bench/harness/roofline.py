@@ -1,7 +1,8 @@
 """What this machine can do at most, measured: multiply-accumulate rate and copy bandwidth, in a process of its own.
 
-``python -m bench.harness.roofline THREADS`` prints one JSON object. The rate is that of the best square matrix product
-of PyTorch's library, the closest to the peak that portable code can ask for; for bfloat16 it includes matrix units.
+``python -m bench.harness.roofline THREADS`` prints one JSON object. The rate is the best of PyTorch's square matrix
+products and of its dense 3×3 convolutions, the closest to the peak that portable code can ask for: on some processors
+the library behind one of the two leaves half of it unused. For bfloat16 it includes matrix units.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from bench.harness.paths import ROOT
 
 SIZES = (256, 384, 512, 768, 1024)
+MAPS = ((64, 56), (128, 28))  # channels in and out, rows and columns
 COPY_BYTES = 2**27  # far more than a core's caches
 SECONDS = 0.12  # spent on each
 
@@ -56,10 +58,27 @@ def _product_rate(dtype: torch.dtype) -> float:
     return best
 
 
+def _convolution_rate(dtype: torch.dtype) -> float:
+    best = 0.0
+    for channels, side in MAPS:
+        x = torch.randn(1, channels, side, side).to(dtype).contiguous(memory_format=torch.channels_last)
+        weight = torch.randn(channels, channels, 3, 3).to(dtype).contiguous(memory_format=torch.channels_last)
+
+        def convolution(x: torch.Tensor = x, weight: torch.Tensor = weight) -> object:
+            return torch.conv2d(x, weight, padding=1)
+
+        pairs = (side - 2) ** 2 * 9 + 4 * (side - 2) * 6 + 4 * 4  # of an output and a tap inside the image
+        best = max(best, 2 * channels**2 * pairs / _least(convolution))
+    return best
+
+
 def measure(threads: int) -> Peaks:
     """Measure in this process."""
     torch.set_num_threads(threads)
-    rates = {str(dtype).removeprefix("torch."): _product_rate(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    rates = {
+        str(dtype).removeprefix("torch."): max(_product_rate(dtype), _convolution_rate(dtype))
+        for dtype in (torch.float32, torch.bfloat16)
+    }
     source, target = torch.ones(COPY_BYTES // 4), torch.empty(COPY_BYTES // 4)
     return Peaks(rates, 2 * COPY_BYTES / _least(lambda: target.copy_(source)))
 

@@ -22,7 +22,7 @@ static void pack_filters(const BasisConv2dWeights& w, const CpuPack& pack, const
   const int64_t per_register = kWidth / pack.lanes, steps = pack.block / pack.lanes;
   const int64_t block_weights = steps * pack.vectors * kWidth;  // one position of one channel block
   float* side_by_side = new float[taps * kWidth];
-  float transformed[24 * kWidth];
+  float transformed[25 * kWidth];
   for (int64_t group = 0; group < w.groups; group++) {
     for (int64_t f = 0; f < pack.filter_blocks; f++) {
       float* of_group = packed + group * pack.group_size;
@@ -36,8 +36,13 @@ static void pack_filters(const BasisConv2dWeights& w, const CpuPack& pack, const
             const float* g = filters + ((group * group_filters + q) * group_channels + c) * taps;
             for (int64_t t = 0; t < taps; t++) side_by_side[t * kWidth + lane] = real ? g[t] : 0.0f;
           }
-          if (winograd && pack.tile_width == 2) transform_filter<2>(side_by_side, transformed);
-          if (winograd && pack.tile_width == 4) transform_filter<4>(side_by_side, transformed);
+          if (winograd && w.stride_h == 2) {
+            transform_filter<Form<2, 2>>(side_by_side, transformed);
+          } else if (winograd && pack.tile_width == 4) {
+            transform_filter<Form<1, 4>>(side_by_side, transformed);
+          } else if (winograd) {
+            transform_filter<Form<1, 2>>(side_by_side, transformed);
+          }
           const float* from = winograd ? transformed : side_by_side;
           for (int64_t p = 0; p < pack.positions; p++) {
             const int64_t at = winograd ? winograd_filters_at(pack, p, f, b)
@@ -81,12 +86,14 @@ static void pack(const BasisConv2dWeights& w, const CpuPack& pack, const float* 
 
 template <typename T>
 static void run_as(const BasisConv2dParams& params, const CpuPlan& plan, float* scratch, int64_t begin, int64_t end) {
-  if (plan.pack.variant == CpuVariant::winograd && plan.pack.tile_width == 4) {
-    run_winograd<T, 4>(params, plan, scratch, begin, end);
-  } else if (plan.pack.variant == CpuVariant::winograd) {
-    run_winograd<T, 2>(params, plan, scratch, begin, end);
-  } else {
+  if (plan.pack.variant == CpuVariant::direct) {
     run_direct<T>(params, plan, scratch, begin, end);
+  } else if (params.weights.stride_h == 2) {
+    run_winograd<T, Form<2, 2>>(params, plan, scratch, begin, end);
+  } else if (plan.pack.tile_width == 4) {
+    run_winograd<T, Form<1, 4>>(params, plan, scratch, begin, end);
+  } else {
+    run_winograd<T, Form<1, 2>>(params, plan, scratch, begin, end);
   }
 }
 

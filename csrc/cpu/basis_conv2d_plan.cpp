@@ -64,7 +64,7 @@ int32_t planar_rows_of(Isa isa) { return isa == Isa::avx512 ? 14 : isa == Isa::a
 int32_t width_of(Isa isa) { return isa == Isa::avx512 ? 16 : isa == Isa::avx2 ? 8 : 4; }
 
 bool fits_winograd(const BasisConv2dWeights& w) {
-  return !w.precise && w.R == 3 && w.S == 3 && w.stride_h == 1 && w.stride_w == 1 && w.dilation_h == 1 &&
+  return !w.precise && w.R == 3 && w.S == 3 && w.stride_h == w.stride_w && w.stride_h <= 2 && w.dilation_h == 1 &&
          w.dilation_w == 1 && w.C / w.groups >= 8;
 }
 
@@ -85,7 +85,7 @@ int64_t register_tiles(int64_t mine, int64_t in_pass) {
 // their exactness on whole numbers.
 constexpr int64_t kWideTileChannels = 64;
 int32_t tile_width_of(const BasisConv2dWeights& w) {
-  return w.dtype == DType::f32 && w.C / w.groups >= kWideTileChannels ? 4 : 2;
+  return w.stride_h == 1 && w.dtype == DType::f32 && w.C / w.groups >= kWideTileChannels ? 4 : 2;
 }
 
 constexpr int64_t kAmxSide = 16, kAmxDepth = 32;
@@ -162,7 +162,9 @@ CpuPack cpu_pack(const BasisConv2dWeights& w, Isa wanted) {
   p.vectors = tile.vectors;
   p.channel_blocks = ceil_div(group_channels, p.block);
   p.tile_width = tile_width_of(w);
-  p.positions = p.variant == CpuVariant::winograd ? 4 * (p.tile_width + 2) : w.R * w.S;
+  p.position_rows = w.stride_h == 1 ? 4 : 5;
+  p.position_columns = w.stride_h == 1 ? p.tile_width + 2 : 5;
+  p.positions = p.variant == CpuVariant::winograd ? p.position_rows * p.position_columns : w.R * w.S;
   p.filters = static_cast<int64_t>(p.vectors) * p.width / p.lanes;
   p.filter_blocks = ceil_div(group_filters, p.filters);
   p.maps = p.filter_blocks * p.filters;
@@ -210,14 +212,15 @@ CpuPlan cpu_plan(const BasisConv2dParams& params, const CpuPack& pack, int64_t t
     // What comes from the second level is fetched in time by itself where registers are narrow.
     p.fetches_filters = pack.width == 16 || pack.group_size > cache_floats(pack.width);
     p.in_place = whole_blocks;
-    p.ring_rows = p.in_place ? 0 : 4 * (p.tiles / p.tile_columns + 2);
-    p.ring_columns = pack.tile_width * p.tile_columns + 2;
+    p.ring_rows = p.in_place ? 0 : pack.position_rows * (p.tiles / p.tile_columns + 2);
+    // What tiles read, and what is copied into a row.
+    const int64_t next = w.stride_w * pack.tile_width;
+    p.ring_columns = std::max(p.tile_columns * next + pack.position_columns - next, params.W + params.pad_left);
     p.ring_size = aligned(p.ring_rows * p.ring_columns * pixel);
     p.zeros_size = aligned(pixel);
-    const int64_t columns = pack.tile_width + 2;
-    p.transformed_size = aligned(columns * pack.chunk * p.tiles * pack.block);
+    p.transformed_size = aligned(pack.position_columns * pack.chunk * p.tiles * pack.block);
     p.partial_size = pack.chunk < pack.channel_blocks
-                         ? aligned(columns * pack.filter_blocks * p.tiles * pack.vectors * pack.width)
+                         ? aligned(pack.position_columns * pack.filter_blocks * p.tiles * pack.vectors * pack.width)
                          : 0;
     p.products_size = aligned(pack.positions * p.tiles * w.groups * pack.maps);
     p.maps_size = aligned(2 * pack.tile_width * p.tiles * all_maps + maps_margin);

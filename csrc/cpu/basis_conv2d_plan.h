@@ -12,23 +12,24 @@ enum class CpuVariant : int32_t { direct = 0, winograd = 1, amx = 2 };
 
 // Layout of the packed weights; sizes in floats. Per channel group of the R*S convolution:
 //   filters [filter_blocks][channel_blocks][positions][block/lanes][vectors][width]      (direct)
-//   filters [4][chunks][filter_blocks][columns][chunk][block/lanes][vectors][width]      (winograd)
-// where positions are the R*S taps, or 4 rows of tile_width + 2 columns of Winograd's, whose channel blocks come in
-// chunks: the order in which the kernel walks through them. One register holds width/lanes filters times `lanes`
+//   filters [rows][chunks][filter_blocks][columns][chunk][block/lanes][vectors][width]   (winograd)
+// where positions are the R*S taps, or the rows and columns of Winograd's, whose channel blocks come in chunks: the
+// order in which the kernel walks through them. One register holds width/lanes filters times `lanes`
 // channels: with few filters it is filled up by channels, and the lanes of a filter are summed once at the end.
 // Then per mixing group the coefficients twice, small beside the filters: [panels][slots][output_vectors * width] for a
 // channels_last result, where registers hold outputs of one pixel, and [planar_panels][slots][planar_rows] for an NCHW
 // result, where registers hold pixels of one output.
 struct CpuPack {
   CpuVariant variant;
-  int32_t width;           // floats in a register
-  int32_t lanes;           // channels side by side in a register: 1, 2, 4 or 8
-  int32_t vectors;         // registers of filters in one tile
-  int32_t output_vectors;  // registers of outputs in one tile of the second stage
-  int64_t block;           // channels in a channel block: 16, or 4 for very few channels
-  int64_t channel_blocks;  // of one group
-  int32_t tile_width;      // winograd: F(2 x tile_width, 3x3), 2 or 4
-  int64_t chunk;           // winograd: channel blocks transformed and multiplied at a time; fewer in a last one
+  int32_t width;                            // floats in a register
+  int32_t lanes;                            // channels side by side in a register: 1, 2, 4 or 8
+  int32_t vectors;                          // registers of filters in one tile
+  int32_t output_vectors;                   // registers of outputs in one tile of the second stage
+  int64_t block;                            // channels in a channel block: 16, or 4 for very few channels
+  int64_t channel_blocks;                   // of one group
+  int32_t tile_width;                       // winograd: tiles of 2 x tile_width outputs, 2 or 4
+  int32_t position_rows, position_columns;  // winograd: inputs of a tile, and positions
+  int64_t chunk;  // winograd: channel blocks transformed and multiplied at a time; fewer in a last one
   int64_t positions;
   int64_t filters;        // in a filter block: vectors * width / lanes
   int64_t filter_blocks;  // of one group
@@ -45,7 +46,7 @@ struct CpuPack {
 inline int64_t winograd_filters_at(const CpuPack& p, int64_t position, int64_t filter_block, int64_t channel_block) {
   const int64_t begin = channel_block / p.chunk * p.chunk;
   const int64_t count = p.channel_blocks - begin < p.chunk ? p.channel_blocks - begin : p.chunk;
-  const int64_t columns = p.tile_width + 2;
+  const int64_t columns = p.position_columns;
   const int64_t row = position / columns * p.channel_blocks * columns * p.filter_blocks;
   const int64_t blocks = row + begin * columns * p.filter_blocks +
                          (filter_block * columns + position % columns) * count + channel_block - begin;

@@ -1,37 +1,16 @@
-// Stage 1 of a 3x3, stride 1 basis as Winograd F(2x2, 3x3) or F(2x4, 3x3), in the same pass as the recombination.
-//
-// For an input tile d of 4 rows and a filter g, the outputs of a tile are  AT [ (G g HT) . (BT d C) ] D, with
-//
-//        1  0 -1  0             1    0    0           1  1  1  0
-//   BT = 0  1  1  0       G =  1/2  1/2  1/2     AT = 0  1 -1 -1
-//        0 -1  1  0            1/2 -1/2  1/2
-//        0  1  0 -1             0    0    1
-//
-// along the rows. Columns are treated alike in tiles of 2x2 outputs (H = G, C = B, D = A; 4x4 inputs). In tiles of 2x4
-// outputs (4x6 inputs) they go by the interpolation points 0, +-a, +-b and infinity, a = 5/8 and b = 3/2, all of whose
-// constants are exact; s = a^2 + b^2:
-//
-//        a^2 b^2     0    -s    0   1  0          1/(a^2 b^2)       0          0            1   1   1   1   1   0
-//           0    -a b^2  -b^2   a   1  0           [1  a  a^2] / (2 a^2 (a^2 - b^2))   DT = 0   a  -a   b  -b   0
-//   CT =    0     a b^2  -b^2  -a   1  0      H =  [1 -a  a^2] / (2 a^2 (a^2 - b^2))        0  a^2 a^2 b^2 b^2  0
-//           0    -a^2 b  -a^2   b   1  0           [1  b  b^2] / (2 b^2 (b^2 - a^2))        0  a^3-a^3 b^3-b^3  1
-//           0     a^2 b  -a^2  -b   1  0           [1 -b  b^2] / (2 b^2 (b^2 - a^2))
-//           0   a^2 b^2    0   -s   0  1             0        0          1
-//
-// The sum over channels moves inside the brackets: 16 products a channel and filter serve 4 outputs instead of 36, or
-// 24 serve 8 instead of 72. Of the points that were tried (1 and 2, 1 and 1/2, roots of 2 and 1/2, 1/2 and 3/2, 3/4 and
-// 3/2, ...) these lose least to rounding: 1.0 to 1.4 times the error of a direct sum over 64 channels and more, where
-// tiles of 2x2 lose less than it. Short sums are more exact when summed directly, and take the tiles of 2x2; tiles of
-// 4x4 would lose twice as much as a direct sum. See cpu_pack.
+// Stage 1 of a 3x3 basis as a Winograd convolution, in the same pass as the recombination; the algebra is that of
+// basis_conv2d_winograd_forms.h.
 //
 // Each position is a small matrix product over channels, run by the same register tile as a direct 1x1; pixels are
-// tiles there. Tiles are gathered across rows and images until a pass is full, so that the packed weights, 16/9 or 24/9
-// larger than the filters, are read once for many tiles even on small maps. The four rows of BT d C are made one after
-// the other: a row needs two rows of d only, and its transformed tiles stay in a nearer cache than all positions.
-// NaN spreads as in direct convolution; Inf may become NaN (Inf - Inf): `precise` runs direct.
+// tiles there. Tiles are gathered across rows and images until a pass is full, so that the packed weights, 16/9 to 25/9
+// times as large as the filters, are read once for many tiles even on small maps. The rows of BT d C are made one after
+// the other: a row needs one or two rows of d only, and its transformed tiles stay in a nearer cache than all
+// positions. NaN spreads as in direct convolution, with F(2x4, 3x3) up to two columns further; Inf may become NaN
+// (Inf - Inf): `precise` runs direct.
 #pragma once
 #include "basis_conv2d_recombine.h"
 #include "basis_conv2d_rows.h"
+#include "basis_conv2d_winograd_forms.h"
 
 namespace basisconv {
 namespace BASISCONV_ISA {
@@ -51,38 +30,17 @@ struct InputRows {
   int64_t begin, end;
 };
 
-// The points of F(2x4, 3x3).
-constexpr float kA = 0.625f, kB = 1.5f, kA2 = kA * kA, kB2 = kB * kB;
-
-// One row of d C from one row of d, for a register of channels.
-template <int W>
-static BASISCONV_INLINE void transform_columns(const Vec::Reg (&d)[W + 2], float* out, int64_t position_stride) {
-  if constexpr (W == 2) {
-    Vec::store(out, Vec::sub(d[0], d[2]));
-    Vec::store(out + position_stride, Vec::add(d[1], d[2]));
-    Vec::store(out + 2 * position_stride, Vec::sub(d[2], d[1]));
-    Vec::store(out + 3 * position_stride, Vec::sub(d[1], d[3]));
-  } else {
-    const Vec::Reg product = Vec::set1(kA2 * kB2), sum = Vec::set1(-kA2 - kB2);
-    Vec::store(out, Vec::fma(product, d[0], Vec::fma(sum, d[2], d[4])));
-    Vec::store(out + 5 * position_stride, Vec::fma(product, d[1], Vec::fma(sum, d[3], d[5])));
-    const Vec::Reg a_even = Vec::fma(Vec::set1(-kB2), d[2], d[4]), a_odd = Vec::fma(Vec::set1(-kB2), d[1], d[3]);
-    Vec::store(out + position_stride, Vec::fma(Vec::set1(kA), a_odd, a_even));
-    Vec::store(out + 2 * position_stride, Vec::fma(Vec::set1(-kA), a_odd, a_even));
-    const Vec::Reg b_even = Vec::fma(Vec::set1(-kA2), d[2], d[4]), b_odd = Vec::fma(Vec::set1(-kA2), d[1], d[3]);
-    Vec::store(out + 3 * position_stride, Vec::fma(Vec::set1(kB), b_odd, b_even));
-    Vec::store(out + 4 * position_stride, Vec::fma(Vec::set1(-kB), b_odd, b_even));
-  }
-}
-
 // Row ROW of BT d C for one register of channels of neighbouring tiles begin ... end-1, the first tile's first column
-// at x; neighbours share two of their columns. EDGE: columns outside the image are zeros.
-template <int ROW, int W, bool EDGE>
+// at x; neighbours share columns. EDGE: columns outside the image are zeros.
+template <typename F, int ROW, bool EDGE>
 static BASISCONV_INLINE void transform_tiles(const InputRows& in, const float* first, const float* second, int64_t x,
                                              int64_t begin, int64_t end, int64_t position_stride, float* out) {
+  constexpr int kShared = F::kColumns - F::kNextColumn;
   const auto column = [&](int64_t at) BASISCONV_LAMBDA {
-    const Vec::Reg a = Vec::load(first + at * in.first_pixel), b = Vec::load(second + at * in.second_pixel);
-    return ROW == 1 ? Vec::add(a, b) : Vec::sub(a, b);
+    const Vec::Reg a = Vec::load(first + at * in.first_pixel);
+    if constexpr (F::first(ROW) == F::second(ROW)) return a;
+    const Vec::Reg b = Vec::load(second + at * in.second_pixel);
+    return F::kStride == 1 && ROW == 1 ? Vec::add(a, b) : Vec::sub(a, b);
   };
   const auto column_or_zero = [&](int64_t at) BASISCONV_LAMBDA {
     Vec::Reg value = Vec::zero();
@@ -90,25 +48,23 @@ static BASISCONV_INLINE void transform_tiles(const InputRows& in, const float* f
     return value;
   };
   if (begin >= end) return;
-  Vec::Reg d[W + 2];
-  d[0] = column_or_zero(x + W * begin);
-  d[1] = column_or_zero(x + W * begin + 1);
+  Vec::Reg d[F::kColumns];
+  BASISCONV_UNROLL for (int j = 0; j < kShared; j++) d[j] = column_or_zero(x + F::kNextColumn * begin + j);
   for (int64_t t = begin; t < end; t++) {
-    BASISCONV_UNROLL for (int j = 2; j < W + 2; j++) d[j] = column_or_zero(x + W * t + j);
-    transform_columns<W>(d, out + t * kBlock, position_stride);
-    d[0] = d[W];
-    d[1] = d[W + 1];
+    BASISCONV_UNROLL for (int j = kShared; j < F::kColumns; j++) d[j] = column_or_zero(x + F::kNextColumn * t + j);
+    transform_columns<F>(d, out + t * kBlock, position_stride);
+    BASISCONV_UNROLL for (int j = 0; j < kShared; j++) d[j] = d[F::kNextColumn + j];
   }
 }
 
 // Row ROW of BT d C for `tiles` neighbouring tiles, the first at column x, and `blocks` channel blocks:
 // out[position in the row][block][tile][channel].
-template <int ROW, int W>
+template <typename F, int ROW>
 static inline void transform_input(const InputRows& in, int64_t x, int64_t tiles, int64_t blocks,
                                    int64_t position_stride, int64_t block_stride, float* out) {
   // Tiles inside ... outside-1 have all their columns in the image.
-  int64_t inside = x < in.begin ? (in.begin - x + W - 1) / W : 0;
-  int64_t outside = in.end - x < W + 2 ? 0 : (in.end - x - 2) / W;
+  int64_t inside = x < in.begin ? (in.begin - x + F::kNextColumn - 1) / F::kNextColumn : 0;
+  int64_t outside = in.end - x < F::kColumns ? 0 : (in.end - x - F::kColumns) / F::kNextColumn + 1;
   if (inside > tiles) inside = tiles;
   if (outside > tiles) outside = tiles;
   if (outside < inside) outside = inside;
@@ -116,50 +72,33 @@ static inline void transform_input(const InputRows& in, int64_t x, int64_t tiles
     for (int64_t c = 0; c < kBlock; c += kWidth) {
       const float *first = in.first + b * in.block + c, *second = in.second + b * in.block + c;
       float* to = out + b * block_stride + c;
-      transform_tiles<ROW, W, true>(in, first, second, x, 0, inside, position_stride, to);
-      transform_tiles<ROW, W, false>(in, first, second, x, inside, outside, position_stride, to);
-      transform_tiles<ROW, W, true>(in, first, second, x, outside, tiles, position_stride, to);
+      transform_tiles<F, ROW, true>(in, first, second, x, 0, inside, position_stride, to);
+      transform_tiles<F, ROW, false>(in, first, second, x, inside, outside, position_stride, to);
+      transform_tiles<F, ROW, true>(in, first, second, x, outside, tiles, position_stride, to);
     }
-  }
-}
-
-// One row of m D: W outputs from W + 2 products.
-template <int W>
-static BASISCONV_INLINE void transform_products(const Vec::Reg (&m)[W + 2], Vec::Reg (&z)[W]) {
-  if constexpr (W == 2) {
-    z[0] = Vec::add(Vec::add(m[0], m[1]), m[2]);
-    z[1] = Vec::sub(Vec::sub(m[1], m[2]), m[3]);
-  } else {
-    const Vec::Reg a_even = Vec::add(m[1], m[2]), a_odd = Vec::sub(m[1], m[2]);
-    const Vec::Reg b_even = Vec::add(m[3], m[4]), b_odd = Vec::sub(m[3], m[4]);
-    z[0] = Vec::add(m[0], Vec::add(a_even, b_even));
-    z[1] = Vec::fma(Vec::set1(kA), a_odd, Vec::mul(Vec::set1(kB), b_odd));
-    z[2] = Vec::fma(Vec::set1(kA2), a_even, Vec::mul(Vec::set1(kB2), b_even));
-    z[3] = Vec::fma(Vec::set1(kA2 * kA), a_odd, Vec::fma(Vec::set1(kB2 * kB), b_odd, m[5]));
   }
 }
 
 // AT m D for `n` <= width maps of one tile: up to 2xW pixels of z.
-template <int W>
+template <typename F>
 static BASISCONV_INLINE void transform_output(const float* m, int64_t position_stride, float* z, int64_t z_pixel,
                                               int64_t z_row, int64_t rows, int64_t columns, int64_t n) {
-  Vec::Reg e[2][W + 2];
+  Vec::Reg e[2][F::kColumns];
   const bool full = n == kWidth;
-  BASISCONV_UNROLL for (int j = 0; j < W + 2; j++) {
-    Vec::Reg column[4];
-    BASISCONV_UNROLL for (int i = 0; i < 4; i++) {
-      const float* from = m + ((W + 2) * i + j) * position_stride;
+  BASISCONV_UNROLL for (int j = 0; j < F::kColumns; j++) {
+    Vec::Reg column[F::kRows];
+    BASISCONV_UNROLL for (int i = 0; i < F::kRows; i++) {
+      const float* from = m + (F::kColumns * i + j) * position_stride;
       column[i] = full ? Vec::load(from) : Vec::load_n(from, n);
     }
-    e[0][j] = Vec::add(Vec::add(column[0], column[1]), column[2]);
-    e[1][j] = Vec::sub(Vec::sub(column[1], column[2]), column[3]);
+    transform_products_down<F>(column, e[0][j], e[1][j]);
   }
   BASISCONV_UNROLL for (int i = 0; i < 2; i++) {
     if (i >= rows) break;
-    Vec::Reg pixel[W];
-    transform_products<W>(e[i], pixel);
+    Vec::Reg pixel[F::kOutputs];
+    transform_products_across<F>(e[i], pixel);
     float* to = z + i * z_row;
-    BASISCONV_UNROLL for (int j = 0; j < W; j++) {
+    BASISCONV_UNROLL for (int j = 0; j < F::kOutputs; j++) {
       if (j >= columns) break;
       if (full) {
         Vec::store(to + j * z_pixel, pixel[j]);
@@ -175,10 +114,9 @@ struct TileAt {
   int64_t ring_row;        // of the tile's first row, when rows go through the ring
 };
 
-// Tiles of 2 x W outputs.
-template <typename T, int W>
+template <typename T, typename F>
 struct Winograd {
-  static constexpr int64_t kColumns = W + 2;  // positions in a row of them
+  static constexpr int64_t W = F::kOutputs, kColumns = F::kColumns;
 
   const BasisConv2dParams& params;
   const CpuPlan& plan;
@@ -213,7 +151,7 @@ struct Winograd {
                        0,
                        plan.ring_columns};
     }
-    const int64_t y = 2 * at.row - params.pad_top;
+    const int64_t y = F::kNextRow * at.row - params.pad_top;
     const float* image = static_cast<const float*>(params.input) + at.n * params.input_stride_n;
     InputRows in{zeros, zeros, 0, 0, kBlock, 0, params.W};
     if (y + first >= 0 && y + first < params.H) {
@@ -230,17 +168,16 @@ struct Winograd {
   // Row ROW of BT d C of the gathered tiles for channel blocks first_block ... first_block + blocks - 1.
   template <int ROW>
   void transform(const TileAt* at, int64_t tiles, int64_t first_block, int64_t blocks) const {
-    constexpr int64_t kFirst[] = {0, 1, 2, 1}, kSecond[] = {2, 2, 1, 3};
     const CpuPack& pack = plan.pack;
     const int64_t left = plan.in_place ? params.pad_left : 0;  // the ring holds the padding
     const int64_t plane = plan.tiles * kBlock;
     for (int64_t t = 0; t < tiles;) {
       const Piece piece = piece_at(at, t, tiles);
-      InputRows in = input_rows(at[t], kFirst[ROW], kSecond[ROW]);
+      InputRows in = input_rows(at[t], F::first(ROW), F::second(ROW));
       in.first += first_block * in.block;
       in.second += first_block * in.block;
-      transform_input<ROW, W>(in, W * at[t].column - left, piece.last - t, blocks, pack.chunk * plane, plane,
-                              transformed + t * kBlock);
+      transform_input<F, ROW>(in, F::kNextColumn * at[t].column - left, piece.last - t, blocks, pack.chunk * plane,
+                              plane, transformed + t * kBlock);
       t = piece.last;
     }
   }
@@ -288,7 +225,8 @@ struct Winograd {
             s.ahead = plan.fetches_filters ? kColumns * s.next_weights : 0;  // to the next chunk or filter block
             for (int64_t t = 0; t < tiles; t += tile) {
               s.pixels = transformed + i * s.next_pixels + t * kBlock;
-              s.z = products + (((group * 4 + ROW) * kColumns + i) * plan.tiles + t) * pack.maps + f * pack.filters;
+              s.z = products + (((group * F::kRows + ROW) * kColumns + i) * plan.tiles + t) * pack.maps +
+                    f * pack.filters;
               s.partial = partial + ((f * kColumns + i) * plan.tiles + t) * registers;
               stage1[tiles - t < tile ? tiles - t : tile](s);
               s.ahead = 0;
@@ -307,6 +245,7 @@ struct Winograd {
     multiply<1>(at, tiles);
     multiply<2>(at, tiles);
     multiply<3>(at, tiles);
+    if constexpr (F::kRows == 5) multiply<4>(at, tiles);
     int64_t filled = 0;  // pixels of z
     for (int64_t group = 0; group < params.weights.groups; group++) {
       filled = 0;
@@ -314,11 +253,11 @@ struct Winograd {
         const Piece piece = piece_at(at, t, tiles);
         for (; t < piece.last; t++) {
           const int64_t x = W * (t - piece.first);
-          const float* from = products + (group * 4 * kColumns * plan.tiles + t) * pack.maps;
+          const float* from = products + (group * F::kRows * kColumns * plan.tiles + t) * pack.maps;
           float* to = z + (filled + x) * all_maps + group * pack.maps;
           for (int64_t q = 0; q < pack.maps; q += kWidth) {
             const int64_t n = pack.maps - q < kWidth ? pack.maps - q : kWidth;
-            transform_output<W>(from + q, plan.tiles * pack.maps, to + q, all_maps, piece.columns * all_maps,
+            transform_output<F>(from + q, plan.tiles * pack.maps, to + q, all_maps, piece.columns * all_maps,
                                 piece.rows, piece.columns - x, n);
           }
         }
@@ -348,13 +287,13 @@ struct Winograd {
     recombination.run(z + begin * all_maps, all_maps, run_n, run_pixel, pixels);
   }
 
-  // Copies the four padded rows of a tile row into the ring behind those of the tile row before, whose last two rows
-  // it shares in the same image.
+  // Copies the padded rows of a tile row into the ring behind those of the tile row before, some of which it shares in
+  // the same image.
   void fill_ring(const TileAt& before, TileAt* at) const {
     const bool next = before.n == at->n && before.row + 1 == at->row;
-    at->ring_row = wrapped(before.ring_row + (next ? 2 : 4));
-    for (int64_t i = next ? 2 : 0; i < 4; i++) {
-      const int64_t y = 2 * at->row + i - params.pad_top, slot = wrapped(at->ring_row + i);
+    at->ring_row = wrapped(before.ring_row + (next ? F::kNextRow : F::kRows));
+    for (int64_t i = next ? F::kRows - F::kNextRow : 0; i < F::kRows; i++) {
+      const int64_t y = F::kNextRow * at->row + i - params.pad_top, slot = wrapped(at->ring_row + i);
       if (y >= 0 && y < params.H) {
         fill_row<T>(params, plan.pack, ring, slot, at->n, y);
       } else {
@@ -386,7 +325,7 @@ struct Winograd {
   }
 };
 
-template <typename T, int W>
+template <typename T, typename F>
 static void run_winograd(const BasisConv2dParams& params, const CpuPlan& plan, float* scratch, int64_t begin,
                          int64_t end) {
   const CpuPack& pack = plan.pack;
@@ -401,45 +340,7 @@ static void run_winograd(const BasisConv2dParams& params, const CpuPlan& plan, f
   const Recombination<T> recombination{params, pack, coefficients, coefficients + pack.coefficients_size,
                                        z + plan.maps_size};
   const Ring ring = make_ring(params, plan, 1, scratch);
-  Winograd<T, W>{params, plan, filters, ring, recombination, zeros, transformed, partial, products, z}.run(begin, end);
-}
-
-// G g: three values become four.
-static BASISCONV_INLINE void transform_filter_rows(const Vec::Reg* g, int64_t g_step, Vec::Reg* out, int64_t out_step) {
-  const Vec::Reg half = Vec::set1(0.5f);
-  const Vec::Reg ends = Vec::add(g[0], g[2 * g_step]);
-  out[0] = g[0];
-  out[out_step] = Vec::mul(half, Vec::add(ends, g[g_step]));
-  out[2 * out_step] = Vec::mul(half, Vec::sub(ends, g[g_step]));
-  out[3 * out_step] = g[2 * g_step];
-}
-
-// g HT: three values become W + 2.
-template <int W>
-static BASISCONV_INLINE void transform_filter_columns(const Vec::Reg* g, Vec::Reg* out) {
-  if constexpr (W == 2) {
-    transform_filter_rows(g, 1, out, 1);
-  } else {
-    const Vec::Reg a = Vec::set1(0.5f / (kA2 * (kA2 - kB2))), b = Vec::set1(0.5f / (kB2 * (kB2 - kA2)));
-    const Vec::Reg a_even = Vec::fma(Vec::set1(kA2), g[2], g[0]), a_odd = Vec::mul(Vec::set1(kA), g[1]);
-    const Vec::Reg b_even = Vec::fma(Vec::set1(kB2), g[2], g[0]), b_odd = Vec::mul(Vec::set1(kB), g[1]);
-    out[0] = Vec::mul(Vec::set1(1.0f / (kA2 * kB2)), g[0]);
-    out[1] = Vec::mul(a, Vec::add(a_even, a_odd));
-    out[2] = Vec::mul(a, Vec::sub(a_even, a_odd));
-    out[3] = Vec::mul(b, Vec::add(b_even, b_odd));
-    out[4] = Vec::mul(b, Vec::sub(b_even, b_odd));
-    out[5] = g[2];
-  }
-}
-
-// G g HT for a register of filters: taps [9][width] → positions [4 * (W + 2)][width].
-template <int W>
-static inline void transform_filter(const float* taps, float* positions) {
-  Vec::Reg g[9], rows[12], out[4 * (W + 2)];
-  BASISCONV_UNROLL for (int i = 0; i < 9; i++) g[i] = Vec::load(taps + i * kWidth);
-  BASISCONV_UNROLL for (int j = 0; j < 3; j++) transform_filter_rows(g + j, 3, rows + j, 3);
-  BASISCONV_UNROLL for (int i = 0; i < 4; i++) transform_filter_columns<W>(rows + 3 * i, out + (W + 2) * i);
-  BASISCONV_UNROLL for (int i = 0; i < 4 * (W + 2); i++) Vec::store(positions + i * kWidth, out[i]);
+  Winograd<T, F>{params, plan, filters, ring, recombination, zeros, transformed, partial, products, z}.run(begin, end);
 }
 
 }  // namespace BASISCONV_ISA

@@ -371,3 +371,16 @@ def test_wrong_arguments_are_refused(make, message):
 @pytest.mark.parametrize("module", ["ternary_conv2d", "ternary_linear"])
 def test_the_examples_of_the_documentation_run(module):
     assert doctest.testmod(importlib.import_module(f"basisconv_kernels.layers.{module}")).failed == 0
+
+
+def test_a_packed_layer_takes_the_memory_format_of_its_network():
+    """Planes have five dimensions, which the module method takes for volumes."""
+    torch.manual_seed(0)
+    layer = TernaryConv2d.from_conv(torch.nn.Conv2d(3, 8, 3, padding=1), rule="twn").eval().pack()
+    x = torch.randn(2, 3, 9, 9)
+    with torch.no_grad():
+        expected = layer(x)
+        moved = layer.to(memory_format=torch.channels_last)
+        out = moved(x.contiguous(memory_format=torch.channels_last))
+        torch.testing.assert_close(out, expected)
+        assert torch.equal(layer.to("cpu")(x), expected)

@@ -122,11 +122,12 @@ BasisConv2dParams draw(Random& random, int64_t& pad_bottom, int64_t& pad_right) 
   w.Q = w.groups * random.between(1, 20);
   w.mixing_groups = random.coin() ? 1 : w.groups;
   w.K = w.mixing_groups * random.between(1, 37);
-  const bool common = random.coin();  // 3x3 without stride and dilation, half of the time: Winograd
+  const bool common = random.coin();  // 3x3 with stride 1 or 2, without dilation, half of the time: Winograd
+  const int64_t stride = random.between(1, 2);
   w.R = common ? 3 : random.between(1, 5);
   w.S = common ? 3 : random.between(1, 5);
-  w.stride_h = common ? 1 : random.between(1, 3);
-  w.stride_w = common ? 1 : random.between(1, 3);
+  w.stride_h = common ? stride : random.between(1, 3);
+  w.stride_w = common ? stride : random.between(1, 3);
   w.dilation_h = common ? 1 : random.between(1, 3);
   w.dilation_w = common ? 1 : random.between(1, 3);
   w.precise = random.between(0, 3) == 0;
