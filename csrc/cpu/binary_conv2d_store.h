@@ -153,9 +153,11 @@ static BASISCONV_INLINE bool store_registers(const BinaryConv2dParams& p, const 
     float* to = static_cast<float*>(p.output) + place * K + at.k + f;
     const __m512 scale = _mm512_loadu_ps(p.scale + at.k + f), bias = _mm512_loadu_ps(p.bias + at.k + f);
     for (int64_t i = 0; i < pixels; i++) {
+      // As in `store_floats` the sum is one of a product with `pixel`, so that a compiler that joins the two rounds
+      // what has no such factor as two operations all the same.
+      const __m512 pixel = _mm512_set1_ps(p.pixel_scale == nullptr ? 1.0f : p.pixel_scale[place + i]);
       __m512 values = _mm512_mul_ps(_mm512_cvtepi32_ps(sums(i, f)), scale);
-      if (p.pixel_scale != nullptr) values = _mm512_mul_ps(values, _mm512_set1_ps(p.pixel_scale[place + i]));
-      values = _mm512_add_ps(values, bias);
+      values = _mm512_add_ps(_mm512_mul_ps(values, pixel), bias);
       // The second operand of these is the result where one is NaN.
       if (p.activation != BinaryActivation::none) values = _mm512_max_ps(zero, values);
       if (p.activation == BinaryActivation::relu6) values = _mm512_min_ps(six, values);

@@ -13,6 +13,7 @@ from basisconv_kernels import testing, tucker_conv2d
 from basisconv_kernels.ops import tucker_conv2d_model as model
 from basisconv_kernels.ops import tucker_conv2d_selfcheck
 from basisconv_kernels.testing import TuckerCase
+from basisconv_kernels.triton_kernels import configs
 from basisconv_kernels.triton_kernels import tucker_conv2d as kernels
 from tests.triton.interpreted import CompileCounterWithBackend
 
@@ -21,10 +22,15 @@ kernel = functools.partial(tucker_conv2d, backend="triton")
 
 @contextlib.contextmanager
 def passes(one: bool | None) -> Iterator[None]:
-    """Run the chain in one pass or in two; None lets the model choose."""
+    """Run the chain in one pass, where that is possible, or in two; None lets the model choose."""
     own = model.one_pass_pays
+
+    def asked(problem: Any) -> bool:
+        arithmetic = configs.arithmetic_of(problem.dtype, problem.precise)
+        return one and configs.against_one_pass(arithmetic, problem.rank_in, problem.Q, problem.precise) is None
+
     if one is not None:
-        model.one_pass_pays = lambda problem: one and not problem.precise
+        model.one_pass_pays = asked
     try:
         yield
     finally:
