@@ -36,6 +36,7 @@ CPU_KERNELS = [
     "csrc/cpu/ternary_conv2d.cpp",
 ]
 POPCOUNT_KERNELS = ["csrc/cpu/binary_conv2d.cpp"]
+PAIR_KERNELS = ["csrc/cpu/basis_conv2d.cpp"]
 AMX_KERNELS = ["csrc/cpu/basis_conv2d_amx.cpp"]
 CUDA_KERNELS = ["csrc/cuda/basis_conv2d.cu", "csrc/cuda/basis_conv2d_sm80.cu", "csrc/cuda/facts.cu"]
 SM90A_KERNELS = ["csrc/cuda/basis_conv2d_sm90a.cu"]
@@ -72,7 +73,8 @@ def instruction_sets() -> dict[str, InstructionSet]:
     avx2 = ["-mavx2", "-mfma", "-mf16c"]
     avx512 = [*avx2, "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mprefer-vector-width=512"]
     popcount = [*avx512, "-mavx512vpopcntdq"]
-    amx = [*avx512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
+    pairs = [*avx512, "-mavx512bf16"]
+    amx = [*pairs, "-mamx-tile", "-mamx-bf16"]
     for name, sources, options, body in (
         ("avx2", CPU_KERNELS, ["-DBASISCONV_AVX2", *avx2], "return _mm256_fmadd_ps(v, v, v);"),
         ("avx512", CPU_KERNELS, ["-DBASISCONV_AVX512", *avx512], "return _mm256_mask_add_ps(v, 1, v, v);"),
@@ -82,7 +84,13 @@ def instruction_sets() -> dict[str, InstructionSet]:
             ["-DBASISCONV_AVX512", "-DBASISCONV_VPOPCNTDQ", *popcount],
             "return _mm256_castsi256_ps(_mm512_castsi512_si256(_mm512_popcnt_epi32(_mm512_set1_epi32(v[0]))));",
         ),
-        ("amx", AMX_KERNELS, ["-DBASISCONV_AVX512", *amx], "_tile_dpbf16ps(0, 1, 2); return v;"),
+        (
+            "avx512_bf16",
+            PAIR_KERNELS,
+            ["-DBASISCONV_AVX512", "-DBASISCONV_PAIRS", *pairs],
+            "return _mm256_add_ps(v, (__m256)_mm512_cvtneps_pbh(_mm512_set1_ps(v[0])));",
+        ),
+        ("amx", AMX_KERNELS, ["-DBASISCONV_AVX512", "-DBASISCONV_PAIRS", *amx], "_tile_dpbf16ps(0, 1, 2); return v;"),
     ):
         sets[name] = InstructionSet(sources, options, f"#include <immintrin.h>\n__m256 probe(__m256 v) {{ {body} }}")
     return sets

@@ -53,8 +53,9 @@ class Shape:
 
 
 SHAPES = (Shape(1, 64, 56), Shape(1, 128, 28), Shape(1, 256, 14), Shape(1, 512, 7), Shape(8, 64, 56), Shape(8, 128, 28))
-LEAST_RATE = {"avx512_vpopcntdq": ("C5", 800.0), "amx": ("C5", 800.0), "avx2": ("C8", 350.0)}
-LEAST_OVER_DENSE = {"avx512_vpopcntdq": ("C5", 13.0), "amx": ("C5", 13.0)}
+POPCOUNT = ("avx512_vpopcntdq", "avx512_bf16", "amx")
+LEAST_RATE = {**dict.fromkeys(POPCOUNT, ("C5", 800.0)), "avx2": ("C8", 350.0)}
+LEAST_OVER_DENSE = dict.fromkeys(POPCOUNT, ("C5", 13.0))
 LEAST_OVER_INT8 = ("C6", 2.5)
 
 

@@ -24,7 +24,7 @@ VARIABLES = (
     Variable(
         "BASISCONV_CPU_ISA",
         "caps the instruction set of the CPU kernels; read once a process",
-        "base|avx2|avx512|avx512_vpopcntdq|amx",
+        "base|avx2|avx512|avx512_vpopcntdq|avx512_bf16|amx",
     ),
     Variable("BASISCONV_CACHE", "folder of what is measured on this machine: tuned/, selfcheck/", "a path"),
     Variable("BASISCONV_DATA", "folder with data sets (cifar10.npz, fashion-mnist/)", "a path"),

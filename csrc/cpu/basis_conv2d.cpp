@@ -1,12 +1,15 @@
 // basis_conv2d on the CPU: packing and the choice of variant. Compiled once per instruction set (BASISCONV_ISA).
 //
-// float32, bfloat16 and float16 tensors; arithmetic in float. Input of any strides; result in channels_last or NCHW.
+// float32, bfloat16 and float16 tensors; arithmetic in float. With products of bfloat16 pairs (BASISCONV_PAIRS)
+// bfloat16 alone, the same tiles on slots of two channels. Input of any strides; result in channels_last or NCHW.
 // Wins over two convolutions because z stays in the cache, small Q fills whole registers, and 3x3 runs as Winograd.
-// Test: tests/ops/test_basis_conv2d.py. Bench: python -m bench run --suite C1.
+// Test: tests/ops/test_basis_conv2d.py. Bench: python -m bench run --suite C1 --suite C3.
 #include "basis_conv2d.h"
 
 #include "basis_conv2d_direct.h"
+#if !defined(BASISCONV_PAIRS)
 #include "basis_conv2d_winograd.h"
+#endif
 
 #define BASISCONV_JOIN2(a, b) a##b
 #define BASISCONV_JOIN(a, b) BASISCONV_JOIN2(a, b)
@@ -14,40 +17,55 @@
 namespace basisconv {
 namespace BASISCONV_ISA {
 
+// Whether these weights are transformed, and if so one register of taps of them: that is done to floats only.
+static bool transform([[maybe_unused]] const CpuPack& pack, [[maybe_unused]] const float* taps,
+                      [[maybe_unused]] float* transformed) {
+#if !defined(BASISCONV_PAIRS)
+  if (pack.variant == CpuVariant::winograd) {
+    if (pack.position_rows == 5) {
+      transform_filter<Form<2, 2>>(taps, transformed);
+    } else if (pack.tile_width == 4) {
+      transform_filter<Form<1, 4>>(taps, transformed);
+    } else {
+      transform_filter<Form<1, 2>>(taps, transformed);
+    }
+    return true;
+  }
+#endif
+  return false;
+}
+
 // One register of packed filters at a time: its lanes' taps side by side, transformed if need be, then stored by
 // position.
-static void pack_filters(const BasisConv2dWeights& w, const CpuPack& pack, const float* filters, float* packed) {
+static void pack_filters(const BasisConv2dWeights& w, const CpuPack& pack, const float* filters, Slots::Value* packed) {
   const int64_t group_channels = w.C / w.groups, group_filters = w.Q / w.groups, taps = w.R * w.S;
-  const bool winograd = pack.variant == CpuVariant::winograd;
-  const int64_t per_register = kWidth / pack.lanes, steps = pack.block / pack.lanes;
-  const int64_t block_weights = steps * pack.vectors * kWidth;  // one position of one channel block
-  float* side_by_side = new float[taps * kWidth];
-  float transformed[25 * kWidth];
+  const int64_t per_register = kWidth / pack.lanes, steps = pack.block / pack.lanes / Slots::kValues;
+  const int64_t block_weights = steps * pack.vectors * kRegisterValues;  // one position of one channel block
+  float* side_by_side = new float[taps * kRegisterValues];
+  float transformed[25 * kRegisterValues];
   for (int64_t group = 0; group < w.groups; group++) {
     for (int64_t f = 0; f < pack.filter_blocks; f++) {
-      float* of_group = packed + group * pack.group_size;
+      Slots::Value* of_group = packed + group * pack.group_size;
       for (int64_t b = 0; b < pack.channel_blocks; b++) {
         for (int64_t i = 0; i < steps * pack.vectors; i++) {
           const int64_t step = i / pack.vectors, v = i % pack.vectors;
-          for (int64_t lane = 0; lane < kWidth; lane++) {
+          for (int64_t at = 0; at < kRegisterValues; at++) {
+            const int64_t lane = at / Slots::kValues;
             const int64_t q = f * pack.filters + v * per_register + lane / pack.lanes;
-            const int64_t c = b * pack.block + step * pack.lanes + lane % pack.lanes;
+            const int64_t slot = step * pack.lanes + lane % pack.lanes;
+            const int64_t c = b * pack.block + slot * Slots::kValues + at % Slots::kValues;
             const bool real = q < group_filters && c < group_channels;
             const float* g = filters + ((group * group_filters + q) * group_channels + c) * taps;
-            for (int64_t t = 0; t < taps; t++) side_by_side[t * kWidth + lane] = real ? g[t] : 0.0f;
+            for (int64_t t = 0; t < taps; t++) side_by_side[t * kRegisterValues + at] = real ? g[t] : 0.0f;
           }
-          if (winograd && w.stride_h == 2) {
-            transform_filter<Form<2, 2>>(side_by_side, transformed);
-          } else if (winograd && pack.tile_width == 4) {
-            transform_filter<Form<1, 4>>(side_by_side, transformed);
-          } else if (winograd) {
-            transform_filter<Form<1, 2>>(side_by_side, transformed);
-          }
+          const bool winograd = transform(pack, side_by_side, transformed);
           const float* from = winograd ? transformed : side_by_side;
           for (int64_t p = 0; p < pack.positions; p++) {
             const int64_t at = winograd ? winograd_filters_at(pack, p, f, b)
                                         : ((f * pack.channel_blocks + b) * pack.positions + p) * block_weights;
-            Vec::store(of_group + at + i * kWidth, Vec::load(from + p * kWidth));
+            Slots::Value* to = of_group + at + i * kRegisterValues;
+            for (int64_t j = 0; j < kRegisterValues; j += kWidth)
+              Vec::store(to + j, Vec::load(from + p * kRegisterValues + j));
           }
         }
       }
@@ -56,19 +74,19 @@ static void pack_filters(const BasisConv2dWeights& w, const CpuPack& pack, const
   delete[] side_by_side;
 }
 
-// [panels][slots][rows]: `rows` outputs side by side, padded with zeros.
+// [panels][slots][rows][values of a slot]: `rows` outputs side by side, padded with zeros.
 static void pack_coefficients(const BasisConv2dWeights& w, const CpuPack& pack, const float* coefficients,
-                              int64_t panels, int64_t rows, float* packed) {
+                              int64_t panels, int64_t rows, Slots::Value* packed) {
   const int64_t group_filters = w.Q / w.groups, mixed = w.Q / w.mixing_groups, outputs = w.K / w.mixing_groups;
   for (int64_t group = 0; group < w.mixing_groups; group++) {
     for (int64_t p = 0; p < panels; p++) {
       for (int64_t slot = 0; slot < pack.slots; slot++) {
-        // A slot is a map of one convolution group, or padding behind that group's maps.
-        const int64_t within = slot % pack.maps, q = slot / pack.maps * group_filters + within;
-        for (int64_t row = 0; row < rows; row++) {
-          const int64_t k = p * rows + row;
+        for (int64_t i = 0; i < rows * Slots::kValues; i++) {
+          // A value is a map of one convolution group, or padding behind that group's maps.
+          const int64_t map = slot * Slots::kValues + i % Slots::kValues, k = p * rows + i / Slots::kValues;
+          const int64_t within = map % pack.maps, q = map / pack.maps * group_filters + within;
           const bool real = within < group_filters && k < outputs;
-          *packed++ = real ? coefficients[(group * outputs + k) * mixed + q] : 0.0f;
+          from_float(real ? coefficients[(group * outputs + k) * mixed + q] : 0.0f, packed++);
         }
       }
     }
@@ -77,12 +95,21 @@ static void pack_coefficients(const BasisConv2dWeights& w, const CpuPack& pack, 
 
 static void pack(const BasisConv2dWeights& w, const CpuPack& pack, const float* filters, const float* coefficients,
                  float* packed) {
-  pack_filters(w, pack, filters, packed);
-  packed += pack.filters_size;
-  pack_coefficients(w, pack, coefficients, pack.panels, pack.output_vectors * static_cast<int64_t>(kWidth), packed);
-  packed += pack.coefficients_size;
-  pack_coefficients(w, pack, coefficients, pack.planar_panels, pack.planar_rows, packed);
+  Slots::Value* to = reinterpret_cast<Slots::Value*>(packed);
+  pack_filters(w, pack, filters, to);
+  to += Slots::kValues * pack.filters_size;
+  pack_coefficients(w, pack, coefficients, pack.panels, pack.output_vectors * static_cast<int64_t>(kWidth), to);
+  to += Slots::kValues * pack.coefficients_size;
+  pack_coefficients(w, pack, coefficients, pack.planar_panels, pack.planar_rows, to);
 }
+
+#if defined(BASISCONV_PAIRS)
+
+static void run(const BasisConv2dParams& params, const CpuPlan& plan, float* scratch, int64_t begin, int64_t end) {
+  run_direct<bf16>(params, plan, scratch, begin, end);
+}
+
+#else
 
 template <typename T>
 static void run_as(const BasisConv2dParams& params, const CpuPlan& plan, float* scratch, int64_t begin, int64_t end) {
@@ -107,6 +134,8 @@ static void run(const BasisConv2dParams& params, const CpuPlan& plan, float* scr
       return run_as<f16>(params, plan, scratch, begin, end);
   }
 }
+
+#endif
 
 }  // namespace BASISCONV_ISA
 

@@ -15,6 +15,7 @@ struct CpuBasisConv2d {
 CpuBasisConv2d cpu_basis_conv2d_base();
 CpuBasisConv2d cpu_basis_conv2d_avx2();
 CpuBasisConv2d cpu_basis_conv2d_avx512();
-CpuBasisConv2d cpu_basis_conv2d_amx();  // packs of the amx variant only
+CpuBasisConv2d cpu_basis_conv2d_avx512_bf16();  // packs of pairs only
+CpuBasisConv2d cpu_basis_conv2d_amx();          // packs of the amx variant only
 
 }  // namespace basisconv

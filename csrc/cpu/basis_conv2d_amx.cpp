@@ -5,7 +5,8 @@
 // which is also the operand of stage 2. `precise` and very few channels run on the vector kernels instead.
 // Test: tests/ops/test_basis_conv2d.py with BASISCONV_CPU_ISA=amx. Bench: python -m bench run --suite C3.
 #include "basis_conv2d.h"
-#include "basis_conv2d_amx_rows.h"
+#include "basis_conv2d_amx_tiles.h"
+#include "basis_conv2d_rows.h"
 
 namespace basisconv {
 namespace BASISCONV_ISA {
@@ -68,15 +69,13 @@ static void stage1(const Step* steps, int64_t count, const bf16* const* pixels, 
   }
 }
 
-static BASISCONV_INLINE __m256i rounded_pair(Vec::Reg v) { return (__m256i)_mm512_cvtneps_pbh(v); }
-
 // out += bias + residual, activation, one rounding; for n <= 16 neighbouring elements of out.
 static BASISCONV_INLINE void finish(Vec::Reg value, const bf16* residual, bf16* out, int64_t n, Activation activation) {
   const __mmask16 valid = Vec::first(n);
   if (residual) value = Vec::add(value, Vec::load_n(residual, n));
   if (activation != Activation::none) value = Vec::max(Vec::zero(), value);
   if (activation == Activation::relu6) value = Vec::min(Vec::set1(6.0f), value);
-  _mm256_mask_storeu_epi16(out, valid, rounded_pair(value));
+  _mm256_mask_storeu_epi16(out, valid, Vec::to_bf16(value));
 }
 
 struct Amx {
@@ -85,7 +84,7 @@ struct Amx {
   const bf16* filters;
   const bf16* coefficients;  // [mixing groups][K/16][slots/32] tiles [pairs][16 outputs][2]   (channels_last)
   const bf16* planar;        // [mixing groups][K/16][slots/32] tiles [16 outputs][32 maps]    (NCHW)
-  HalfRing ring;
+  Ring ring;
   float* z;         // [tiles][16][all maps], stage 1 sums
   bf16* maps;       // the same rounded: [tiles][16][all maps]
   bf16* turned;     // NCHW: [slots/32] tiles [pairs][16 pixels][2] of one pixel tile
@@ -187,7 +186,7 @@ struct Amx {
     const int64_t row_tiles = (params.OW + kSide - 1) / kSide, tiles = rows * row_tiles;
     const int64_t taps = w.R * w.S;
     for (int64_t group = 0; group < w.groups; group++) {
-      const bf16* group_filters = filters + group * pack.group_size * 2;
+      const bf16* group_filters = filters + group * pack.group_size;
       for (int64_t row = 0; row < rows; row++) {
         // Taps outside the image add nothing; the steps differ from row to row at the border only.
         int64_t count = 0;
@@ -196,8 +195,8 @@ struct Amx {
             const int64_t y = (oy + row) * w.stride_h + r * w.dilation_h - params.pad_top;
             if (y < 0 || y >= params.H) continue;
             for (int64_t s = 0; s < w.S; s++) {
-              steps[count].pixels = y % ring.slots * ring.row_size + (group * pack.channel_blocks + b) * ring.plane +
-                                    ring.column(s * w.dilation_w);
+              steps[count].pixels = y % plan.ring_rows * ring.row_size +
+                                    (group * pack.channel_blocks + b) * ring.plane + ring.column(s * w.dilation_w);
               steps[count].filters = (b * taps + r * w.S + s) * kTile;
               count++;
             }
@@ -239,7 +238,12 @@ struct Amx {
       }
     }
     for (int64_t i = 0; i < tiles * kSide * all_maps; i += kSide) {
-      _mm256_store_si256(reinterpret_cast<__m256i*>(maps + i), rounded_pair(Vec::load(z + i)));
+      _mm256_store_si256(reinterpret_cast<__m256i*>(maps + i), Vec::to_bf16(Vec::load(z + i)));
+    }
+    // Maps that only fill up a tile: an infinite input times a filter of zeros is NaN.
+    if (const int64_t real = w.Q / w.groups; real < pack.maps) {
+      for (int64_t i = 0; i < tiles * kSide * all_maps; i += pack.maps)
+        memset(maps + i + real, 0, (pack.maps - real) * sizeof(bf16));
     }
     for (int64_t row = 0; row < rows; row++) {
       for (int64_t t = 0; t < row_tiles; t++) {
@@ -274,7 +278,7 @@ struct Amx {
       if (n != image) filled = 0;
       if (filled < first) filled = first;
       image = n;
-      for (; filled <= last; filled++) fill_row(params, plan.pack, ring, n, filled);
+      for (; filled <= last; filled++) fill_row<bf16>(params, plan.pack, ring, filled % plan.ring_rows, n, filled);
       stores_before_tile_loads();
       pass(n, oy, rows, steps, pixels, sums);
       unit += rows;
@@ -291,15 +295,8 @@ static void run(const BasisConv2dParams& params, const CpuPlan& plan, float* scr
   float* z = scratch + plan.ring_size;
   bf16* maps = reinterpret_cast<bf16*>(z + plan.maps_size);
   float* turned = z + plan.maps_size + plan.transformed_size;
-  HalfRing ring{};
-  ring.rows = reinterpret_cast<bf16*>(scratch);
-  ring.phases = w.stride_w;
-  ring.columns = plan.ring_columns;
-  ring.slots = plan.ring_rows;
-  ring.plane = ring.phases * ring.columns * kDepth;
-  ring.row_size = w.groups * pack.channel_blocks * ring.plane;
-  // Zeros for the padding columns, for pixels past a row, and for maps that only fill up a tile.
-  memset(scratch, 0, plan.ring_size * sizeof(float));
+  // Zeros for pixels past a row too, and for maps that only fill up a tile.
+  const Ring ring = make_ring(params, plan, w.stride_w, reinterpret_cast<bf16*>(scratch));
   memset(z, 0, plan.maps_size * sizeof(float));
   const bf16* filters = static_cast<const bf16*>(params.packed);
   const bf16* coefficients = filters + 2 * pack.filters_size;

@@ -2,42 +2,25 @@
 #pragma once
 #include "basis_conv2d_recombine.h"
 #include "basis_conv2d_rows.h"
+#include "basis_conv2d_taps.h"
 
 namespace basisconv {
 namespace BASISCONV_ISA {
-
-// Taps of output row `oy` that lie inside the image; rows of the kernel outside it are left out. Offsets count from the
-// ring, or from the image if it is read in place.
-static int64_t inside_taps(const BasisConv2dParams& params, const CpuPlan& plan, const Ring& ring, int64_t oy,
-                           int64_t* offset, int64_t* weight) {
-  const BasisConv2dWeights& w = params.weights;
-  const int64_t tap_weights = plan.pack.block / plan.pack.lanes * plan.pack.vectors * kWidth;
-  int64_t count = 0;
-  for (int64_t r = 0; r < w.R; r++) {
-    const int64_t y = oy * w.stride_h + r * w.dilation_h - params.pad_top;
-    if (y < 0 || y >= params.H) continue;
-    for (int64_t s = 0; s < w.S; s++) {
-      offset[count] = plan.in_place ? y * params.input_stride_h + s * w.dilation_w * params.input_stride_w
-                                    : (y % plan.ring_rows) * ring.row_size + ring.column(s * w.dilation_w);
-      weight[count] = (r * w.S + s) * tap_weights;
-      count++;
-    }
-  }
-  return count;
-}
 
 template <typename T>
 static void run_direct(const BasisConv2dParams& params, const CpuPlan& plan, float* scratch, int64_t begin,
                        int64_t end) {
   const BasisConv2dWeights& w = params.weights;
   const CpuPack& pack = plan.pack;
-  const float* filters = static_cast<const float*>(params.packed);
-  const Ring ring = make_ring(params, plan, w.stride_w, scratch);
-  float* z = scratch + plan.ring_size;
-  float* turned = z + plan.maps_size;
-  float* partial = turned + plan.turned_size;
-  const Recombination<T> recombination{params, pack, filters + pack.filters_size,
-                                       filters + pack.filters_size + pack.coefficients_size, turned};
+  using Value = Slots::Value;
+  const Value* filters = static_cast<const Value*>(params.packed);
+  const Value* coefficients = filters + Slots::kValues * pack.filters_size;
+  const Ring ring = make_ring(params, plan, w.stride_w, reinterpret_cast<Value*>(scratch));
+  Value* z = reinterpret_cast<Value*>(scratch + plan.ring_size);
+  Value* turned = z + Slots::kValues * plan.maps_size;
+  float* partial = scratch + plan.ring_size + plan.maps_size + plan.turned_size;
+  const Recombination<T> recombination{params, pack, coefficients,
+                                       coefficients + Slots::kValues * pack.coefficients_size, turned};
   const int64_t all_maps = w.groups * pack.maps;
   const int64_t z_row = params.OW * all_maps;
   const int64_t registers = pack.vectors * kWidth;
@@ -46,10 +29,8 @@ static void run_direct(const BasisConv2dParams& params, const CpuPlan& plan, flo
   const int64_t plane = plan.in_place ? pack.block : ring.plane;
   const int64_t tile = even_tile(params.OW, stage1_pixels(pack.vectors));
   const int64_t block_weights = pack.positions * (pack.block / pack.lanes) * registers;
-  const int64_t taps = w.R * w.S;
-  int64_t* offset = new int64_t[2 * taps * plan.rows];
-  int64_t* weight = offset + taps * plan.rows;
-  int64_t* count = new int64_t[plan.rows];
+  const bool in_chunks = plan.chunk < pack.channel_blocks;
+  TileTaps tile_taps(params, plan, tile);
 
   int64_t image = -1, filled = 0;  // rows of `image` before `filled` have been copied
   for (int64_t unit = begin; unit < end;) {
@@ -68,34 +49,27 @@ static void run_direct(const BasisConv2dParams& params, const CpuPlan& plan, flo
     for (; filled <= last && !plan.in_place; filled++)
       fill_row<T>(params, pack, ring, filled % plan.ring_rows, n, filled);
 
-    const float* source =
-        plan.in_place ? static_cast<const float*>(params.input) + n * params.input_stride_n : ring.rows;
-    for (int64_t row = 0; row < rows; row++) {
-      count[row] = inside_taps(params, plan, ring, oy + row, offset + row * taps, weight + row * taps);
-    }
+    const Value* source =
+        plan.in_place ? static_cast<const Value*>(params.input) + n * params.input_stride_n : ring.rows;
+    for (int64_t row = 0; row < rows; row++) tile_taps.fill(ring, row, oy + row);
     for (int64_t group = 0; group < w.groups; group++) {
-      const float* group_filters = filters + group * pack.group_size;
+      const Value* group_filters = filters + group * pack.group_size;
       for (int64_t b = 0; b < pack.channel_blocks; b += plan.chunk) {
         const int64_t b_end = b + plan.chunk < pack.channel_blocks ? b + plan.chunk : pack.channel_blocks;
         for (int64_t f = 0; f < pack.filter_blocks; f++) {
-          const float* block_filters = group_filters + f * pack.channel_blocks * block_weights;
+          const Value* block_filters = group_filters + f * pack.channel_blocks * block_weights;
           for (int64_t row = 0; row < rows; row++) {
             Stage1 s{};
-            s.offset = offset + row * taps;
             s.weights = block_filters + b * block_weights;
-            s.tap_weights = weight + row * taps;
-            s.taps = count[row];
             s.blocks = b_end - b;
             s.plane = plane;
             s.pixel_stride = pixel_stride;
             s.block_weights = block_weights;
             s.z_stride = all_maps;
-            s.first = b == 0;
-            s.last = b_end == pack.channel_blocks;
             s.times = 1;
-            const float* pixels_here = source + (group * pack.channel_blocks + b) * plane;
-            float* z_here = z + row * z_row + group * pack.maps + f * pack.filters;
-            float* waiting = partial + (row * pack.filter_blocks + f) * params.OW * registers;
+            const Value* pixels_here = source + tile_taps.origin(row) + (group * pack.channel_blocks + b) * plane;
+            Value* z_here = z + row * z_row + group * pack.maps + f * pack.filters;
+            float* waiting = in_chunks ? partial + (row * pack.filter_blocks + f) * params.OW * registers : partial;
             for (int64_t x = 0; x < params.OW; x += tile) {
               const int64_t pixels = params.OW - x < tile ? params.OW - x : tile;
               if (b == 0 && f == 0 && group == 0 && params.channels_last) {
@@ -104,21 +78,39 @@ static void run_direct(const BasisConv2dParams& params, const CpuPlan& plan, flo
                     static_cast<const char*>(params.output) + ((unit + row) * params.OW + x) * pixel_bytes;
                 for (int64_t at = 0; at < pixels * pixel_bytes; at += 64) __builtin_prefetch(lines + at, 1, 2);
               }
-              s.pixels = pixels_here + x * pixel_stride;
-              s.z = z_here + x * all_maps;
-              s.partial = waiting + x * registers;
-              stage1[pixels](s);
+              float* sums = in_chunks ? waiting + x * registers : waiting;
+              const int64_t t = x / tile, groups = tile_taps.groups(t);
+              for (int64_t i = 0; i < groups; i++) {
+                const TapGroup& those = tile_taps.group(t, i);
+                const TileTaps::List list = tile_taps.taps(row, t, those);
+                s.first = b == 0 && i == 0;
+                s.last = b_end == pack.channel_blocks && i + 1 == groups;
+                if (s.first && those.end - those.begin < pixels) {
+                  memset(sums, 0, those.begin * registers * sizeof(float));
+                  memset(sums + those.end * registers, 0, (pixels - those.end) * registers * sizeof(float));
+                }
+                s.offset = list.offset;
+                s.tap_weights = list.weight;
+                s.taps = list.taps;
+                s.pixels = pixels_here + (x + those.begin) * pixel_stride;
+                s.z = z_here + (x + those.begin) * all_maps;
+                s.partial = sums + those.begin * registers;
+                stage1[those.end - those.begin](s);
+              }
             }
           }
         }
       }
     }
-    if (!w.precise) round_maps<T>(z, rows * z_row);
+    if constexpr (Slots::kValues == 1) {
+      if (!w.precise) round_maps<T>(z, rows * z_row);
+    } else if (const int64_t real = w.Q / w.groups, read = w.groups == 1 ? 2 * pack.slots : pack.maps; real < read) {
+      // Maps that only fill up pairs: an infinite input times a filter of zeros is NaN.
+      for (int64_t at = 0; at < rows * z_row; at += pack.maps) memset(z + at + real, 0, (read - real) * sizeof(Value));
+    }
     recombination.run(z, all_maps, n, oy * params.OW, rows * params.OW);
     unit += rows;
   }
-  delete[] offset;
-  delete[] count;
 }
 
 }  // namespace BASISCONV_ISA

@@ -8,7 +8,8 @@ namespace basisconv {
 namespace {
 
 constexpr int64_t kScratchFloats = 240 * 1024;   // a thread's scratch stays under 1 MiB where one tile allows
-constexpr int64_t kTilePixels = 14;              // pixels of a full AVX-512 tile
+constexpr int64_t kTilePixels = 14;              // pixels of a full AVX-512 tile of two registers
+constexpr int64_t kMostTilePixels = 16;          // of one register
 constexpr int64_t kProductsFloats = 120 * 1024;  // winograd: products of a pass, where six tiles allow
 
 // Half of the second-level cache: 1 MiB or more beside AVX-512, half of that in processors without.
@@ -60,8 +61,8 @@ Tile best_tile(const Tile (&tiles)[N], int64_t width, int64_t Q, int64_t depth, 
 }
 
 // Half of the accumulator registers: two registers of pixels for each of so many outputs.
-int32_t planar_rows_of(Isa isa) { return isa == Isa::avx512 ? 14 : isa == Isa::avx2 ? 6 : 5; }
-int32_t width_of(Isa isa) { return isa == Isa::avx512 ? 16 : isa == Isa::avx2 ? 8 : 4; }
+int32_t planar_rows_of(Isa isa) { return isa >= Isa::avx512 ? 14 : isa == Isa::avx2 ? 6 : 5; }
+int32_t width_of(Isa isa) { return isa >= Isa::avx512 ? 16 : isa == Isa::avx2 ? 8 : 4; }
 
 bool fits_winograd(const BasisConv2dWeights& w) {
   return !w.precise && w.R == 3 && w.S == 3 && w.stride_h == w.stride_w && w.stride_h <= 2 && w.dilation_h == 1 &&
@@ -106,8 +107,9 @@ CpuPack amx_pack(const BasisConv2dWeights& w) {
   p.slots = w.groups / w.mixing_groups * p.maps;
   p.panels = p.planar_panels = ceil_div(w.K / w.mixing_groups, kAmxSide);
   p.planar_rows = kAmxSide;
-  p.group_size = p.filter_blocks * p.channel_blocks * p.positions * kAmxSide * kAmxDepth / 2;
-  p.filters_size = w.groups * p.group_size;
+  p.values = 2;
+  p.group_size = p.filter_blocks * p.channel_blocks * p.positions * kAmxSide * kAmxDepth;
+  p.filters_size = w.groups * p.group_size / p.values;
   p.coefficients_size = p.planar_size = w.mixing_groups * p.panels * p.slots * kAmxSide / 2;
   return p;
 }
@@ -124,7 +126,8 @@ CpuPlan amx_plan(const BasisConv2dParams& params, const CpuPack& pack) {
   const int64_t reach = (w.R - 1) * w.dilation_h + 1;
   const int64_t a_ring_row = w.stride_w * p.ring_columns * w.groups * pack.channel_blocks * kAmxDepth / 2;
   const int64_t a_map_row = columns * w.groups * pack.maps;
-  const int64_t wanted = pack.group_size > cache_floats(pack.width) ? ceil_div(4 * kAmxSide, columns) : 1;
+  const int64_t floats = pack.group_size / pack.values;
+  const int64_t wanted = floats > cache_floats(pack.width) ? ceil_div(4 * kAmxSide, columns) : 1;
   p.rows = 1;
   while (p.rows < wanted && p.rows < params.OH &&
          (reach + p.rows * w.stride_h) * a_ring_row + (p.rows + 1) * 2 * a_map_row <= kScratchFloats) {
@@ -139,23 +142,20 @@ CpuPlan amx_plan(const BasisConv2dParams& params, const CpuPack& pack) {
   return p;
 }
 
-}  // namespace
-
-Isa isa_for(const BasisConv2dWeights& w, Isa isa) {
-  const bool tiles = w.dtype == DType::bf16 && !w.precise && w.C / w.groups >= 8;
-  return isa > Isa::avx512 && !(isa == Isa::amx && tiles) ? Isa::avx512 : isa;
-}
-
-CpuPack cpu_pack(const BasisConv2dWeights& w, Isa wanted) {
-  const Isa isa = isa_for(w, wanted);
+CpuPack pack_for(const BasisConv2dWeights& w, Isa isa) {
   if (isa == Isa::amx) return amx_pack(w);
   CpuPack p{};
   const int64_t group_channels = w.C / w.groups, group_filters = w.Q / w.groups;
   p.width = width_of(isa);
-  p.variant = fits_winograd(w) ? CpuVariant::winograd : CpuVariant::direct;
-  p.block = group_channels <= 4 ? 4 : 16;
-  const int64_t depth = p.variant == CpuVariant::winograd ? group_channels : group_channels * w.R * w.S;
-  const Tile tile = isa == Isa::avx512 ? best_tile(kTiles512, p.width, group_filters, depth, p.block)
+  const bool pairs = isa == Isa::avx512_bf16;
+  p.values = pairs ? 2 : 1;
+  p.variant = fits_winograd(w) && !pairs ? CpuVariant::winograd : CpuVariant::direct;
+  // A last block of bfloat16 channels that is half empty or more makes all blocks half as long.
+  const int64_t rest = group_channels % 32;
+  p.block = pairs ? (0 < rest && rest <= 16 ? 16 : 32) : group_channels <= 4 ? 4 : 16;
+  const int64_t channel_slots = ceil_div(group_channels, p.values);
+  const int64_t depth = p.variant == CpuVariant::winograd ? channel_slots : channel_slots * w.R * w.S;
+  const Tile tile = isa >= Isa::avx512 ? best_tile(kTiles512, p.width, group_filters, depth, p.block)
                     : isa == Isa::avx2 ? best_tile(kTiles256, p.width, group_filters, depth, p.block)
                                        : best_tile(kTilesBase, p.width, group_filters, depth, p.block);
   p.lanes = tile.lanes;
@@ -169,20 +169,29 @@ CpuPack cpu_pack(const BasisConv2dWeights& w, Isa wanted) {
   p.filter_blocks = ceil_div(group_filters, p.filters);
   p.maps = p.filter_blocks * p.filters;
   // One group: the padded slots lie at the end and are skipped. Several: they lie between, with zero coefficients.
-  p.slots = w.groups == 1 ? w.Q : w.groups / w.mixing_groups * p.maps;
+  p.slots = w.groups == 1 ? ceil_div(w.Q, p.values) : w.groups / w.mixing_groups * p.maps / p.values;
   const int64_t outputs = w.K / w.mixing_groups;
   p.output_vectors = outputs > p.width ? 2 : 1;
   p.panels = ceil_div(outputs, p.output_vectors * p.width);
   p.planar_panels = ceil_div(outputs, planar_rows_of(isa));
   p.planar_rows = ceil_div(outputs, p.planar_panels);
   p.group_size = p.filter_blocks * p.channel_blocks * p.positions * (p.block / p.lanes) * p.vectors * p.width;
-  const int64_t chunk = pass_sizes(p.width, p.group_size).chunk;
+  const int64_t chunk = pass_sizes(p.width, p.group_size / p.values).chunk;
   p.chunk = p.channel_blocks <= 2 * chunk ? p.channel_blocks : chunk;
-  p.filters_size = w.groups * p.group_size;
+  p.filters_size = w.groups * p.group_size / p.values;
   p.coefficients_size = w.mixing_groups * p.panels * p.slots * p.output_vectors * p.width;
   p.planar_size = w.mixing_groups * p.planar_panels * p.slots * p.planar_rows;
   return p;
 }
+
+}  // namespace
+
+Isa isa_for(const BasisConv2dWeights& w, Isa isa) {
+  const bool pairs = w.dtype == DType::bf16 && !w.precise && w.C / w.groups >= 8;
+  return pairs && isa >= Isa::avx512_bf16 ? isa : std::min(isa, Isa::avx512);
+}
+
+CpuPack cpu_pack(const BasisConv2dWeights& w, Isa isa) { return pack_for(w, isa_for(w, isa)); }
 
 CpuPlan cpu_plan(const BasisConv2dParams& params, const CpuPack& pack, int64_t threads) {
   const BasisConv2dWeights& w = params.weights;
@@ -190,13 +199,14 @@ CpuPlan cpu_plan(const BasisConv2dParams& params, const CpuPack& pack, int64_t t
   CpuPlan p{};
   p.pack = pack;
   const int64_t all_maps = w.groups * pack.maps;
-  const int64_t pixel = w.groups * pack.channel_blocks * pack.block;  // floats of one ring pixel
+  const int64_t pixel = w.groups * pack.channel_blocks * pack.block / pack.values;  // floats of one ring pixel
   // z of the last pixel block is read in whole registers.
   const int64_t maps_margin = pack.width * all_maps + pack.width;
   p.turned_size = params.channels_last ? 0 : aligned(2 * pack.width * (pack.slots + pack.width));
-  // Channel blocks of floats that lie in the input as in a copied row.
+  // Channel blocks that lie in the input as in a copied row.
+  const bool same_values = pack.values == 2 || w.dtype == DType::f32;
   const bool whole_blocks =
-      w.dtype == DType::f32 && params.input_stride_c == 1 && pack.block == 16 && w.C / w.groups % pack.block == 0;
+      same_values && params.input_stride_c == 1 && pack.block == 16 * pack.values && w.C / w.groups % pack.block == 0;
   if (pack.variant == CpuVariant::winograd) {
     p.tile_columns = ceil_div(params.OW, pack.tile_width);
     p.units = params.N * ceil_div(params.OH, 2);
@@ -232,26 +242,30 @@ CpuPlan cpu_plan(const BasisConv2dParams& params, const CpuPack& pack, int64_t t
       std::max(ceil_div(params.W + params.pad_left, w.stride_w), params.OW + (w.S - 1) * w.dilation_w / w.stride_w);
   const int64_t reach = (w.R - 1) * w.dilation_h + 1;
   const int64_t a_ring_row = w.stride_w * p.ring_columns * pixel;
-  const int64_t a_map_row = params.OW * all_maps;
-  const int64_t panel = pack.group_size / pack.filter_blocks;
+  const int64_t a_map_row = params.OW * all_maps / pack.values;
+  const int64_t panel = pack.group_size / pack.values / pack.filter_blocks;
   const int64_t cache = cache_floats(pack.width);
   p.chunk = panel <= cache ? pack.channel_blocks : std::max<int64_t>(1, pack.channel_blocks * (cache / 2) / panel);
   // Weights beyond the cache are read once a pass: then several rows share a pass.
-  const int64_t wanted = pack.group_size > cache ? ceil_div(4 * kTilePixels, params.OW) : 1;
+  const int64_t wanted = pack.group_size / pack.values > cache ? ceil_div(4 * kTilePixels, params.OW) : 1;
   p.rows = 1;
   while (p.rows < wanted && p.rows < params.OH &&
          (reach + p.rows * w.stride_h) * a_ring_row + (p.rows + 1) * 2 * a_map_row <= kScratchFloats) {
     p.rows++;
   }
-  // Without columns beside the image nothing needs to be copied: 1x1 above all.
-  p.in_place =
-      whole_blocks && params.pad_left == 0 && (params.OW - 1) * w.stride_w + (w.S - 1) * w.dilation_w < params.W;
+  // Without columns beside the image nothing needs to be copied: 1x1 above all. Where copying takes as long as several
+  // taps, those that lie outside run apart from the others instead.
+  const bool inside = params.pad_left == 0 && (params.OW - 1) * w.stride_w + (w.S - 1) * w.dilation_w < params.W;
+  p.in_place = whole_blocks && (inside || (pack.values == 2 && pack.channel_blocks > 1));
   p.ring_rows = p.in_place ? 0 : (p.rows - 1) * w.stride_h + reach;
   p.ring_size = aligned(p.ring_rows * a_ring_row);
   p.maps_size = aligned(p.rows * a_map_row + maps_margin);
-  p.partial_size =
-      p.chunk < pack.channel_blocks ? p.rows * pack.filter_blocks * params.OW * pack.vectors * pack.width : 0;
-  p.partial_size = aligned(p.partial_size);
+  // Sums wait between chunks, of a tile also between its groups of taps.
+  if (p.chunk < pack.channel_blocks) {
+    p.partial_size = aligned(p.rows * pack.filter_blocks * params.OW * pack.vectors * pack.width);
+  } else if (!inside && p.in_place) {
+    p.partial_size = kMostTilePixels * pack.vectors * pack.width;
+  }
   return p;
 }
 
@@ -279,8 +293,8 @@ CpuPackHeader cpu_pack_header(const BasisConv2dWeights& w, Isa isa) {
 
 int64_t cpu_packed_bytes(const BasisConv2dWeights& w) {
   int64_t most = 0;
-  for (Isa isa : {Isa::base, Isa::avx2, Isa::avx512, Isa::amx}) {
-    const CpuPack p = isa == Isa::amx ? amx_pack(w) : cpu_pack(w, isa);
+  for (Isa isa : {Isa::base, Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx}) {
+    const CpuPack p = pack_for(w, isa);
     most = std::max(most, p.filters_size + p.coefficients_size + p.planar_size);
   }
   return kCpuPackHeaderBytes + 4 * most;

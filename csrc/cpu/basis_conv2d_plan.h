@@ -10,35 +10,39 @@ namespace basisconv {
 
 enum class CpuVariant : int32_t { direct = 0, winograd = 1, amx = 2 };
 
-// Layout of the packed weights; sizes in floats. Per channel group of the R*S convolution:
+// Layout of the packed weights. Per channel group of the R*S convolution:
 //   filters [filter_blocks][channel_blocks][positions][block/lanes][vectors][width]      (direct)
 //   filters [rows][chunks][filter_blocks][columns][chunk][block/lanes][vectors][width]   (winograd)
 // where positions are the R*S taps, or the rows and columns of Winograd's, whose channel blocks come in chunks: the
 // order in which the kernel walks through them. One register holds width/lanes filters times `lanes`
 // channels: with few filters it is filled up by channels, and the lanes of a filter are summed once at the end.
-// Then per mixing group the coefficients twice, small beside the filters: [panels][slots][output_vectors * width] for a
-// channels_last result, where registers hold outputs of one pixel, and [planar_panels][slots][planar_rows] for an NCHW
-// result, where registers hold pixels of one output.
+// Where products take pairs of bfloat16 values (`values` 2), everything that is "side by side in a register" is a slot
+// of two: two channels of a filter, or two maps of an output. Then per mixing group the coefficients twice, small
+// beside the filters: [panels][slots][output_vectors * width] for a channels_last result, where registers hold outputs
+// of one pixel, and [planar_panels][slots][planar_rows] for an NCHW result, where registers hold pixels of one output.
 struct CpuPack {
   CpuVariant variant;
-  int32_t width;                            // floats in a register
-  int32_t lanes;                            // channels side by side in a register: 1, 2, 4 or 8
-  int32_t vectors;                          // registers of filters in one tile
-  int32_t output_vectors;                   // registers of outputs in one tile of the second stage
-  int64_t block;                            // channels in a channel block: 16, or 4 for very few channels
-  int64_t channel_blocks;                   // of one group
-  int32_t tile_width;                       // winograd: tiles of 2 x tile_width outputs, 2 or 4
-  int32_t position_rows, position_columns;  // winograd: inputs of a tile, and positions
+  int32_t width;           // floats in a register
+  int32_t values;          // operands in the place of a float: 1, or 2 bfloat16
+  int32_t lanes;           // channels side by side in a register: 1, 2, 4 or 8
+  int32_t vectors;         // registers of filters in one tile
+  int32_t output_vectors;  // registers of outputs in one tile of the second stage
+  int64_t block;           // channels in a channel block: 16, or 4 for very few channels; pairs: 32 or 16
+  int64_t channel_blocks;  // of one group
+  int32_t tile_width;      // winograd: tiles of 2 x tile_width outputs, 2 or 4
+  int32_t position_rows;   // winograd: inputs of a tile, and positions
+  int32_t position_columns;
   int64_t chunk;  // winograd: channel blocks transformed and multiplied at a time; fewer in a last one
   int64_t positions;
   int64_t filters;        // in a filter block: vectors * width / lanes
   int64_t filter_blocks;  // of one group
-  int64_t maps;           // z slots of one group: filter_blocks * filters
-  int64_t slots;          // z slots that one mixing group reads
+  int64_t maps;           // of one group with padding: filter_blocks * filters
+  int64_t slots;          // places of z that one mixing group reads, `values` maps each
   int64_t panels;         // of one mixing group
   int64_t planar_rows;    // outputs in one tile of the second stage for NCHW
   int64_t planar_panels;  // of one mixing group
-  int64_t group_size;     // packed filters of one group
+  int64_t group_size;     // packed filters of one group, values
+  // Floats, whatever they hold.
   int64_t filters_size, coefficients_size, planar_size;
 };
 
@@ -53,8 +57,7 @@ inline int64_t winograd_filters_at(const CpuPack& p, int64_t position, int64_t f
   return blocks * (p.block / p.lanes) * p.vectors * p.width;
 }
 
-// The amx variant packs bfloat16 tiles instead: see basis_conv2d_amx.cpp; its sizes still count floats, two elements
-// each.
+// The amx variant packs tiles of bfloat16 pairs instead: see basis_conv2d_amx.cpp.
 
 // Tile sizes for one batch and map. Scratch is each thread's own.
 struct CpuPlan {
@@ -65,8 +68,9 @@ struct CpuPlan {
   int64_t tiles;         // winograd: tiles in a pass
   int64_t tile_columns;  // winograd: tiles in a row
   bool fetches_filters;  // winograd: the first pixels of a filter block fetch the next one towards the core
-  bool in_place;         // read where the input lies, without a ring: float, channels_last, whole blocks;
-                         // direct: and no padding columns
+  // Read where the input lies, without a ring: operands as they are, channels_last, whole blocks; direct: and no
+  // padding columns, or pairs of more than one block.
+  bool in_place;
   int64_t ring_rows;     // padded input rows kept
   int64_t ring_columns;  // pixels of one ring row and stride phase
   // Floats of scratch, each a multiple of 16: rows, z, z of one pixel block turned for NCHW, accumulators between
@@ -77,7 +81,7 @@ struct CpuPlan {
   }
 };
 
-// The instruction set that these weights run on when `isa` is in use: the matrix unit takes some of them only.
+// The instruction set that these weights run on when `isa` is in use: products of bfloat16 take some of them only.
 Isa isa_for(const BasisConv2dWeights& weights, Isa isa);
 CpuPack cpu_pack(const BasisConv2dWeights& weights, Isa isa);
 CpuPlan cpu_plan(const BasisConv2dParams& params, const CpuPack& pack, int64_t threads);
@@ -92,7 +96,7 @@ struct CpuPackHeader {
 };
 constexpr int64_t kCpuPackHeaderBytes = 128;
 // Counts up with every change of the layout or its size; programs that were traced with another one are refused.
-constexpr int64_t kCpuPackVersion = 4;
+constexpr int64_t kCpuPackVersion = 5;
 static_assert(sizeof(CpuPackHeader) <= kCpuPackHeaderBytes, "the header must fit in front of the floats");
 
 CpuPackHeader cpu_pack_header(const BasisConv2dWeights& weights, Isa isa);

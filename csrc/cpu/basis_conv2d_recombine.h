@@ -10,8 +10,8 @@ namespace BASISCONV_ISA {
 
 template <typename T>
 struct Stage2Planar {
-  const float* turned;        // [slots][2 * width]: z of up to 2 * width pixels
-  const float* coefficients;  // [slots][planar_rows]
+  const Slots::Value* turned;        // [slots][2 * width][values of a slot]: z of up to 2 * width pixels
+  const Slots::Value* coefficients;  // [slots][planar_rows][values of a slot]
   int64_t slots;
   int64_t row_stride;  // planar_rows of the packed coefficients
   const float* bias;   // [P]
@@ -28,14 +28,14 @@ BASISCONV_NOINLINE void stage2_planar_tile(const Stage2Planar<T>& s) {
   BASISCONV_UNROLL for (int k = 0; k < P; k++) {
     BASISCONV_UNROLL for (int v = 0; v < NV; v++) acc[k][v] = Vec::set1(s.bias[k]);
   }
-  const float* w = s.coefficients;
-  const float* z = s.turned;
-  for (int64_t q = 0; q < s.slots; q++, w += s.row_stride, z += 2 * kWidth) {
+  const Slots::Value* w = s.coefficients;
+  const Slots::Value* z = s.turned;
+  for (int64_t q = 0; q < s.slots; q++, w += s.row_stride * Slots::kValues, z += 2 * kRegisterValues) {
     Vec::Reg map[NV];
-    BASISCONV_UNROLL for (int v = 0; v < NV; v++) map[v] = Vec::load(z + v * kWidth);
+    BASISCONV_UNROLL for (int v = 0; v < NV; v++) map[v] = Slots::load(z + v * kRegisterValues);
     BASISCONV_UNROLL for (int k = 0; k < P; k++) {
-      const Vec::Reg mix = Vec::broadcast<1>(w + k);
-      BASISCONV_UNROLL for (int v = 0; v < NV; v++) acc[k][v] = Vec::fma(mix, map[v], acc[k][v]);
+      const Vec::Reg mix = Slots::broadcast<1>(w + k * Slots::kValues);
+      BASISCONV_UNROLL for (int v = 0; v < NV; v++) acc[k][v] = Slots::multiply_add(mix, map[v], acc[k][v]);
     }
   }
   const int64_t last = s.pixels - (NV - 1) * kWidth;  // pixels in the last register
@@ -67,14 +67,15 @@ struct Stage2PlanarTable {
 };
 
 // turned[slot][pixel] = z[pixel][slot] for `registers` * width pixels; z is readable that far.
-static inline void turn(const float* z, int64_t z_stride, int64_t slots, int registers, float* turned) {
+static inline void turn(const Slots::Value* z, int64_t z_stride, int64_t slots, int registers, Slots::Value* turned) {
   for (int v = 0; v < registers; v++) {
     for (int64_t q = 0; q < slots; q += kWidth) {
       Vec::Reg block[kWidth];
-      BASISCONV_UNROLL for (int p = 0; p < kWidth; p++) block[p] = Vec::load(z + (v * kWidth + p) * z_stride + q);
+      BASISCONV_UNROLL for (int p = 0; p < kWidth; p++) block[p] =
+          Slots::load(z + (v * kWidth + p) * z_stride + q * Slots::kValues);
       transpose(block);
       BASISCONV_UNROLL for (int i = 0; i < kWidth; i++)
-          Vec::store(turned + (q + i) * 2 * kWidth + v * kWidth, block[i]);
+          Slots::store(turned + (2 * (q + i) + v) * kRegisterValues, block[i]);
     }
   }
 }
@@ -83,12 +84,12 @@ template <typename T>
 struct Recombination {
   const BasisConv2dParams& params;
   const CpuPack& pack;
-  const float* coefficients;
-  const float* planar;
-  float* turned;
+  const Slots::Value* coefficients;
+  const Slots::Value* planar;
+  Slots::Value* turned;
 
   // Outputs of `pixels` consecutive pixels of one image from z [pixels][z_stride].
-  void run(const float* z, int64_t z_stride, int64_t n, int64_t first_pixel, int64_t pixels) const {
+  void run(const Slots::Value* z, int64_t z_stride, int64_t n, int64_t first_pixel, int64_t pixels) const {
     if (params.maps && params.channels_last) keep_maps(z, z_stride, n, first_pixel, pixels);
     if (params.maps && !params.channels_last) keep_maps_planar(z, z_stride, n, first_pixel, pixels);
     if (!params.channels_last) return planar_run(z, z_stride, n, first_pixel, pixels);
@@ -97,13 +98,13 @@ struct Recombination {
   }
 
  private:
-  void keep_maps(const float* z, int64_t z_stride, int64_t n, int64_t first_pixel, int64_t pixels) const {
+  void keep_maps(const Slots::Value* z, int64_t z_stride, int64_t n, int64_t first_pixel, int64_t pixels) const {
     const BasisConv2dWeights& w = params.weights;
     const int64_t group_maps = w.Q / w.groups;
     T* to = static_cast<T*>(params.maps) + (n * params.OH * params.OW + first_pixel) * w.Q;
     for (int64_t x = 0; x < pixels; x++) {
       for (int64_t group = 0; group < w.groups; group++, to += group_maps) {
-        const float* from = z + x * z_stride + group * pack.maps;
+        const Slots::Value* from = z + x * z_stride + group * pack.maps;
         for (int64_t q = 0; q < group_maps; q += kWidth) {
           if (group_maps - q >= kWidth) {
             Vec::store(to + q, Vec::load(from + q));
@@ -115,22 +116,24 @@ struct Recombination {
     }
   }
 
-  void keep_maps_planar(const float* z, int64_t z_stride, int64_t n, int64_t first_pixel, int64_t pixels) const {
+  void keep_maps_planar(const Slots::Value* z, int64_t z_stride, int64_t n, int64_t first_pixel, int64_t pixels) const {
     const BasisConv2dWeights& w = params.weights;
     const int64_t group_maps = w.Q / w.groups, plane = params.OH * params.OW;
     for (int64_t x = 0; x < pixels; x += kWidth) {
       const int64_t count = pixels - x < kWidth ? pixels - x : kWidth;
       for (int64_t group = 0; group < w.groups; group++) {
-        turn(z + x * z_stride + group * pack.maps, z_stride, group_maps, 1, turned);
+        turn(z + x * z_stride + group * pack.maps, z_stride, (group_maps + Slots::kValues - 1) / Slots::kValues, 1,
+             turned);
         T* to = static_cast<T*>(params.maps) + (n * w.Q + group * group_maps) * plane + first_pixel + x;
         for (int64_t q = 0; q < group_maps; q++)
-          Vec::store_n(to + q * plane, Vec::load(turned + q * 2 * kWidth), count);
+          Vec::store_n(to + q * plane,
+                       Slots::values(turned + q / Slots::kValues * 2 * kRegisterValues, q % Slots::kValues), count);
       }
     }
   }
 
   template <int NK>
-  void packed_run(const float* z, int64_t z_stride, int64_t n, int64_t first_pixel, int64_t pixels) const {
+  void packed_run(const Slots::Value* z, int64_t z_stride, int64_t n, int64_t first_pixel, int64_t pixels) const {
     static constexpr Stage2Table<T, NK, true> full;
     static constexpr Stage2Table<T, NK, false> partial;
     const BasisConv2dWeights& w = params.weights;
@@ -147,7 +150,7 @@ struct Recombination {
       for (int64_t group = 0; group < w.mixing_groups; group++) {
         s.z = z + x * z_stride + group * (w.groups / w.mixing_groups) * pack.maps;
         const int64_t out = group * outputs;
-        s.coefficients = coefficients + group * pack.panels * pack.slots * panel;
+        s.coefficients = coefficients + group * pack.panels * pack.slots * panel * Slots::kValues;
         s.bias = params.bias + out;
         s.residual = params.residual ? static_cast<const T*>(params.residual) + at + out : nullptr;
         s.out = static_cast<T*>(params.output) + at + out;
@@ -156,7 +159,7 @@ struct Recombination {
         if (s.panels > 0) full.function[count](s);
         const int64_t done = s.panels * panel;
         if (done < outputs) {
-          s.coefficients += done * pack.slots;
+          s.coefficients += done * pack.slots * Slots::kValues;
           s.bias += done;
           if (s.residual) s.residual += done;
           s.out += done;
@@ -168,7 +171,7 @@ struct Recombination {
     }
   }
 
-  void planar_run(const float* z, int64_t z_stride, int64_t n, int64_t first_pixel, int64_t pixels) const {
+  void planar_run(const Slots::Value* z, int64_t z_stride, int64_t n, int64_t first_pixel, int64_t pixels) const {
     static constexpr Stage2PlanarTable<T, 1> narrow;
     static constexpr Stage2PlanarTable<T, 2> wide;
     const BasisConv2dWeights& w = params.weights;
@@ -189,7 +192,7 @@ struct Recombination {
           const int64_t k = group * outputs + p * pack.planar_rows;
           const int64_t rows = outputs - p * pack.planar_rows;
           const int64_t at = (n * w.K + k) * plane + first_pixel + x;
-          s.coefficients = planar + (group * pack.planar_panels + p) * pack.slots * pack.planar_rows;
+          s.coefficients = planar + (group * pack.planar_panels + p) * pack.slots * pack.planar_rows * Slots::kValues;
           s.bias = params.bias + k;
           s.residual = params.residual ? static_cast<const T*>(params.residual) + at : nullptr;
           s.out = static_cast<T*>(params.output) + at;

@@ -1,23 +1,24 @@
-// Input rows as the tiles want them: float, channel blocks apart, padding as zeros, stride phases apart.
+// Input rows as the tiles want them: float, or bfloat16 where products take pairs; channel blocks apart, padding as
+// zeros, stride phases apart.
 //
 // Ring row: [channel_blocks of all groups][stride_w][ring_columns][BLOCK]. The pixels that one tap of consecutive
 // outputs reads are then neighbours BLOCK floats apart, whatever the stride, and borders, dtypes and strides of the
 // tensor end here.
 #pragma once
-#include "simd.h"
+#include "slots.h"
 
 namespace basisconv {
 namespace BASISCONV_ISA {
 
 struct Ring {
-  float* rows;
-  int64_t row_size;  // floats of one row
-  int64_t plane;     // floats between channel blocks
+  Slots::Value* rows;
+  int64_t row_size;  // values of one row
+  int64_t plane;     // values between channel blocks
   int64_t columns;   // pixels of one stride phase
   int64_t phases;    // stride_w
   int64_t block;
 
-  float* row(int64_t slot) const { return rows + slot * row_size; }
+  Slots::Value* row(int64_t slot) const { return rows + slot * row_size; }
 
   // Walks the pixels of a row from left to right without a division each.
   struct Walk {
@@ -34,11 +35,12 @@ struct Ring {
       return offset;
     }
   };
-  // Floats from the start of a channel block to padded column x.
+  // Values from the start of a channel block to padded column x.
   int64_t column(int64_t x) const { return ((x % phases) * columns + x / phases) * block; }
 };
 
-static inline Ring make_ring(const BasisConv2dParams& params, const CpuPlan& plan, int64_t phases, float* memory) {
+static inline Ring make_ring(const BasisConv2dParams& params, const CpuPlan& plan, int64_t phases,
+                             Slots::Value* memory) {
   const CpuPack& pack = plan.pack;
   Ring ring{};
   ring.rows = memory;
@@ -47,9 +49,12 @@ static inline Ring make_ring(const BasisConv2dParams& params, const CpuPlan& pla
   ring.block = pack.block;
   ring.plane = phases * plan.ring_columns * pack.block;
   ring.row_size = params.weights.groups * pack.channel_blocks * ring.plane;
-  memset(memory, 0, plan.ring_rows * ring.row_size * sizeof(float));  // the padding columns; none of an empty ring
+  memset(memory, 0,
+         plan.ring_rows * ring.row_size * sizeof(Slots::Value));  // the padding columns; none of an empty ring
   return ring;
 }
+
+#if !defined(BASISCONV_PAIRS)
 
 // One channel block of an image row whose pixels are neighbours (NCHW): squares of width channels by width pixels.
 template <typename T>
@@ -115,5 +120,11 @@ static void fill_row(const BasisConv2dParams& params, const CpuPack& pack, const
   }
 }
 
+#endif
+
 }  // namespace BASISCONV_ISA
 }  // namespace basisconv
+
+#if defined(BASISCONV_PAIRS)
+#include "basis_conv2d_pair_rows.h"
+#endif

@@ -3,45 +3,56 @@
 //   stage 1:  z[p, q] = sum over channel blocks, taps, channels of pixel[p] * filter[q]      (P pixels, NV registers)
 //   stage 2:  out[p, k] = act(bias[k] + sum_q coefficient[k, q] * z[p, q] + residual[p, k])  (P pixels, NK registers)
 //
+// Operands are slots (slots.h) of one value, or of two: then a pair of channels, or of maps, is multiplied at once.
 // Both keep P * registers accumulators in registers, load each weight once for P pixels and each pixel value once for
 // all registers. The order of additions for one output does not depend on P: results do not depend on tiling or
 // threads.
 #pragma once
-#include "simd.h"
+#include "slots.h"
 
 namespace basisconv {
 namespace BASISCONV_ISA {
 
-// One run of the stage-1 tile. Pixel x of tap t and channel block b lies at pixels + offset[t] + b*plane +
-// x*pixel_stride; pixel_stride is BLOCK, the channels of a block, in rows that were copied, and of any size where input
-// is read in place. The weights of a channel block may be visited in chunks; accumulators wait in `partial`
-// [P][NV][width] in between.
+// One run of the stage-1 tile; pointers and distances count values. Pixel x of tap t and channel block b lies at pixels
+// + offset[t] + b*plane + x*pixel_stride; pixel_stride is BLOCK, the channels of a block, in rows that were copied, and
+// of any size where input is read in place. The weights of a channel block may be visited in chunks; accumulators wait
+// in `partial` [P][NV][width] in between.
 struct Stage1 {
-  const float* pixels;
-  const int64_t* offset;  // floats, one a tap
-  const float* weights;
-  const int64_t* tap_weights;  // floats from the start of a channel block's weights, one a tap
+  const Slots::Value* pixels;
+  const int64_t* offset;  // one a tap
+  const Slots::Value* weights;
+  const int64_t* tap_weights;  // from the start of a channel block's weights, one a tap
   int64_t taps;
   int64_t blocks;         // channel blocks of this chunk
-  int64_t plane;          // floats between channel blocks
-  int64_t pixel_stride;   // floats between pixels, read if IN_PLACE
-  int64_t block_weights;  // floats of weights of one channel block
-  int64_t ahead;          // floats from a weight in use to the one to fetch, 0: none
-  float* z;
-  int64_t z_stride;  // floats between pixels
+  int64_t plane;          // between channel blocks
+  int64_t pixel_stride;   // between pixels, read if IN_PLACE
+  int64_t block_weights;  // weights of one channel block
+  int64_t ahead;          // from a weight in use to the one to fetch, 0: none
+  Slots::Value* z;
+  int64_t z_stride;  // between pixels
   float* partial;
   bool first, last;  // of the chunks
-  // The run repeats `times`, moving on by these many floats: short sums follow each other without a call between.
+  // The run repeats `times`, moving on by these many values: short sums follow each other without a call between.
   int64_t times, next_pixels, next_weights, next_z, next_partial;
 };
 
 template <int P, int NV, int L, int BLOCK, bool IN_PLACE>
 BASISCONV_NOINLINE void stage1_tile(const Stage1& s) {
-  const int64_t pixel_stride = IN_PLACE ? s.pixel_stride : BLOCK;
-  const float *pixels = s.pixels, *weights = s.weights;
-  float *z = s.z, *partial = s.partial;
+  const int64_t pixel_bytes = (IN_PLACE ? s.pixel_stride : BLOCK) * static_cast<int64_t>(sizeof(Slots::Value));
+  const int64_t three_pixels = 3 * pixel_bytes;
+  constexpr int kStep = L * Slots::kValues, kSteps = BLOCK / kStep;  // channels of a step, steps of a block
+  const Slots::Value *pixels = s.pixels, *weights = s.weights;
+  Slots::Value* z = s.z;
+  float* partial = s.partial;
+  // Products of pairs take longer than so few sums can wait for: then every other step adds to sums of its own.
+  constexpr int kChains = Slots::kValues > 1 && P * NV <= Vec::kAccumulators / 2 && kSteps % 2 == 0 ? 2 : 1;
   for (int64_t time = 0; time < s.times; time++) {
-    Vec::Reg acc[P][NV];
+    Vec::Reg chain[kChains][P][NV];
+    Vec::Reg(&acc)[P][NV] = chain[0];
+    if constexpr (kChains > 1) {
+      BASISCONV_UNROLL for (int p = 0; p < P; p++) BASISCONV_UNROLL for (int v = 0; v < NV; v++) chain[1][p][v] =
+          Vec::zero();
+    }
     if (s.first) {
       BASISCONV_UNROLL for (int p = 0; p < P; p++) BASISCONV_UNROLL for (int v = 0; v < NV; v++) acc[p][v] =
           Vec::zero();
@@ -49,34 +60,54 @@ BASISCONV_NOINLINE void stage1_tile(const Stage1& s) {
       BASISCONV_UNROLL for (int p = 0; p < P; p++) BASISCONV_UNROLL for (int v = 0; v < NV; v++) acc[p][v] =
           Vec::load(partial + (p * NV + v) * kWidth);
     }
-    for (int64_t block = 0; block < s.blocks; block++) {
-      const float* row = pixels + block * s.plane;
-      const float* block_weights = weights + block * s.block_weights;
-      for (int64_t t = 0; t < s.taps; t++) {
-        const float* pixel = row + s.offset[t];
-        const float* w = block_weights + s.tap_weights[t];
-        const float* later = w + s.ahead;
-        _Pragma("GCC unroll 4") for (int step = 0; step < BLOCK / L; step++) {
+    // One loop over channel blocks and taps: two would shuffle the accumulators between them.
+    const Slots::Value *row = pixels, *row_weights = weights;
+    int64_t t = 0;
+    for (int64_t left = s.blocks * s.taps; left > 0; left--) {
+      const char* at[(P + 4) / 5];  // of every fifth pixel: the others are one address from there
+      BASISCONV_UNROLL for (int i = 0; i < (P + 4) / 5; i++) at[i] =
+          reinterpret_cast<const char*>(row + s.offset[t]) + 5 * i * pixel_bytes;
+      const Slots::Value* w = row_weights + s.tap_weights[t];
+      const Slots::Value* later = w + s.ahead;
+      _Pragma("GCC unroll 4") for (int first = 0; first < kSteps; first += kChains) {
+        BASISCONV_UNROLL for (int c = 0; c < kChains; c++) {
           Vec::Reg filter[NV];
-          BASISCONV_UNROLL for (int v = 0; v < NV; v++) filter[v] = Vec::load(w + v * kWidth);
+          BASISCONV_UNROLL for (int v = 0; v < NV; v++) filter[v] = Slots::load(w + v * kRegisterValues);
           if (s.ahead) {
-            BASISCONV_UNROLL for (int v = 0; v < NV * kWidth / 16; v++) __builtin_prefetch(later + 16 * v, 0, 2);
+            BASISCONV_UNROLL for (int v = 0; v < NV * kWidth / 16; v++)
+                __builtin_prefetch(later + 16 * Slots::kValues * v, 0, 2);
           }
-          w += NV * kWidth;
-          later += NV * kWidth;
+          w += NV * kRegisterValues;
+          later += NV * kRegisterValues;
           BASISCONV_UNROLL for (int p = 0; p < P; p++) {
-            const Vec::Reg value = Vec::broadcast<L>(pixel + p * pixel_stride + step * L);
-            BASISCONV_UNROLL for (int v = 0; v < NV; v++) acc[p][v] = Vec::fma(value, filter[v], acc[p][v]);
+            const char* pixel = at[p / 5] + (p % 5 == 3 ? three_pixels : p % 5 * pixel_bytes);
+            const Vec::Reg value =
+                Slots::broadcast<L>(reinterpret_cast<const Slots::Value*>(pixel) + (first + c) * kStep);
+            BASISCONV_UNROLL for (int v = 0; v < NV; v++) chain[c][p][v] =
+                Slots::multiply_add(value, filter[v], chain[c][p][v]);
           }
         }
       }
+      if (++t == s.taps) {
+        t = 0;
+        row += s.plane;
+        row_weights += s.block_weights;
+      }
+    }
+    if constexpr (kChains > 1) {
+      BASISCONV_UNROLL for (int p = 0; p < P; p++) BASISCONV_UNROLL for (int v = 0; v < NV; v++) acc[p][v] =
+          Vec::add(acc[p][v], chain[1][p][v]);
     }
     if (s.last) {
+      constexpr int kOdd = (NV - 1) * (kWidth / L);
       BASISCONV_UNROLL for (int p = 0; p < P; p++) {
-        float* to = z + p * s.z_stride;
+        Slots::Value* to = z + p * s.z_stride;
         BASISCONV_UNROLL for (int v = 0; v + 1 < NV; v += 2)
-            Vec::store_sums<L>(to + v * (kWidth / L), acc[p][v], acc[p][v + 1]);
-        if constexpr (NV % 2 == 1) Vec::store_sums<L>(to + (NV - 1) * (kWidth / L), acc[p][NV - 1]);
+            Slots::store_sums<L>(to + v * (kWidth / L), acc[p][v], acc[p][v + 1]);
+        if constexpr (NV % 2 == 1) {
+          if (p % 2 == 1) Slots::store_sums<L>(to - s.z_stride + kOdd, acc[p - 1][NV - 1], to + kOdd, acc[p][NV - 1]);
+          if (p % 2 == 0 && p + 1 == P) Slots::store_sums<L>(to + kOdd, acc[p][NV - 1]);
+        }
       }
     } else {
       BASISCONV_UNROLL for (int p = 0; p < P; p++) BASISCONV_UNROLL for (int v = 0; v < NV; v++)
@@ -91,9 +122,9 @@ BASISCONV_NOINLINE void stage1_tile(const Stage1& s) {
 
 template <typename T>
 struct Stage2 {
-  const float* z;
-  int64_t z_stride;           // floats between pixels
-  const float* coefficients;  // [slots][NK * width]
+  const Slots::Value* z;
+  int64_t z_stride;                  // values between pixels
+  const Slots::Value* coefficients;  // [slots][NK * width][values of a slot]
   int64_t slots;
   const float* bias;  // [count]
   const T* residual;  // or null; strided like out
@@ -111,7 +142,8 @@ BASISCONV_NOINLINE void stage2_tile(const Stage2<T>& s) {
     const int64_t rest = s.count - v * kWidth;
     valid[v] = rest < 0 ? 0 : rest < kWidth ? rest : kWidth;
   }
-  const float *w = s.coefficients, *bias = s.bias;
+  const Slots::Value* w = s.coefficients;
+  const float* bias = s.bias;
   const T* residual = s.residual;
   T* out = s.out;
   for (int64_t panel = 0; panel < s.panels; panel++) {
@@ -122,11 +154,11 @@ BASISCONV_NOINLINE void stage2_tile(const Stage2<T>& s) {
     }
     for (int64_t q = 0; q < s.slots; q++) {
       Vec::Reg mix[NK];
-      BASISCONV_UNROLL for (int v = 0; v < NK; v++) mix[v] = Vec::load(w + v * kWidth);
-      w += NK * kWidth;
+      BASISCONV_UNROLL for (int v = 0; v < NK; v++) mix[v] = Slots::load(w + v * kRegisterValues);
+      w += NK * kRegisterValues;
       BASISCONV_UNROLL for (int p = 0; p < P; p++) {
-        const Vec::Reg value = Vec::broadcast<1>(s.z + p * s.z_stride + q);
-        BASISCONV_UNROLL for (int v = 0; v < NK; v++) acc[p][v] = Vec::fma(value, mix[v], acc[p][v]);
+        const Vec::Reg value = Slots::broadcast<1>(s.z + p * s.z_stride + q * Slots::kValues);
+        BASISCONV_UNROLL for (int v = 0; v < NK; v++) acc[p][v] = Slots::multiply_add(value, mix[v], acc[p][v]);
       }
     }
     BASISCONV_UNROLL for (int p = 0; p < P; p++) BASISCONV_UNROLL for (int v = 0; v < NK; v++) {
@@ -199,7 +231,7 @@ static const Stage1Function* stage1_functions(int lanes, int vectors) {
   if (lanes == 1 && vectors == 1) return stage1_table<1, 1, BLOCK, IN_PLACE>();
   if (lanes == 2 && vectors == 1) return stage1_table<1, 2, BLOCK, IN_PLACE>();
   if (lanes == 4 && vectors == 1) return stage1_table<1, 4, BLOCK, IN_PLACE>();
-  if constexpr (BLOCK % 8 == 0) {
+  if constexpr (BLOCK % (8 * Slots::kValues) == 0) {
     if (lanes == 8 && vectors == 2) return stage1_table<2, 8, BLOCK, IN_PLACE>();
   }
 #endif
@@ -207,8 +239,10 @@ static const Stage1Function* stage1_functions(int lanes, int vectors) {
 }
 
 static inline const Stage1Function* stage1_functions(int lanes, int vectors, int64_t block, bool in_place = false) {
-  if (in_place) return stage1_functions<16, true>(lanes, vectors);
-  return block == 4 ? stage1_functions<4, false>(lanes, vectors) : stage1_functions<16, false>(lanes, vectors);
+  constexpr int kWhole = 16 * Slots::kValues, kFew = Slots::kValues == 1 ? 4 : 16;
+  if (in_place) return stage1_functions<kWhole, true>(lanes, vectors);
+  return block == kFew ? stage1_functions<kFew, false>(lanes, vectors)
+                       : stage1_functions<kWhole, false>(lanes, vectors);
 }
 
 // Pixels a tile when `count` pixels are cut into the fewest tiles of at most `most`: equal ones, no small rest.

@@ -14,7 +14,7 @@ constexpr int64_t kRingBytes = 16 << 10;
 
 }  // namespace
 
-Isa binary_isa_for(Isa isa) { return isa == Isa::amx ? Isa::avx512_vpopcntdq : isa; }
+Isa binary_isa_for(Isa isa) { return std::min(isa, Isa::avx512_vpopcntdq); }
 
 BinaryPack binary_pack(const BinaryConv2dWeights& w, Isa wanted) {
   const Isa isa = binary_isa_for(wanted);

@@ -38,7 +38,7 @@ static_assert(sizeof(BinaryPackHeader) == 64, "bits behind it stay aligned to a 
 
 constexpr int64_t kBinaryPackVersion = 2;
 
-// The set whose kernels of this op run when `isa` is in use: the matrix unit has none of its own.
+// The set whose kernels of this op run when `isa` is in use: sets with products of bfloat16 have none of their own.
 Isa binary_isa_for(Isa isa);
 BinaryPack binary_pack(const BinaryConv2dWeights& weights, Isa isa);
 BinaryPackHeader binary_pack_header(const BinaryConv2dWeights& weights, Isa isa);

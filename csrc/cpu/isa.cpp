@@ -45,6 +45,8 @@ const char* isa_name(Isa isa) {
   switch (isa) {
     case Isa::amx:
       return "amx";
+    case Isa::avx512_bf16:
+      return "avx512_bf16";
     case Isa::avx512_vpopcntdq:
       return "avx512_vpopcntdq";
     case Isa::avx512:
@@ -63,7 +65,7 @@ Isa isa_of_processor() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
   const bool popcount = avx512 && __builtin_cpu_supports("avx512vpopcntdq");
-  if (popcount && __builtin_cpu_supports("avx512bf16") && has_amx()) return Isa::amx;
+  if (popcount && __builtin_cpu_supports("avx512bf16")) return has_amx() ? Isa::amx : Isa::avx512_bf16;
   return popcount ? Isa::avx512_vpopcntdq : avx512 ? Isa::avx512 : avx2 ? Isa::avx2 : Isa::base;
 #else
   return Isa::base;
@@ -74,7 +76,7 @@ Isa isa_in_use() {
   static const Isa chosen = [] {
     Isa isa = std::min(isa_of_processor(), kWidestIsa);
     if (const char* cap = std::getenv("BASISCONV_CPU_ISA")) {
-      for (Isa wanted : {Isa::base, Isa::avx2, Isa::avx512, Isa::avx512_vpopcntdq, Isa::amx}) {
+      for (Isa wanted : {Isa::base, Isa::avx2, Isa::avx512, Isa::avx512_vpopcntdq, Isa::avx512_bf16, Isa::amx}) {
         if (std::strcmp(cap, isa_name(wanted)) == 0 && wanted < isa) isa = wanted;
       }
     }

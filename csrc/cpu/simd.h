@@ -24,6 +24,9 @@ namespace BASISCONV_ISA {
 
 #if defined(BASISCONV_AVX512)
 
+static const int32_t kEvenThenOdd[32] = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30,
+                                         1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
+
 struct Vec {
   using Reg = __m512;
   static constexpr int kWidth = 16;
@@ -57,12 +60,16 @@ struct Vec {
   }
 
   static BASISCONV_INLINE __m256i to_bf16(Reg v) {
+#if defined(BASISCONV_PAIRS)
+    return (__m256i)_mm512_cvtneps_pbh(v);  // subnormal numbers become zero
+#else
     const __m512i bits = _mm512_castps_si512(v);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
     const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
     rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+#endif
   }
   static BASISCONV_INLINE __m256i to_f16(Reg v) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
   static BASISCONV_INLINE void store(float* p, Reg v) { _mm512_storeu_ps(p, v); }
@@ -86,21 +93,32 @@ struct Vec {
     return load(p);
   }
 
+  // Sums of L neighbouring lanes, in the first kWidth/L lanes.
+  template <int L>
+  static BASISCONV_INLINE Reg sums(Reg s) {
+    if constexpr (L == 1) return s;
+    constexpr __mmask16 keep = L == 2 ? 0x5555 : L == 4 ? 0x1111 : 0x0101;
+    s = _mm512_add_ps(s, _mm512_permute_ps(s, 0xB1));
+    if constexpr (L >= 4) s = _mm512_add_ps(s, _mm512_permute_ps(s, 0x4E));
+    if constexpr (L >= 8) s = _mm512_add_ps(s, _mm512_shuffle_f32x4(s, s, 0xB1));
+    return _mm512_maskz_compress_ps(keep, s);
+  }
+  // Sums of two neighbouring lanes of s, then of t.
+  static BASISCONV_INLINE Reg sums_of_pairs(Reg s, Reg t) {
+    // Loaded when they are needed: in registers all the time, they would push accumulators out.
+    const int32_t* places = kEvenThenOdd;
+    asm volatile("" : "+r"(places));
+    const __m512i even = _mm512_loadu_si512(places), odd = _mm512_loadu_si512(places + 16);
+    return _mm512_add_ps(_mm512_permutex2var_ps(s, even, t), _mm512_permutex2var_ps(s, odd, t));
+  }
   // Sums of L neighbouring lanes: kWidth/L results, stored contiguously.
   template <int L>
   static BASISCONV_INLINE void store_sums(float* p, Reg s) {
-    if constexpr (L == 1) {
-      store(p, s);
-    } else {
-      constexpr __mmask16 keep = L == 2 ? 0x5555 : L == 4 ? 0x1111 : 0x0101;
-      s = _mm512_add_ps(s, _mm512_permute_ps(s, 0xB1));
-      if constexpr (L >= 4) s = _mm512_add_ps(s, _mm512_permute_ps(s, 0x4E));
-      if constexpr (L >= 8) s = _mm512_add_ps(s, _mm512_shuffle_f32x4(s, s, 0xB1));
-      s = _mm512_maskz_compress_ps(keep, s);
-      if constexpr (L == 2) _mm256_storeu_ps(p, _mm512_castps512_ps256(s));
-      if constexpr (L == 4) _mm_storeu_ps(p, _mm512_castps512_ps128(s));
-      if constexpr (L == 8) _mm_storel_pi(reinterpret_cast<__m64*>(p), _mm512_castps512_ps128(s));
-    }
+    s = sums<L>(s);
+    if constexpr (L == 1) store(p, s);
+    if constexpr (L == 2) _mm256_storeu_ps(p, _mm512_castps512_ps256(s));
+    if constexpr (L == 4) _mm_storeu_ps(p, _mm512_castps512_ps128(s));
+    if constexpr (L == 8) _mm_storel_pi(reinterpret_cast<__m64*>(p), _mm512_castps512_ps128(s));
   }
   // The same for two registers, stored one after the other; cheaper than twice one.
   template <int L>
@@ -109,14 +127,7 @@ struct Vec {
       store(p, s);
       store(p + kWidth, t);
     } else {
-      const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-      const __m512i odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-      s = _mm512_add_ps(_mm512_permutex2var_ps(s, even, t), _mm512_permutex2var_ps(s, odd, t));
-      if constexpr (L == 2) {
-        store(p, s);
-      } else {
-        store_sums<L / 2>(p, s);
-      }
+      store_sums<L / 2>(p, sums_of_pairs(s, t));
     }
   }
 };

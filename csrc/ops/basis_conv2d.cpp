@@ -27,6 +27,9 @@ CpuBasisConv2d kernels_for(const BasisConv2dWeights& weights) {
   if constexpr (kWidestIsa >= Isa::amx) {
     if (isa == Isa::amx) return cpu_basis_conv2d_amx();
   }
+  if constexpr (kWidestIsa >= Isa::avx512_bf16) {
+    if (isa == Isa::avx512_bf16) return cpu_basis_conv2d_avx512_bf16();
+  }
   if constexpr (kWidestIsa >= Isa::avx512) {
     if (isa == Isa::avx512) return cpu_basis_conv2d_avx512();
   }
@@ -171,7 +174,7 @@ std::string build_facts() {
   std::string facts = "{\"compiler\": \"" BASISCONV_COMPILER "\", \"pack_format\": " + std::to_string(kCpuPackVersion) +
                       ", \"binary_pack_format\": " + std::to_string(kBinaryPackVersion) +
                       ", \"cpu\": {\"built\": [\"base\"";
-  for (Isa isa : {Isa::avx2, Isa::avx512, Isa::avx512_vpopcntdq, Isa::amx}) {
+  for (Isa isa : {Isa::avx2, Isa::avx512, Isa::avx512_vpopcntdq, Isa::avx512_bf16, Isa::amx}) {
     if (isa <= kWidestIsa) facts += ", \"" + std::string(isa_name(isa)) + "\"";
   }
   facts += "], \"processor\": \"" + std::string(isa_name(isa_of_processor()));

@@ -40,6 +40,8 @@ def test_work_counts_every_pair():
         ("avx2", 351.0, ["C8 met: 351 of 350 GMAC/s", "C6 short: 2.40 of 2.5 × int8"]),
         ("avx512_vpopcntdq", 700.0, ["C5 short: 700 of 800 GMAC/s", "C5 met: 14.0 of 13 × float32",
                                      "C6 short: 2.40 of 2.5 × int8"]),
+        ("avx512_bf16", 700.0, ["C5 short: 700 of 800 GMAC/s", "C5 met: 14.0 of 13 × float32",
+                                "C6 short: 2.40 of 2.5 × int8"]),
         ("base", 10.0, ["C6 short: 2.40 of 2.5 × int8"]),
     ],
 )  # fmt: skip

@@ -16,7 +16,7 @@ def test_the_processor_has_a_name():
 
 
 def test_the_instruction_set_is_what_the_library_states(monkeypatch):
-    assert machine.isa() in ("none", "base", "avx2", "avx512", "avx512_vpopcntdq", "amx")
+    assert machine.isa() in ("none", "base", "avx2", "avx512", "avx512_vpopcntdq", "avx512_bf16", "amx")
     monkeypatch.setattr(extension, "facts", dict)
     assert machine.isa() == "none"
 

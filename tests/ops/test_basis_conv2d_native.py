@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from basisconv_kernels import testing
+from basisconv_kernels import basis_conv2d, testing
 from basisconv_kernels.core import extension, registry
 
 pytestmark = pytest.mark.skipif(registry.absent("cpu") is not None, reason=f"cpu: {registry.absent('cpu')}")
@@ -88,3 +88,17 @@ def test_the_raw_op_protects_memory(change):
     assert raw().shape == (2, 10, 7, 6)
     with pytest.raises(RuntimeError, match="basis_conv2d"):
         raw(**change)
+
+
+@pytest.mark.parametrize(("Q", "groups"), [(4, 1), (5, 1), (6, 2)])
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_filling_up_registers_makes_no_nan_of_an_infinity(Q, groups, channels_last):
+    """Maps that only fill up a register of bfloat16 have filters of zeros, and zero times infinity is not zero."""
+    x = torch.ones(1, 64 * groups, 5, 6, dtype=torch.bfloat16)
+    x[0, 3, 2, 2] = float("inf")
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    basis, coefficients = (torch.ones(shape, dtype=x.dtype) for shape in ((Q, 64, 2, 2), (20, Q)))
+    out = basis_conv2d(x, basis, coefficients, padding=1, groups=groups, backend="cpu")
+    assert not out.isnan().any()
+    assert out.isinf().sum() == 20 * 4

@@ -226,6 +226,9 @@ CpuBasisConv2d kernels_of(Isa isa) {
   if constexpr (kWidestIsa >= Isa::amx) {
     if (isa == Isa::amx) return cpu_basis_conv2d_amx();
   }
+  if constexpr (kWidestIsa >= Isa::avx512_bf16) {
+    if (isa == Isa::avx512_bf16) return cpu_basis_conv2d_avx512_bf16();
+  }
   if constexpr (kWidestIsa >= Isa::avx512) {
     if (isa == Isa::avx512) return cpu_basis_conv2d_avx512();
   }
@@ -298,7 +301,7 @@ bool check(Random random, Isa isa) {
 int main(int count, char** arguments) {
   if (count != 4) return 2;
   Isa isa = Isa::base;
-  for (Isa known : {Isa::avx2, Isa::avx512, Isa::avx512_vpopcntdq, Isa::amx}) {
+  for (Isa known : {Isa::avx2, Isa::avx512, Isa::avx512_vpopcntdq, Isa::avx512_bf16, Isa::amx}) {
     if (std::strcmp(arguments[1], isa_name(known)) == 0) isa = known;
   }
 #if !defined(BASISCONV_EMULATED)

@@ -28,9 +28,11 @@ STRICT = [
     "-Wno-unknown-warning-option",
 ]
 LACKS_THE_SET = 3  # exit status of the program
-# AVX-512 and AMX by means of AVX2. Not optimized: that takes the compiler minutes, and the run only seconds as it is.
+# AVX-512, its products of bfloat16 and AMX by means of AVX2. Not optimized: that takes the compiler minutes, and the
+# run only seconds as it is.
+IMITATED = ("avx512", "avx512_bf16", "amx")
 HEADERS = ROOT / "tests" / "packaging" / "emulated"
-EMULATED = ["-O0", "-mavx2", "-mfma", "-mf16c", "-DBASISCONV_AVX512", "-isystem", str(HEADERS)]
+EMULATED = ["-O0", "-mavx2", "-mfma", "-mf16c", "-isystem", str(HEADERS)]
 
 pytestmark = [pytest.mark.full, pytest.mark.xdist_group("kernels_without_torch")]
 
@@ -67,7 +69,9 @@ def build(
     jobs = [(path, path.stem, []) for path in ONCE]
     for name in sets:
         sources, own, _ = SETS[name]
-        own = [f"-DBASISCONV_ISA={name}", *(EMULATED if name in emulated else own)]
+        if name in emulated:
+            own = [*EMULATED, *(option for option in own if option.startswith("-D"))]
+        own = [f"-DBASISCONV_ISA={name}", *own]
         of_this_op = [Path(path) for path in sources if Path(path).stem.startswith("basis_conv2d")]
         jobs += [(path, f"{name}_{path.stem}", own) for path in of_this_op]
 
@@ -128,7 +132,7 @@ def emulated_program(folder: Path, root: Path = ROOT, changed: str = "") -> Path
     if not Path("/usr/include/simde/x86/avx512.h").exists():
         pytest.skip("no SIMDe here (Debian: libsimde-dev)")
     # GCC notes that other compilers pass vectors of 512 bits in another way.
-    return build(folder, "g++", list(SETS), "-Wno-psabi", root=root, emulated=("avx512", "amx"), changed=changed)
+    return build(folder, "g++", list(SETS), "-Wno-psabi", root=root, emulated=IMITATED, changed=changed)
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +140,7 @@ def emulating(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return emulated_program(tmp_path_factory.mktemp("emulated"))
 
 
-@pytest.mark.parametrize("instruction_set", ["avx512", "amx"])
+@pytest.mark.parametrize("instruction_set", IMITATED)
 def test_with_instructions_that_this_processor_may_lack(emulating: Path, instruction_set: str, geometries: int) -> None:
     agrees(emulating, instruction_set, min(geometries, 1_000))
 
@@ -156,8 +160,11 @@ PLANTED = {
 MASKED = "_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p))"
 PLANTED_FOR_EMULATION = {
     "avx512": ("simd.h", MASKED, "load(p + 0 * n)", "touched"),
+    "avx512_bf16": (
+        "basis_conv2d_pair_rows.h", "_mm512_maskz_loadu_epi16(valid, from)", "_mm512_loadu_si512(from)", "touched",
+    ),
     "amx": ("basis_conv2d_amx.cpp", "_tile_dpbf16ps(1, 4, 7);", "_tile_dpbf16ps(1, 4, 6);", "expected"),
-}
+}  # fmt: skip
 
 
 def plant(folder: Path, *faults: tuple[str, str, str]) -> Path:

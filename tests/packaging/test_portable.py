@@ -10,6 +10,8 @@ import pytest
 
 pytestmark = [pytest.mark.full, pytest.mark.xdist_group("portable")]
 
+SETS = ["base", "avx2", "avx512", "avx512_vpopcntdq", "avx512_bf16", "amx"]
+
 
 @pytest.fixture(scope="module")
 def clang(outside: Any) -> Any:
@@ -24,7 +26,7 @@ def test_the_op_tests_pass_when_clang_compiled(clang: Any) -> None:
     log = clang.pytest("tests/ops/test_basis_conv2d.py", "tests/ops/test_basis_conv2d_native.py")
     assert log.returncode == 0, log.stdout[-6000:]
     if platform.machine() in ("x86_64", "AMD64"):
-        assert clang.cpu()["built"] == ["base", "avx2", "avx512", "avx512_vpopcntdq", "amx"]
+        assert clang.cpu()["built"] == SETS
 
 
 REFUSES = """#!/bin/sh
@@ -38,7 +40,7 @@ exec {compiler} "$@"
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="has one instruction set only")
 @pytest.mark.parametrize(
     ("option", "built"),
-    [("-mamx", ["base", "avx2", "avx512", "avx512_vpopcntdq"]), ("-mavx512", ["base", "avx2"]), ("-mavx", ["base"])],
+    [("-mamx", SETS[:5]), ("-mavx512bf16", SETS[:4]), ("-mavx512", SETS[:2]), ("-mavx", SETS[:1])],
 )
 def test_what_the_compiler_does_not_know_is_left_out(outside: Any, option: str, built: list[str]) -> None:
     """An older compiler, played by one that refuses the options: it builds the rest, says so, and the rest runs."""
@@ -52,7 +54,7 @@ def test_what_the_compiler_does_not_know_is_left_out(outside: Any, option: str, 
     log = outside.install(outside.sources, CXX=str(script), CC=str(script))
     assert log.returncode == 0, log.stdout[-6000:]
     (line,) = [line.strip() for line in log.stdout.splitlines() if "basisconv_kernels build:" in line]
-    left_out = ", ".join(["base", "avx2", "avx512", "avx512_vpopcntdq", "amx"][len(built) :])
+    left_out = ", ".join(SETS[len(built) :])
     assert f"CPU kernels ({', '.join(built)}) without {left_out} ({script}: error: unrecognized" in line
     facts = outside.cpu()
     assert facts["built"] == built

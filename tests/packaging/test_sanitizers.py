@@ -59,7 +59,7 @@ def sanitized(outside: Any) -> Any:
     return outside
 
 
-@pytest.mark.parametrize("isa", ["base", "avx2", "avx512", "avx512_vpopcntdq", "amx"])
+@pytest.mark.parametrize("isa", ["base", "avx2", "avx512", "avx512_vpopcntdq", "avx512_bf16", "amx"])
 def test_op_tests_are_clean(sanitized: Any, isa: str) -> None:
     in_use = sanitized.cpu(BASISCONV_CPU_ISA=isa)["in_use"]
     if in_use != isa:

@@ -1,7 +1,7 @@
-// Stands in front of the compiler's <immintrin.h>: 512-bit vectors and the matrix unit on processors that have neither,
-// so that the sources for them run, bit for bit, where only AVX2 is. SIMDe (MIT, Debian's libsimde-dev) has most of it;
-// here is what its release lacks, and what it would do by touching memory behind a mask. Slow, for tests only:
-// test_kernels_without_torch.py.
+// Stands in front of the compiler's <immintrin.h>: 512-bit vectors, products of bfloat16 and the matrix unit on
+// processors that have none, so that the sources for them run, bit for bit, where only AVX2 is. SIMDe (MIT, Debian's
+// libsimde-dev) has most of it; here is what its release lacks, and what it would do by touching memory behind a mask.
+// Slow, for tests only: test_kernels_without_torch.py.
 #pragma once
 #include_next <immintrin.h>
 #define SIMDE_ENABLE_NATIVE_ALIASES
@@ -83,6 +83,20 @@ inline __m256i to_bf16(__m512 value) {
   return same_bits<__m256i>(to);
 }
 
+// sums[i] + both products of pair i, subnormal numbers as zero.
+template <typename Pairs>
+inline __m512 multiply_pairs(__m512 sums, Pairs a, Pairs b) {
+  auto to = same_bits<Lanes<float, 16>>(sums);
+  const auto left = same_bits<Lanes<uint16_t, 32>>(a), right = same_bits<Lanes<uint16_t, 32>>(b);
+  const auto value = [](uint16_t bits) {
+    return same_bits<float>(static_cast<uint32_t>((bits & 0x7f80u) == 0 ? bits & 0x8000u : bits) << 16);
+  };
+  for (int i = 0; i < 16; i++) {
+    for (int j = 2 * i; j < 2 * i + 2; j++) to.at[i] += value(left.at[j]) * value(right.at[j]);
+  }
+  return same_bits<__m512>(to);
+}
+
 }  // namespace emulated
 
 #undef _mm256_maskz_loadu_epi16
@@ -95,6 +109,7 @@ inline __m256i to_bf16(__m512 value) {
 #undef _mm512_cvtph_ps
 #undef _mm512_cvtps_ph
 #undef _mm512_cvtneps_pbh
+#undef _mm512_dpbf16_ps
 #undef _mm512_permute_ps
 #undef _mm512_shuffle_f32x4
 #define _mm256_maskz_loadu_epi16(mask, from) emulated::load<__m256i, uint16_t>(mask, from)
@@ -107,6 +122,7 @@ inline __m256i to_bf16(__m512 value) {
 #define _mm512_cvtph_ps(value) emulated::from_f16(value)
 #define _mm512_cvtps_ph(value, rounding) emulated::to_f16(value)  // the kernels ask for the nearest only
 #define _mm512_cvtneps_pbh(value) emulated::to_bf16(value)
+#define _mm512_dpbf16_ps(sums, a, b) emulated::multiply_pairs(sums, a, b)
 #define _mm512_permute_ps(value, which) simde_mm512_shuffle_ps(value, value, which)
 #define _mm512_shuffle_f32x4(a, b, which) emulated::shuffle_lanes<which>(a, b)
 
