@@ -145,7 +145,7 @@ def test_with_instructions_that_this_processor_may_lack(emulating: Path, instruc
     agrees(emulating, instruction_set, min(geometries, 1_000))
 
 
-MIXED_UP = "const int64_t k = p * rows + row;"
+MIXED_UP = "k = p * rows + i / Slots::kValues;"
 LOAD_OF_N = "static BASISCONV_INLINE Reg load_n(const T* p, int64_t n) {"
 PLANTED = {
     "an output forgotten": (
@@ -161,7 +161,7 @@ MASKED = "_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p))"
 PLANTED_FOR_EMULATION = {
     "avx512": ("simd.h", MASKED, "load(p + 0 * n)", "touched"),
     "avx512_bf16": (
-        "basis_conv2d_pair_rows.h", "_mm512_maskz_loadu_epi16(valid, from)", "_mm512_loadu_si512(from)", "touched",
+        "basis_conv2d_pair_rows.h", "_mm512_maskz_loadu_epi16(valid, from)", "_mm512_loadu_si512(from)", "expected",
     ),
     "amx": ("basis_conv2d_amx.cpp", "_tile_dpbf16ps(1, 4, 7);", "_tile_dpbf16ps(1, 4, 6);", "expected"),
 }  # fmt: skip
