@@ -110,7 +110,7 @@ def demo(
     """Compress, fine-tune, save, reload and time a real network, and write a page about it.
 
     The network is dense first, then compressed at three levels; each is run as two ordinary convolutions and fused.
-    Takes two to three minutes on two cores.
+    Takes under four minutes on two cores.
     """
     from basisconv_kernels.diagnostics import EXTRAS, missing_modules
 

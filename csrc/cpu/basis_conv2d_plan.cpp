@@ -82,8 +82,7 @@ int64_t register_tiles(int64_t mine, int64_t in_pass) {
 }
 
 // Tiles of 2x4 outputs take three quarters of the products of tiles of 2x2, for weights half as large again. Sums over
-// few channels would lose exactness by them, and 16-bit dtypes
-// their exactness on whole numbers.
+// few channels would lose exactness by them, and 16-bit dtypes their exactness on whole numbers.
 constexpr int64_t kWideTileChannels = 64;
 int32_t tile_width_of(const BasisConv2dWeights& w) {
   return w.stride_h == 1 && w.dtype == DType::f32 && w.C / w.groups >= kWideTileChannels ? 4 : 2;

@@ -16,6 +16,7 @@ from basisconv_kernels.compression.config import BasisConfig
 from basisconv_kernels.compression.finetune import finetune, trainable_parameters
 from basisconv_kernels.compression.model import compress
 from basisconv_kernels.core.errors import ArchitectureError, FileFormatError
+from tests.compression.killed import killed_at
 
 GENERATOR = torch.Generator().manual_seed(3)
 IMAGES = torch.randn(24, 2, 6, 6, generator=GENERATOR)
@@ -62,39 +63,23 @@ def without_times(history):
     return [replace(record, seconds=0.0) for record in history]
 
 
-def killed_at(where: str, count: int, path) -> int:
+def interrupted(where: str, count: int, path) -> int:
     """Train in a child that kills itself with SIGKILL at the count-th step, validation or moment of a save."""
-    child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    try:
-        left = [count]
 
-        def tick():
-            left[0] -= 1
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-
+    def run(tick):
         class Ticking(DataLoader):
             def __iter__(self):
                 for batch in super().__iter__():
-                    if where == "step":
-                        tick()
+                    tick("step")
                     yield batch
 
         def judge(model):
-            if where == "validation":
-                tick()
+            tick("validation")
             return validate(model)
 
-        for name in ("fsync", "replace"):
-            if where == name:
-                call = getattr(os, name)
-                setattr(os, name, lambda *a, call=call: (tick(), call(*a))[1])
         train(network(), Ticking(TensorDataset(IMAGES, LABELS), batch_size=8, shuffle=True), judge, checkpoint=path)
-    except BaseException:  # a child must never return into the test run
-        os._exit(9)
-    os._exit(0)
+
+    return killed_at(where, count, run)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -105,7 +90,7 @@ def killed_at(where: str, count: int, path) -> int:
 def test_a_killed_run_ends_as_an_uninterrupted_one(where, counts, tmp_path):
     path = tmp_path / "run.state"
     for count in counts:
-        assert killed_at(where, count, path) == -signal.SIGKILL
+        assert interrupted(where, count, path) == -signal.SIGKILL
     resumed, whole = network(), network()
     found = train(resumed, checkpoint=path)
     expected = train(whole, seed=0)

@@ -16,6 +16,7 @@ from basisconv_kernels.compression.ternary import train_layerwise
 from basisconv_kernels.compression.ternary_config import TernaryConfig
 from basisconv_kernels.core.errors import ArchitectureError, FileFormatError
 from basisconv_kernels.layers.ternary import TernaryLayer
+from tests.compression.killed import killed_at
 
 GENERATOR = torch.Generator().manual_seed(1)
 IMAGES = torch.randn(24, 2, 6, 6, generator=GENERATOR)
@@ -204,39 +205,23 @@ def test_the_random_numbers_of_the_caller_are_untouched():
 # --- kill and resume --------------------------------------------------------------------------------------------------
 
 
-def killed_at(where, count, path):
+def interrupted(where, count, path):
     """Run in a child that kills itself with SIGKILL at the count-th step, evaluation, or moment of a save."""
-    child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    try:
-        left = [count]
 
-        def tick(*_):
-            left[0] -= 1
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-
+    def run(tick):
         class Loader(Shuffled):
             def __iter__(self):
                 for batch in super().__iter__():
-                    if where == "step":
-                        tick()
+                    tick("step")
                     yield batch
 
         def evaluate(model):
-            if where == "evaluation":
-                tick()
+            tick("evaluation")
             return accuracy(model)
 
-        for name in ("fsync", "replace"):
-            if where == name:
-                call = getattr(os, name)
-                setattr(os, name, lambda *a, call=call: (tick(), call(*a))[1])
         train_layerwise(network(), config(loader=Loader(), evaluate=evaluate, state=path))
-    except BaseException:  # a child must never return into the test run
-        os._exit(9)
-    os._exit(0)
+
+    return killed_at(where, count, run)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -252,7 +237,7 @@ def killed_at(where, count, path):
 def test_a_killed_run_ends_as_an_uninterrupted_one(where, counts, tmp_path):
     path = tmp_path / "run.state"
     for count in counts:
-        assert killed_at(where, count, path) == -signal.SIGKILL
+        assert interrupted(where, count, path) == -signal.SIGKILL
     found, report = train_layerwise(network(), config(state=path))
     expected, whole = train_layerwise(network(), config())
     assert_same(state_of(found), state_of(expected))
