@@ -14,8 +14,10 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +26,7 @@ from bench.gpu.journal import PASSED, SKIPPED, WRONG, Journal, Step, Unavailable
 from bench.gpu.supervise import supervise
 
 BUILD_SECONDS = 420.0
+POLL = 0.2  # seconds
 PYTEST = ("-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--continue-on-collection-errors")
 
 
@@ -90,29 +93,57 @@ def library_step(about: Mapping[str, Any]) -> Step:
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
-def phase_command(phase: Phase, journal: Path, deadline: float, device: str) -> list[str]:
-    """The pytest that runs a phase."""
+def phase_command(phase: Phase, journal: Path, deadline: float, device: str, part: str = "0/1") -> list[str]:
+    """The pytest that runs a phase, or the part I/N of it."""
     noting = ["-p", "bench.gpu.pytest_journal", "--journal", str(journal), "--journal-deadline", str(deadline)]
-    return [sys.executable, "-m", "pytest", *phase.arguments, *PYTEST, *noting, "--journal-device", device]
+    noting += ["--journal-device", device, "--journal-part", part]
+    return [sys.executable, "-m", "pytest", *phase.arguments, *PYTEST, *noting]
 
 
-def run(folder: Path, deadline: float, device: str, tick: Any, phases: Sequence[Phase] = PHASES) -> list[str]:
-    """All phases; what could not be run, in words."""
+def run(
+    folder: Path, deadline: float, device: str, tick: Any, phases: Sequence[Phase] = PHASES, jobs: int = 1
+) -> list[str]:
+    """All phases, each in ``jobs`` processes at once; what could not be run, in words.
+
+    Most of the time goes into compiling and into references, so a device serves several processes as quickly as one.
+    Tests that take gigabytes run alone.
+    """
     journal = Journal(folder / "check.jsonl")
     own = [sys.executable, "-m", "bench.gpu", "work", "--folder", str(folder), "--deadline", str(deadline)]
     own += ["--device", device]
-    environment = {"PYTHONPATH": os.pathsep.join([str(facts.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
-    commands = {"library": [*own, "library"]}
-    commands |= {phase.name: phase_command(phase, journal.path, deadline, device) for phase in phases}
-    sanitizer = {"compute-sanitizer": [*own, "sanitizer"]}
-    ordered = list(commands.items())
-    at = next((i for i, (name, _) in enumerate(ordered) if name == "large"), len(ordered))
+    commands: dict[str, list[list[str]]] = {"library": [[*own, "library"]]}
+    for phase in phases:
+        if phase.name == "large":
+            commands["compute-sanitizer"] = [[*own, "sanitizer"]]
+        n = 1 if phase.name == "large" else jobs
+        commands[phase.name] = [
+            phase_command(phase, journal.part(i).path, deadline, device, f"{i}/{n}") for i in range(n)
+        ]
     troubles = []
-    for name, command in [*ordered[:at], *sanitizer.items(), *ordered[at:]]:
-        trouble = supervise(command, journal, deadline, folder / "log.txt", environment=environment, tick=tick)
-        if trouble:
-            troubles.append(f"{name}: {trouble}")
+    for name, parts in commands.items():
+        found = _at_once(parts, journal, deadline, folder, tick)
+        troubles += [f"{name}: {trouble}" for trouble in dict.fromkeys(filter(None, found))]
     return troubles
+
+
+def _at_once(
+    commands: Sequence[Sequence[str]], journal: Journal, deadline: float, folder: Path, tick: Any
+) -> list[str]:
+    """Supervise all commands until they end, each with a journal and a log of its own; their troubles."""
+    environment = {"PYTHONPATH": os.pathsep.join([str(facts.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    if len(commands) > 1:
+        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // len(commands)))
+
+    def supervised(i: int, command: Sequence[str]) -> str:
+        log = folder / ("log.txt" if i == 0 else f"log.{i}.txt")
+        return supervise(command, journal.part(i), deadline, log, environment=environment)
+
+    with ThreadPoolExecutor(len(commands)) as pool:
+        running = [pool.submit(supervised, i, command) for i, command in enumerate(commands)]
+        while not all(one.done() for one in running):
+            tick()
+            time.sleep(POLL)
+        return [one.result() for one in running]
 
 
 # --- summary ----------------------------------------------------------------------------------------------------------

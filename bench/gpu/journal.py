@@ -45,11 +45,25 @@ class Step:
 
 
 class Journal:
-    """The lines of one file; ``context`` is added to every final line."""
+    """The lines of one file; ``context`` is added to every final line.
+
+    Processes that work at once have a file each, ``check.jsonl``, ``check.1.jsonl`` and so on: every one writes into its
+    own and knows what the others ended.
+    """
 
     def __init__(self, path: Path, context: Mapping[str, Any] | None = None):
         self.path = path
         self.context = dict(context or {})
+
+    def part(self, i: int) -> Journal:
+        """The journal of the i-th process of several; the first one has this file."""
+        return self if i == 0 else Journal(self.path.with_suffix(f".{i}{self.path.suffix}"), self.context)
+
+    def whole(self) -> list[Journal]:
+        """This one and those of the processes beside it."""
+        first, *_, suffix = self.path.name.split(".")
+        found = {self.path, *self.path.parent.glob(f"{first}.{suffix}"), *self.path.parent.glob(f"{first}.*.{suffix}")}
+        return [Journal(path, self.context) for path in sorted(found)]
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append one line, to the disk."""
@@ -83,15 +97,19 @@ class Journal:
                 yield line
 
     def last(self) -> dict[str, dict[str, Any]]:
-        """{key: its newest line}, in the order of first appearance."""
+        """{key: its newest line} of this journal and those beside it, in the order of first appearance."""
         found: dict[str, dict[str, Any]] = {}
-        for line in self.lines():
-            found[line["key"]] = line
+        for journal in self.whole():
+            for line in journal.lines():
+                before = found.get(line["key"])
+                if before is None or before.get("at", 0) <= line.get("at", 0):
+                    found[line["key"]] = line
         return found
 
     def done(self) -> set[tuple[str, str]]:
-        """(key, stamp) of all steps that need not run again."""
-        return {(line["key"], line.get("stamp", "")) for line in self.lines() if line["status"] in FINAL}
+        """(key, stamp) of all steps that need not run again, whoever ended them."""
+        lines = (line for journal in self.whole() for line in journal.lines())
+        return {(line["key"], line.get("stamp", "")) for line in lines if line["status"] in FINAL}
 
     def open(self) -> dict[str, Any] | None:
         """The line of the step that began and did not end, if the newest is one."""

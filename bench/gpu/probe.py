@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Callable, Mapping
@@ -49,7 +50,7 @@ def program(nvcc: str | None = None) -> Path:
     made.parent.mkdir(parents=True, exist_ok=True)
     (made.parent / "probe_wgmma.h").write_text(header, encoding="utf-8")
     command = [nvcc, "-std=c++17", "-O3", "-gencode", "arch=compute_90a,code=sm_90a", f"-I{made.parent}"]
-    beside = made.with_suffix(".new")
+    beside = made.with_suffix(f".{os.getpid()}")
     done = subprocess.run([*command, HERE / "probe.cu", "-o", beside], capture_output=True, text=True, check=False)
     if done.returncode != 0 or "C75" in done.stderr:
         raise Unavailable(f"nvcc does not compile the probe: {done.stderr.strip()[-800:]}")

@@ -24,6 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("journal")
     group.addoption("--journal", metavar="FILE", help="note every test here, and leave out those that are")
     group.addoption("--journal-device", default="cuda", help="cuda, or cpu in a rehearsal")
+    group.addoption("--journal-part", default="0/1", metavar="I/N", help="run every N-th test from the I-th on")
     group.addoption("--journal-deadline", type=float, default=float("inf"), help="seconds since the epoch")
 
 
@@ -49,11 +50,13 @@ class Noting:
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        """Leave out what is done."""
+        """Leave out what is done, and what is for others."""
         done = self.journal.done()
-        left = [item for item in items if (item.nodeid, self.stamp) not in done]
+        i, n = map(int, config.getoption("--journal-part").split("/"))
+        left = [item for item in items[i::n] if (item.nodeid, self.stamp) not in done]
         if len(left) < len(items):
-            config.hook.pytest_deselected(items=[item for item in items if item not in left])
+            kept = set(left)
+            config.hook.pytest_deselected(items=[item for item in items if item not in kept])
             items[:] = left
 
     def pytest_collectreport(self, report: Any) -> None:

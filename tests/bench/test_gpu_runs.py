@@ -188,6 +188,22 @@ def test_tests_are_noted_one_by_one_and_go_on_behind_one_that_dies(tmp_path):
     assert "DIED test_some.py::test_dies" in text
 
 
+def test_several_processes_share_the_tests_and_know_what_the_others_ended(tmp_path):
+    tests = "".join(f"def test_{i}(): (HERE / 'ran').open('a').write('{i} ')\n" for i in range(7))
+    body = f"from pathlib import Path\nHERE = Path(__file__).parent\n{tests}def test_wrong(): assert 1 == 2\n"
+    (tmp_path / "test_some.py").write_text(body)
+    phase = check.Phase("some", (str(tmp_path), "--rootdir", str(tmp_path), "-c", "/dev/null"))
+    folder = tmp_path / "rows"
+    for jobs in (3, 2):
+        assert check.run(folder, time.time() + LATER, "cpu", lambda: None, [phase], jobs) == []
+    assert sorted((tmp_path / "ran").read_text().split()) == [str(i) for i in range(7)]
+    assert {path.name for path in folder.glob("*.jsonl")} == {"check.jsonl", "check.1.jsonl", "check.2.jsonl"}
+    text, wrong = check.summary(Journal(folder / "check.jsonl"))
+    assert wrong
+    assert "passed 7" in text
+    assert "FAILED test_some.py::test_wrong" in text
+
+
 def test_every_phase_names_files_that_are_there():
     for phase in check.PHASES:
         paths = [word for word in phase.arguments if word.startswith("tests")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -46,7 +47,7 @@ def compile_wrappers(device: str) -> Wrappers:
             pytest.skip("nvcc is not on the path")
         command = [nvcc, "-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC"]
         command += ["-gencode", "arch=compute_90a,code=sm_90a"]
-    digest = hashlib.sha256(repr(command).encode())
+    digest = hashlib.sha256(repr(command[1:]).encode())
     headers = [
         p
         for part in ("csrc/cuda", "csrc/common", "tests/cuda_on_cpu")
@@ -57,7 +58,7 @@ def compile_wrappers(device: str) -> Wrappers:
     made = KEPT / f"{device}_{digest.hexdigest()[:16]}.so"
     if not made.exists():
         made.parent.mkdir(parents=True, exist_ok=True)
-        beside = made.with_suffix(".new")
+        beside = made.with_suffix(f".{os.getpid()}")
         done = subprocess.run([*command, SOURCE, "-o", beside], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert "C75" not in done.stderr, done.stderr
