@@ -47,8 +47,8 @@ class Step:
 class Journal:
     """The lines of one file; ``context`` is added to every final line.
 
-    Processes that work at once have a file each, ``check.jsonl``, ``check.1.jsonl`` and so on: every one writes into its
-    own and knows what the others ended.
+    Processes that work at once have a file each, ``check.jsonl``, ``check.1.jsonl`` and so on: every one writes into
+    its own and knows what the others ended.
     """
 
     def __init__(self, path: Path, context: Mapping[str, Any] | None = None):
@@ -60,7 +60,7 @@ class Journal:
         return self if i == 0 else Journal(self.path.with_suffix(f".{i}{self.path.suffix}"), self.context)
 
     def whole(self) -> list[Journal]:
-        """This one and those of the processes beside it."""
+        """The journals of all processes that work at once, with this one."""
         first, *_, suffix = self.path.name.split(".")
         found = {self.path, *self.path.parent.glob(f"{first}.{suffix}"), *self.path.parent.glob(f"{first}.*.{suffix}")}
         return [Journal(path, self.context) for path in sorted(found)]
