@@ -49,8 +49,8 @@ bench: build  ## the fused CPU kernel against ONNX Runtime, OpenVINO and torch
 GPU = PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m bench.gpu $(1) --out "$(OUT)" $(if $(BUDGET),--budget $(BUDGET)) $(if $(RESUME),--resume "$(RESUME)")
 OUT ?= out
 
-gpu-check:  ## on a GPU: is everything right there; PYTHON=… BUDGET=seconds JOBS=processes OUT=folder RESUME=archive
-	$(call GPU,check) $(if $(JOBS),--jobs $(JOBS))
+gpu-check:  ## on a GPU: is everything right there; PYTHON=… BUDGET=seconds JOBS=processes ONLY=part
+	$(call GPU,check) $(if $(JOBS),--jobs $(JOBS)) $(if $(ONLY),--only '$(ONLY)')
 
 gpu-bench:  ## on a GPU: our kernels against cuDNN, by priority, within BUDGET=480 seconds
 	$(call GPU,bench)

@@ -37,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--folder", type=Path, default=FOLDER, help="where the rows are kept (default out/gpu)")
         if name == "check":
             command.add_argument("--jobs", type=int, default=1, help="processes at once (default 1)")
+            command.add_argument("--only", help=f"one of its parts: {', '.join(check.NAMES)}", choices=check.NAMES)
     worker = commands.add_parser("work", help="what the others run, again and again")
     worker.add_argument("what", choices=("library", "sanitizer", "bench", "probe"))
     worker.add_argument("--folder", type=Path, required=True)
@@ -75,7 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(asked: argparse.Namespace, folder: Path, deadline: float, archive: Archive) -> list[str]:
     if asked.command == "check":
-        return check.run(folder, deadline, asked.device, archive.now_and_then, jobs=max(1, asked.jobs))
+        only = check.NAMES if asked.only is None else (asked.only,)
+        return check.run(folder, deadline, asked.device, archive.now_and_then, jobs=max(1, asked.jobs), only=only)
     journal = Journal(folder / f"{asked.command}.jsonl")
     command = [sys.executable, "-m", "bench.gpu", "work", "--folder", str(folder), "--deadline", str(deadline)]
     environment = {"PYTHONPATH": os.pathsep.join([str(facts.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}

@@ -46,6 +46,8 @@ PHASES = (
     Phase("elsewhere", ("tests", "-m", "gpu and not full")),
     Phase("one library", ("tests/ops", "tests/packaging/test_cuda_build.py", "-m", "not gpu and not full")),
 )
+SANITIZER = "compute-sanitizer"  # before the large tests
+NAMES = tuple(name for phase in PHASES for name in ([SANITIZER] * (phase.name == "large") + [phase.name]))
 
 
 # --- the library ------------------------------------------------------------------------------------------------------
@@ -101,9 +103,15 @@ def phase_command(phase: Phase, journal: Path, deadline: float, device: str, par
 
 
 def run(
-    folder: Path, deadline: float, device: str, tick: Any, phases: Sequence[Phase] = PHASES, jobs: int = 1
+    folder: Path,
+    deadline: float,
+    device: str,
+    tick: Any,
+    phases: Sequence[Phase] = PHASES,
+    jobs: int = 1,
+    only: Sequence[str] = NAMES,
 ) -> list[str]:
-    """All phases, each in ``jobs`` processes at once; what could not be run, in words.
+    """The phases asked for, each in ``jobs`` processes at once; what could not be run, in words.
 
     Most of the time goes into compiling and into references, so a device serves several processes as quickly as one.
     Tests that take gigabytes run alone.
@@ -114,13 +122,15 @@ def run(
     commands: dict[str, list[list[str]]] = {"library": [[*own, "library"]]}
     for phase in phases:
         if phase.name == "large":
-            commands["compute-sanitizer"] = [[*own, "sanitizer"]]
+            commands[SANITIZER] = [[*own, "sanitizer"]]
         n = 1 if phase.name == "large" else jobs
         commands[phase.name] = [
             phase_command(phase, journal.part(i).path, deadline, device, f"{i}/{n}") for i in range(n)
         ]
     troubles = []
     for name, parts in commands.items():
+        if name in NAMES and name not in only:
+            continue
         found = _at_once(parts, journal, deadline, folder, tick)
         troubles += [f"{name}: {trouble}" for trouble in dict.fromkeys(filter(None, found))]
     return troubles
