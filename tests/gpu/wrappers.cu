@@ -58,6 +58,14 @@ __global__ void numbers_kernel(const float* input, uint32_t* words, float* wide)
   wide[2 * i + 1] = widen(T{static_cast<uint16_t>(words[i] >> 16)});
 }
 
+// Pairs of 16-bit numbers, word by word.
+template <class T>
+__global__ void extremes_kernel(const uint32_t* a, const uint32_t* b, uint32_t* larger, uint32_t* smaller) {
+  const int i = threadIdx.x;
+  larger[i] = max2<T>(a[i], b[i]);
+  smaller[i] = min2<T>(a[i], b[i]);
+}
+
 __global__ void ldmatrix_kernel(const uint32_t* input, uint32_t* output) {
   uint32_t* tile = reinterpret_cast<uint32_t*>(shared_memory());
   for (int i = 0; i < 4; ++i) tile[threadIdx.x * 4 + i] = input[threadIdx.x * 4 + i];
@@ -106,6 +114,33 @@ __global__ void bits_kernel(const uint32_t* a, const uint32_t* b, int* c) {
 }
 
 // --- of Hopper -------------------------------------------------------------------------------------------------------
+
+// Twice each block of a cluster writes a word a thread into the memory of the next one, then tells it.
+__global__ void __launch_bounds__(256, 1) cluster_kernel(const uint32_t* input, uint32_t* output, int blocks) {
+  uint32_t* memory = reinterpret_cast<uint32_t*>(shared_memory());
+  uint64_t* bar = reinterpret_cast<uint64_t*>(memory + 128);
+  if (threadIdx.x == 0) {
+    bar_init(bar, 4);
+    bar_init_fence();
+  }
+  cluster_sync();
+  if (threadIdx.x >= 128) return keep_registers<40>();
+  take_registers<248>();
+  const int rank = static_cast<int>(blockIdx.x) % blocks, next = (rank + 1) % blocks;
+  for (int phase = 0; phase < 2; ++phase) {
+    const int at = (phase * blocks + rank) * 128 + threadIdx.x;
+    *beside(memory + threadIdx.x, next) = input[at];
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) bar_arrive_beside(bar, next);
+    bar_wait_cluster(bar, 0);
+    output[at] = memory[threadIdx.x];
+    if (phase == 0) {  // the other way: all that read are done
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) bar_arrive_beside(bar, (rank + blocks - 1) % blocks);
+      bar_wait_cluster(bar, 1);
+    }
+  }
+}
 
 // Three phases of one barrier: 2 KB each time, one thread announces and issues, all 128 wait.
 __global__ void bulk_kernel(const char* input, uint32_t* output) {
@@ -218,6 +253,16 @@ BASISCONV_TEST numbers(int is_bf16, const float* input, uint32_t* words, float* 
   return guarded([&] {
     return launch(is_bf16 ? numbers_kernel<bf16> : numbers_kernel<f16>, one, warp, 0, nullptr, input, words, wide);
   });
+}
+BASISCONV_TEST extremes(int is_bf16, const uint32_t* a, const uint32_t* b, uint32_t* larger, uint32_t* smaller) {
+  return guarded([&] {
+    return launch(is_bf16 ? extremes_kernel<bf16> : extremes_kernel<f16>, one, warp, 0, nullptr, a, b, larger, smaller);
+  });
+}
+BASISCONV_TEST cluster(int blocks, const uint32_t* input, uint32_t* output) {
+  const dim3 grid{static_cast<unsigned>(blocks), 1, 1}, block{256, 1, 1};
+  return guarded(
+      [&] { return launch_clusters(cluster_kernel, grid, blocks, block, 1024, nullptr, input, output, blocks); });
 }
 BASISCONV_TEST matrices(const uint32_t* input, uint32_t* output) {
   return guarded([&] { return launch(ldmatrix_kernel, one, warp, 512, nullptr, input, output); });
