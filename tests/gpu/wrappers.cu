@@ -115,31 +115,33 @@ __global__ void bits_kernel(const uint32_t* a, const uint32_t* b, int* c) {
 
 // --- of Hopper -------------------------------------------------------------------------------------------------------
 
-// Twice each block of a cluster writes a word a thread into the memory of the next one, then tells it.
-__global__ void __launch_bounds__(256, 1) cluster_kernel(const uint32_t* input, uint32_t* output, int blocks) {
+// Twice each block of a cluster writes a word a thread into the memory of the next one and tells it; in between that
+// one says that it has read.
+__global__ void __launch_bounds__(384, 1) cluster_kernel(const uint32_t* input, uint32_t* output, int blocks) {
   uint32_t* memory = reinterpret_cast<uint32_t*>(shared_memory());
-  uint64_t* bar = reinterpret_cast<uint64_t*>(memory + 128);
+  uint64_t *written = reinterpret_cast<uint64_t*>(memory + 128), *read = written + 1;
   if (threadIdx.x == 0) {
-    bar_init(bar, 4);
+    bar_init(written, 4);
+    bar_init(read, 4);
     bar_init_fence();
   }
   cluster_sync();
-  if (threadIdx.x >= 128) return keep_registers<40>();
-  take_registers<248>();
+  if (threadIdx.x >= 256) return keep_registers<40>();
+  take_registers<232>();
+  if (threadIdx.x >= 128) return;
   const int rank = static_cast<int>(blockIdx.x) % blocks, next = (rank + 1) % blocks;
-  for (int phase = 0; phase < 2; ++phase) {
-    const int at = (phase * blocks + rank) * 128 + threadIdx.x;
+  for (int round = 0; round < 2; ++round) {
+    const int at = (round * blocks + rank) * 128 + threadIdx.x;
+    if (round == 1) bar_wait_cluster(read, 0);
     *beside(memory + threadIdx.x, next) = input[at];
     __syncwarp();
-    if (threadIdx.x % 32 == 0) bar_arrive_beside(bar, next);
-    bar_wait_cluster(bar, 0);
+    if (threadIdx.x % 32 == 0) bar_arrive_beside(written, next);
+    bar_wait_cluster(written, round);
     output[at] = memory[threadIdx.x];
-    if (phase == 0) {  // the other way: all that read are done
-      __syncwarp();
-      if (threadIdx.x % 32 == 0) bar_arrive_beside(bar, (rank + blocks - 1) % blocks);
-      bar_wait_cluster(bar, 1);
-    }
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) bar_arrive_beside(read, (rank + blocks - 1) % blocks);
   }
+  bar_wait_cluster(read, 1);  // nobody may reach for a block that has ended
 }
 
 // Three phases of one barrier: 2 KB each time, one thread announces and issues, all 128 wait.
@@ -260,7 +262,7 @@ BASISCONV_TEST extremes(int is_bf16, const uint32_t* a, const uint32_t* b, uint3
   });
 }
 BASISCONV_TEST cluster(int blocks, const uint32_t* input, uint32_t* output) {
-  const dim3 grid{static_cast<unsigned>(blocks), 1, 1}, block{256, 1, 1};
+  const dim3 grid{static_cast<unsigned>(blocks), 1, 1}, block{384, 1, 1};
   return guarded(
       [&] { return launch_clusters(cluster_kernel, grid, blocks, block, 1024, nullptr, input, output, blocks); });
 }
