@@ -100,14 +100,17 @@ BASISCONV_DEVICE void store_pieces(const Problem& p, float (&y)[columns / 2], co
     }
   }
   __syncwarp();
-  const int k = lane % pieces * 8;
-  T* to = static_cast<T*>(p.output) + channel + k;
+  // As many pixels at a time as there are lanes for their pieces: always in one row.
+  constexpr int at_a_time = 32 / pieces;
+  const int k = lane % pieces * 8, column = lane / pieces;
+  const int left_x = first + k < p.K ? p.OW - pixels.x - column : 0, left_y = p.OH - pixels.y;
+  T* to = static_cast<T*>(p.output) + pixels.at(p.out, column) + channel + k;
 #pragma unroll
-  for (int i = 0; i < 16 * pieces / 32; ++i) {
-    const int pixel = i * (32 / pieces) + lane / pieces;
-    if (first + k >= p.K || !pixels.inside(p, pixel)) continue;
-    const uint32_t from = swizzled(pixel * row_bytes + k * 2, row_bytes);
-    *reinterpret_cast<uint4*>(to + pixels.at(p.out, pixel)) = *reinterpret_cast<const uint4*>(staging + from);
+  for (int i = 0; i < 16 / at_a_time; ++i) {
+    const int y = i * at_a_time / kTileX, x = i * at_a_time % kTileX;
+    if (y >= left_y || x >= left_x) continue;
+    const uint32_t from = swizzled((i * at_a_time + column) * row_bytes + k * 2, row_bytes);
+    *reinterpret_cast<uint4*>(to + y * p.out.h + x * p.out.w) = *reinterpret_cast<const uint4*>(staging + from);
   }
   __syncwarp();
 }

@@ -161,7 +161,7 @@ BASISCONV_DEVICE void recombine_precisely(float (&y)[4][4], const KeptMaps<Q16>&
 }
 
 template <class T, int Q16, bool precise>
-__global__ void __launch_bounds__(kThreads) basis_conv2d_sm80(const Problem p, const bool tap_by_tap) {
+__global__ void __launch_bounds__(kThreads, 1) basis_conv2d_sm80(const Problem p, const bool tap_by_tap) {
   using L = Layout<Q16>;
   const L layout(p, tap_by_tap);
   char* bases = shared_memory();

@@ -8,7 +8,7 @@
 //            padding. A swizzled operand of wgmma cannot be addressed one pixel further, ldmatrix can: A comes from
 //            registers.
 //   basis    stays in shared memory where it fits, else each tap's tile comes through a ring of four.
-//   stage 1  for each tap four ldmatrix.x4 fill one set of A registers while wgmma still reads the other.
+//   stage 1  for each tap four ldmatrix.x4 fill one set of A registers while wgmma still reads another.
 //   between  the accumulators, rounded and packed in pairs, are the A registers of the second wgmma: Z never leaves
 //            them. Only where filters are shared out the warps with the same pixels show each other their parts, and
 //            those of a cluster add up their sums before they round.
@@ -216,7 +216,8 @@ struct Exchange {
   }
 };
 
-template <class T, int Q16, bool shared_out>
+// `taps` is 9, or 0 for whatever number; with 9 the loop over them lies open and addresses are found once.
+template <class T, int Q16, bool shared_out, int taps>
 __global__ void __launch_bounds__(HopperPlan::threads, 1)
     basis_conv2d_sm90a(const __grid_constant__ Problem p, const __grid_constant__ TensorMap image,
                        const HopperPlan plan, const int tiles) {
@@ -261,6 +262,15 @@ __global__ void __launch_bounds__(HopperPlan::threads, 1)
   const float start = poison(p);
   // ldmatrix.x4: lanes 0-15 address 16 pixels' channels 0-7 of a k16 step, lanes 16-31 channels 8-15.
   const int own_pixel = (row + lane % 16 / kTileX) * p.stride_h * plan.columns + lane % kTileX * p.stride_w;
+  auto from_tap = [&](int r, int s) {
+    const uint32_t pixel = own_pixel + r * p.dilation_h * plan.columns + s * p.dilation_w;
+    return swizzled(pixel * kSlab * 2 + lane / 16 * 16, kSlab * 2);
+  };
+  [[maybe_unused]] uint32_t from_of[taps == 9 ? 9 : 1];
+  if constexpr (taps == 9) {
+#pragma unroll
+    for (int tap = 0; tap < taps; ++tap) from_of[tap] = from_tap(tap / 3, tap % 3);
+  }
   Place halo_at(plan.halo_stages), basis_at(plan.basis_stages), mixing_at(plan.mixing_stages);
   if (plan.basis_resident && slabs.count() > 0) bar_wait(basis.full, 0);
 
@@ -272,42 +282,60 @@ __global__ void __launch_bounds__(HopperPlan::threads, 1)
     float z[filters / n][n / 2];
 #pragma unroll
     for (int i = 0; i < filters / 2; ++i) z[i / (n / 2)][i % (n / 2)] = start;
-    uint32_t a_even[4][4], a_odd[4][4];
-    int r = 0, s = 0, previous = -1;  // the place in the basis ring of the wgmma that is still under way
-    auto tap = [&](uint32_t(&a)[4][4]) {
-      if (r == 0 && s == 0) bar_wait(halo.full + halo_at.stage, halo_at.phase);
-      const uint32_t pixel = own_pixel + r * p.dilation_h * plan.columns + s * p.dilation_w;
-      const uint32_t from = swizzled(pixel * kSlab * 2 + lane / 16 * 16, kSlab * 2);
-      const char* tile_at = memory + halo_at.stage * plan.halo_bytes;
+    uint32_t fragments[3][4][4];  // of the tap that wgmma reads, the one before, the one after
+    int previous = -1;            // the place in the basis ring of the wgmma that is still under way
+    auto load = [&](uint32_t(&a)[4][4], uint32_t from) {
 #pragma unroll
-      for (int k = 0; k < 4; ++k) ldmatrix_x4(a[k], tile_at + (from ^ static_cast<uint32_t>(k * 32)));
+      for (int k = 0; k < 4; ++k) ldmatrix_x4(a[k], memory + (from ^ static_cast<uint32_t>(k * 32)));
+    };
+    auto multiply = [&](const uint32_t(&a)[4][4]) {
       if (!plan.basis_resident) bar_wait(basis.full + basis_at.stage, basis_at.phase);
-      wgmma_operands(a);
+      const char* tile_at = bases + basis_at.stage * Q16 * kSlab * 2;
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
 #pragma unroll
-        for (int i = 0; i < filters / n; ++i) {
-          wgmma_rs<T, n, kSlab * 2>(z[i], a[k], bases + basis_at.stage * Q16 * kSlab * 2 + i * n * kSlab * 2, k);
-        }
+        for (int i = 0; i < filters / n; ++i) wgmma_rs<T, n, kSlab * 2>(z[i], a[k], tile_at + i * n * kSlab * 2, k);
       }
       wgmma_commit();
       wgmma_wait<1>();  // the tap before is done: its registers and its place are free
       if (!plan.basis_resident && previous >= 0) release(basis.empty + previous);
       previous = basis_at.stage;
       basis_at.next();
-      if (++s == p.S) s = 0, ++r;
-      if (r == p.R) {
-        r = 0;
+    };
+    if constexpr (taps == 9) {
+#pragma unroll 1
+      for (int slab = slabs.begin; slab < slabs.end; ++slab) {
+        bar_wait(halo.full + halo_at.stage, halo_at.phase);
+        const uint32_t tile_at = halo_at.stage * plan.halo_bytes;  // a multiple of 1024: no swizzle knows it
+        load(fragments[0], tile_at + from_of[0]);
+#pragma unroll
+        for (int tap = 0; tap < taps; ++tap) {
+          if (tap + 1 < taps) load(fragments[(tap + 1) % 3], tile_at + from_of[tap + 1]);
+          multiply(fragments[tap % 3]);
+        }
         release(halo.empty + halo_at.stage);
         halo_at.next();
       }
-    };
-    const int steps = p.taps * slabs.count();
+    } else {
+      int r = 0, s = 0;
+      auto tap = [&](uint32_t(&a)[4][4]) {
+        if (r == 0 && s == 0) bar_wait(halo.full + halo_at.stage, halo_at.phase);
+        load(a, halo_at.stage * plan.halo_bytes + from_tap(r, s));
+        multiply(a);
+        if (++s == p.S) s = 0, ++r;
+        if (r == p.R) {
+          r = 0;
+          release(halo.empty + halo_at.stage);
+          halo_at.next();
+        }
+      };
+      const int steps = p.taps * slabs.count();
 #pragma unroll 1
-    for (int step = 0; step < steps; step += 2) {
-      tap(a_even);
-      if (step + 1 < steps) tap(a_odd);
+      for (int step = 0; step < steps; step += 2) {
+        tap(fragments[0]);
+        if (step + 1 < steps) tap(fragments[1]);
+      }
     }
     wgmma_wait<0>();
     if (!plan.basis_resident && previous >= 0) release(basis.empty + previous);
@@ -351,33 +379,42 @@ __global__ void __launch_bounds__(HopperPlan::threads, 1)
   }
 }
 
-template <class T, int Q16, bool shared_out>
+template <class T, int Q16, bool shared_out, int taps>
 const char* launch_sm90a(const Problem& p, const HopperPlan& plan, const TensorMap& image, const CudaDevice& device,
                          Stream stream) {
   const int64_t tiles = hopper_tiles(p, plan);
   if (tiles > 0x3FFFFFFF) return "more than 2^30 tiles; split the batch";
   const dim3 grid{static_cast<unsigned>(hopper_grid(p, plan, device)), 1, 1}, block{HopperPlan::threads, 1, 1};
-  return launch_clusters(basis_conv2d_sm90a<T, Q16, shared_out>, grid, plan.blocks, block, plan.bytes, stream, p, image,
-                         plan, static_cast<int>(tiles));
+  return launch_clusters(basis_conv2d_sm90a<T, Q16, shared_out, taps>, grid, plan.blocks, block, plan.bytes, stream, p,
+                         image, plan, static_cast<int>(tiles));
+}
+
+template <class T, int Q16>
+const char* launch_shape(const Problem& p, const HopperPlan& plan, const TensorMap& image, const CudaDevice& device,
+                         Stream stream) {
+  const bool nine = p.R == 3 && p.S == 3;
+  if constexpr (Q16 > 16) {
+    const auto shared_out = nine ? launch_sm90a<T, Q16, true, 9> : launch_sm90a<T, Q16, true, 0>;
+    if (plan.shared_out) return shared_out(p, plan, image, device, stream);
+  }
+  const auto whole = nine ? launch_sm90a<T, Q16, false, 9> : launch_sm90a<T, Q16, false, 0>;
+  return whole(p, plan, image, device, stream);
 }
 
 template <class T>
 const char* launch_filters(const Problem& p, const HopperPlan& plan, const TensorMap& image, const CudaDevice& device,
                            Stream stream) {
-  const auto launch_of = [&](auto kernel, auto kernel_shared_out) {
-    return (plan.shared_out ? kernel_shared_out : kernel)(p, plan, image, device, stream);
-  };
   switch (plan.Q16) {
     case 16:
-      return launch_sm90a<T, 16, false>(p, plan, image, device, stream);
+      return launch_shape<T, 16>(p, plan, image, device, stream);
     case 32:
-      return launch_of(launch_sm90a<T, 32, false>, launch_sm90a<T, 32, true>);
+      return launch_shape<T, 32>(p, plan, image, device, stream);
     case 64:
-      return launch_of(launch_sm90a<T, 64, false>, launch_sm90a<T, 64, true>);
+      return launch_shape<T, 64>(p, plan, image, device, stream);
     case 128:
-      return launch_of(launch_sm90a<T, 128, false>, launch_sm90a<T, 128, true>);
+      return launch_shape<T, 128>(p, plan, image, device, stream);
     default:
-      return launch_of(launch_sm90a<T, 256, false>, launch_sm90a<T, 256, true>);
+      return launch_shape<T, 256>(p, plan, image, device, stream);
   }
 }
 

@@ -179,7 +179,9 @@ BASISCONV_DEVICE void wgmma_operands(uint32_t (&a)[steps][4]) {
 template <class T, int N, int row_bytes>
 BASISCONV_DEVICE void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], const void* tile, int k) {
   static_assert(N == 16 || N == 32 || N == 64 || N == 128, "add the shape above");
-  const uint64_t descriptor = wgmma_descriptor(shared_address(tile) + static_cast<uint32_t>(k) * 32, row_bytes);
+  // 32 bytes further along a row are two units of the address, which shares its 32 bits with a constant alone.
+  const uint64_t first = wgmma_descriptor(shared_address(tile), row_bytes);
+  const uint64_t descriptor = first >> 32 << 32 | (static_cast<uint32_t>(first) + static_cast<uint32_t>(k) * 2);
   if constexpr (__is_same(T, bf16)) {
     BASISCONV_WGMMA_OF("bf16");
   } else {

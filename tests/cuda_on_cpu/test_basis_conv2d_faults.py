@@ -25,12 +25,14 @@ TAP_WAIT = "cp_async_wait<L::stages - 2>();"
 BUFFERS = "buffers = all < 1 + ahead ? all : 1 + ahead;"
 B_LANE = "swizzled(b_row * kSlab * 2 + b_column, kSlab * 2)"
 STAGED_ROW = "swizzled(lane / 4 * row_bytes, row_bytes) + lane % 4 * 4"
-STORED = "if (first + k >= p.K || !pixels.inside(p, pixel)) continue;"
-STAGED = "__syncwarp();\n  const int k"
-HALO_WAIT = "bar_wait(halo.full + halo_at.stage, halo_at.phase);"
+STORED = "if (y >= left_y || x >= left_x) continue;"
+STAGED = "__syncwarp();\n  // As many"
+HALO_WAIT = "if (r == 0 && s == 0) bar_wait(halo.full + halo_at.stage, halo_at.phase);"
+HALO_WAIT_9 = "bar_wait(halo.full + halo_at.stage, halo_at.phase);\n        const"
 BASIS_WAIT = "if (plan.basis_resident && slabs.count() > 0) bar_wait(basis.full, 0);"
 HALO_EMPTY = "bar_wait(halo.empty + halo_at.stage, halo_at.phase ^ 1);"
-HALO_RELEASE = "release(halo.empty + halo_at.stage);"
+HALO_RELEASE = "r = 0;\n          release(halo.empty + halo_at.stage);"
+HALO_RELEASE_9 = "}\n        release(halo.empty + halo_at.stage);"
 PREVIOUS = "wgmma_wait<1>();"
 ALL_DONE = "wgmma_wait<0>();\n    if (!plan.basis_resident && previous >= 0)"
 BOX_BYTES = "bar_arrive_expect(halo.full + halo_at.stage, plan.halo_box_bytes);"
@@ -46,13 +48,18 @@ FAULTS = {
         SHARED, STAGED_ROW, STAGED_ROW.replace("+ lane % 4", "+ (planted == # ? lane % 4 ^ 1 : lane % 4)"),
     ),
     "sm80: a column never written": (
-        SHARED, STORED, "if (planted == # && pixels.x + pixel % kTileX == p.OW - 1) continue;\n    " + STORED,
+        SHARED, STORED, STORED.replace("x >= left_x", "x >= left_x - (planted == #)"),
     ),
     "sm80: no barrier of the warp": (SHARED, STAGED, f"if (planted != #) {STAGED}"),
     "sm90a: no wait for the halo": (SM90A, HALO_WAIT, f"if (planted != #) {HALO_WAIT}"),
+    "sm90a: no wait for the halo of nine taps": (SM90A, HALO_WAIT_9, f"if (planted != #) {HALO_WAIT_9}"),
+    "sm90a: a fragment used too early again": (SM90A, "[(tap + 1) % 3]", "[planted == # ? 2 : (tap + 1) % 3]"),
     "sm90a: no wait for the basis": (SM90A, BASIS_WAIT, f"if (planted != #) {BASIS_WAIT}"),
     "sm90a: the halo overwritten": (SM90A, HALO_EMPTY, f"if (planted != #) {HALO_EMPTY}"),
-    "sm90a: the halo never released": (SM90A, HALO_RELEASE, f"if (planted != #) {HALO_RELEASE}"),
+    "sm90a: the halo never released": (SM90A, HALO_RELEASE, HALO_RELEASE.replace("rel", "if (planted != #) rel")),
+    "sm90a: the halo of nine taps never released": (
+        SM90A, HALO_RELEASE_9, HALO_RELEASE_9.replace("release", "if (planted != #) release"),
+    ),
     "sm90a: a wgmma left running": (SM90A, PREVIOUS, f"if (planted == #) wgmma_wait<2>(); else {PREVIOUS}"),
     "sm90a: Z read too early": (SM90A, ALL_DONE, f"if (planted != #) {ALL_DONE}"),
     "sm90a: bytes counted with the padding": (
@@ -80,7 +87,7 @@ def planted(tmp_path_factory):
         source.write_text(text.replace(right, wrong.replace("#", str(number))), encoding="utf-8")
     for name in (SM80, SM90A):  # one kernel each, for bfloat16, is enough and a quarter of the compiling
         text = (folder / name).read_text(encoding="utf-8")
-        text = re.sub(r"(launch_sm\d+a?<T), \d+", r"\1, 64", text)
+        text = re.sub(r"(launch_(?:sm80|shape)<T), \d+", r"\1, 64", text)
         text = re.sub(r"basis_conv2d_sm80<T, Q16, true>", "basis_conv2d_sm80<T, Q16, false>", text)
         (folder / name).write_text(text.replace("launch_filters<f16>", "launch_filters<bf16>"), encoding="utf-8")
     fibers = root / "tests" / "cuda_on_cpu" / "fibers.h"
