@@ -7,7 +7,7 @@
 //   halo     a tensor map brings each input pixel of a slab of 64 channels once; zeros outside the image are its
 //            padding. A swizzled operand of wgmma cannot be addressed one pixel further, ldmatrix can: A comes from
 //            registers.
-//   basis    stays in shared memory where it fits, else each tap's tile comes through a ring of four.
+//   basis    stays in shared memory where it fits, else each tap's tile comes through a ring of up to eight.
 //   stage 1  for each tap four ldmatrix.x4 fill one set of A registers while wgmma still reads another.
 //   between  the accumulators, rounded and packed in pairs, are the A registers of the second wgmma: Z never leaves
 //            them. Only where filters are shared out the warps with the same pixels show each other their parts, and
@@ -216,9 +216,10 @@ struct Exchange {
   }
 };
 
-// `taps` is 9, or 0 for whatever number; with 9 the loop over them lies open and addresses are found once.
-template <class T, int Q16, bool shared_out, int taps>
-__global__ void __launch_bounds__(HopperPlan::threads, 1)
+// `taps` is 9, or 0 for whatever number; with 9 the loop over them lies open and addresses are found once. `per_sm`
+// blocks have a multiprocessor together.
+template <class T, int Q16, bool shared_out, int taps, int per_sm>
+__global__ void __launch_bounds__(HopperPlan::threads, per_sm)
     basis_conv2d_sm90a(const __grid_constant__ Problem p, const __grid_constant__ TensorMap image,
                        const HopperPlan plan, const int tiles) {
   constexpr int width = mixing_width(Q16);
@@ -246,11 +247,11 @@ __global__ void __launch_bounds__(HopperPlan::threads, 1)
     __syncthreads();
   }
   if (threadIdx.x >= HopperPlan::consumers) {
-    keep_registers<HopperPlan::registers_to_copy>();
+    keep_registers<HopperPlan::registers_to_copy(per_sm)>();
     if (threadIdx.x == HopperPlan::consumers) issue_copies(p, plan, image, tiles, bars);
     return;
   }
-  take_registers<HopperPlan::registers_to_compute>();
+  take_registers<HopperPlan::registers_to_compute(per_sm)>();
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int share = shared_out ? warp / 4 : 0, row = (shared_out ? warp % 4 : warp) * 2;
@@ -379,14 +380,14 @@ __global__ void __launch_bounds__(HopperPlan::threads, 1)
   }
 }
 
-template <class T, int Q16, bool shared_out, int taps>
+template <class T, int Q16, bool shared_out, int taps, int per_sm>
 const char* launch_sm90a(const Problem& p, const HopperPlan& plan, const TensorMap& image, const CudaDevice& device,
                          Stream stream) {
   const int64_t tiles = hopper_tiles(p, plan);
   if (tiles > 0x3FFFFFFF) return "more than 2^30 tiles; split the batch";
   const dim3 grid{static_cast<unsigned>(hopper_grid(p, plan, device)), 1, 1}, block{HopperPlan::threads, 1, 1};
-  return launch_clusters(basis_conv2d_sm90a<T, Q16, shared_out, taps>, grid, plan.blocks, block, plan.bytes, stream, p,
-                         image, plan, static_cast<int>(tiles));
+  return launch_clusters(basis_conv2d_sm90a<T, Q16, shared_out, taps, per_sm>, grid, plan.blocks, block, plan.bytes,
+                         stream, p, image, plan, static_cast<int>(tiles));
 }
 
 template <class T, int Q16>
@@ -394,10 +395,13 @@ const char* launch_shape(const Problem& p, const HopperPlan& plan, const TensorM
                          Stream stream) {
   const bool nine = p.R == 3 && p.S == 3;
   if constexpr (Q16 > 16) {
-    const auto shared_out = nine ? launch_sm90a<T, Q16, true, 9> : launch_sm90a<T, Q16, true, 0>;
+    const auto shared_out = nine ? launch_sm90a<T, Q16, true, 9, 1> : launch_sm90a<T, Q16, true, 0, 1>;
     if (plan.shared_out) return shared_out(p, plan, image, device, stream);
   }
-  const auto whole = nine ? launch_sm90a<T, Q16, false, 9> : launch_sm90a<T, Q16, false, 0>;
+  if constexpr (Q16 <= HopperPlan::most_filters_of_two) {
+    if (plan.per_sm == 2) return launch_sm90a<T, Q16, false, 9, 2>(p, plan, image, device, stream);
+  }
+  const auto whole = nine ? launch_sm90a<T, Q16, false, 9, 1> : launch_sm90a<T, Q16, false, 0, 1>;
   return whole(p, plan, image, device, stream);
 }
 

@@ -8,13 +8,16 @@ namespace basisconv::cuda {
 struct HopperPlan {
   static constexpr int tile_x = kTileX;                             // pixels
   static constexpr int consumers = 256, threads = consumers + 128;  // two warpgroups compute, one issues copies
-  static constexpr int registers_to_compute = 232, registers_to_copy = 40;
-  static constexpr int most_stages = 4, most_blocks = 8;
+  // Of a thread, where a multiprocessor has one block or two.
+  BASISCONV_EITHER static constexpr int registers_to_compute(int per_sm) { return per_sm == 1 ? 232 : 104; }
+  BASISCONV_EITHER static constexpr int registers_to_copy(int per_sm) { return per_sm == 1 ? 40 : 24; }
+  static constexpr int most_stages = 8, most_blocks = 8, most_filters_of_two = 32;  // of two blocks a multiprocessor
   static constexpr int rings = 3, pairs = 4;  // of warps with the same pixels, where filters are shared out
 
   int Q16;
   bool shared_out;  // both warpgroups have the same 8x8 pixels, each half of the filters
   int blocks;       // that share the slabs and the outputs of a tile: a cluster; 1 unless filters are shared out
+  int per_sm;       // blocks of a multiprocessor: 2 where few filters leave it registers and memory enough
   int rows, columns, halo_box_bytes, halo_bytes;  // the box is what an mbarrier counts, the rest is alignment
   int halo_stages, basis_stages, mixing_stages;   // tiles of a ring
   bool basis_resident, mixing_resident;           // all of it is loaded once a block; then the "ring" is one copy
@@ -34,14 +37,20 @@ struct HopperPlan {
   BASISCONV_EITHER static constexpr int bars() { return 2 * (rings * most_stages + pairs); }
 };
 
-// The best plan of a kind that fits. Two halo tiles before all else: one is filled while the other is read, and 32 KB
-// under way a multiprocessor keep its memory busy. Then the basis resident, then the coefficients, then a third halo
-// tile.
-inline HopperPlan hopper_plan_of(const Problem& p, int shared_limit, bool shared_out, int blocks) {
+// The best plan of a kind that fits: all of the basis resident, then the coefficients, with two halo tiles or three,
+// one filled while another is read. A basis that does not fit comes in a ring, and its depth is worth more than
+// anything else: a tile of it is a microsecond under way (measured).
+inline HopperPlan hopper_plan_of(const Problem& p, int shared_limit, bool shared_out, int blocks, int per_sm = 1) {
   HopperPlan plan{};
   plan.Q16 = padded_filters(p.Q);
   plan.shared_out = shared_out;
   plan.blocks = blocks;
+  plan.per_sm = per_sm;
+  if (per_sm > 1) {
+    constexpr int reserved = 1024;  // of every block
+    if (shared_out || plan.Q16 > HopperPlan::most_filters_of_two || p.R != 3 || p.S != 3) return plan;
+    shared_limit = (shared_limit + reserved) / per_sm - reserved;
+  }
   plan.rows = (plan.tile_y() - 1) * p.stride_h + (p.R - 1) * p.dilation_h + 1;
   plan.columns = (HopperPlan::tile_x - 1) * p.stride_w + (p.S - 1) * p.dilation_w + 1;
   constexpr int longest_side = 256;  // of a box
@@ -52,23 +61,37 @@ inline HopperPlan hopper_plan_of(const Problem& p, int shared_limit, bool shared
   plan.halo_bytes = (plan.halo_box_bytes + 1023) / 1024 * 1024;
   const int64_t basis_tiles = p.taps * tiles_of(p.slabs, blocks), chunks = tiles_of(p.chunks, blocks);
   const int64_t most_tiles = shared_limit / 1024;  // none is below 1 KB
-  constexpr int all = 0;                           // stages of what is resident
-  struct Choice {
-    int halos, basis, mixing;
+  const auto sized = [&](int halos, int64_t basis_stages, int64_t mixing_stages) {
+    HopperPlan sized = plan;
+    if (basis_stages > most_tiles || mixing_stages > most_tiles) return sized;
+    sized.halo_stages = halos;
+    sized.basis_stages = static_cast<int>(basis_stages);
+    sized.mixing_stages = static_cast<int>(mixing_stages);
+    sized.mixing_resident = mixing_stages == chunks;
+    sized.bytes = sized.bars_offset() + HopperPlan::bars() * 8;
+    return sized;
   };
-  for (const Choice& choice :
-       {Choice{3, all, all}, Choice{2, all, all}, Choice{2, all, 2}, Choice{3, 4, all}, Choice{2, 4, all},
-        Choice{2, 4, 2}, Choice{2, 3, 1}, Choice{1, all, all}, Choice{1, 4, all}, Choice{1, 4, 2}, Choice{1, 2, 1}}) {
-    if ((choice.basis == all && basis_tiles > most_tiles) || (choice.mixing == all && chunks > most_tiles)) continue;
-    plan.halo_stages = choice.halos;
-    plan.basis_resident = choice.basis == all;
-    plan.mixing_resident = choice.mixing == all;
-    plan.basis_stages = plan.basis_resident ? static_cast<int>(basis_tiles) : choice.basis;
-    plan.mixing_stages = plan.mixing_resident ? static_cast<int>(chunks) : choice.mixing;
-    const int bytes = plan.bars_offset() + HopperPlan::bars() * 8;
-    if (bytes > shared_limit) continue;
-    plan.bytes = bytes;
-    break;
+  const auto fits = [&](const HopperPlan& sized) { return sized.bytes > 0 && sized.bytes <= shared_limit; };
+  struct Choice {
+    int halos;
+    int64_t mixing;
+  };
+  const auto streamed = [chunks](int64_t stages) { return stages < chunks ? stages : chunks; };
+  for (const Choice& choice : {Choice{3, chunks}, Choice{2, chunks}, Choice{2, streamed(2)}, Choice{1, chunks}}) {
+    const HopperPlan resident = sized(choice.halos, basis_tiles, choice.mixing);
+    if (!fits(resident)) continue;
+    plan = resident;
+    plan.basis_resident = true;
+    return plan;
+  }
+  constexpr int deep_enough = 6;
+  for (const Choice& choice : {Choice{3, chunks}, Choice{2, chunks}, Choice{2, streamed(2)}, Choice{2, streamed(1)},
+                               Choice{1, chunks}, Choice{1, streamed(2)}, Choice{1, streamed(1)}}) {
+    for (int stages = HopperPlan::most_stages; stages >= 2 && stages > plan.basis_stages; --stages) {
+      const HopperPlan ring = sized(choice.halos, stages, choice.mixing);
+      if (fits(ring)) plan = ring;
+    }
+    if (plan.basis_stages >= deep_enough) break;
   }
   return plan;
 }
@@ -77,10 +100,10 @@ inline int64_t hopper_tiles(const Problem& p, const HopperPlan& plan) {
   return int64_t{p.N} * tiles_of(p.OH, plan.tile_y()) * tiles_of(p.OW, HopperPlan::tile_x);
 }
 
-// Blocks of the persistent grid: one a multiprocessor, which takes all registers, never more than tiles ask for. The
-// multiprocessors of a cluster lie close to each other, so clusters of four and eight leave some over (measured).
+// Blocks of the persistent grid, never more than tiles ask for. The multiprocessors of a cluster lie close to each
+// other, so clusters of four and eight leave some over (measured).
 inline int64_t hopper_grid(const Problem& p, const HopperPlan& plan, const CudaDevice& device) {
-  const int usable = plan.blocks < 4 ? device.multiprocessors : device.multiprocessors * 10 / 11;
+  const int usable = plan.blocks < 4 ? device.multiprocessors * plan.per_sm : device.multiprocessors * 10 / 11;
   const int64_t clusters = usable / plan.blocks > 0 ? usable / plan.blocks : 1, tiles = hopper_tiles(p, plan);
   return (tiles < clusters ? tiles : clusters) * plan.blocks;
 }
@@ -93,16 +116,21 @@ inline int64_t hopper_clocks(const Problem& p, const HopperPlan& plan, const Cud
   const int filters = plan.shared_out ? plan.Q16 / 2 : plan.Q16;
   const int mma = filters <= 16 ? 252 : filters == 32 ? 290 : filters == 64 ? 363 : filters == 128 ? 511 : 1022;
   const int64_t bytes_a_clock = 35 * int64_t{device.multiprocessors} / grid;
-  const int64_t refill = plan.basis_resident ? 0 : plan.basis_tile() / (bytes_a_clock < 60 ? bytes_a_clock : 60);
+  int64_t refill = plan.basis_resident ? 0 : plan.basis_tile() / (bytes_a_clock < 60 ? bytes_a_clock : 60);
+  constexpr int under_way = 1000;  // clocks; one tile of the ring is in use and one is being given back
+  const int ahead = plan.basis_stages > 3 ? plan.basis_stages - 2 : 1;
+  if (!plan.basis_resident && refill < under_way / ahead) refill = under_way / ahead;
   const int64_t stage1 = p.taps * tiles_of(p.slabs, plan.blocks) * (mma > refill ? mma : refill);
   const int64_t stage2 = tiles_of(p.chunks, plan.blocks) * (plan.shared_out ? 500 : 800);
   const int exchange = plan.blocks > 1 ? 2500 : plan.shared_out ? 300 : 0;
-  return rounds * (600 + stage1 + exchange + stage2);
+  return rounds * (600 + stage1 + exchange + stage2) * (plan.per_sm == 2 ? 170 : 100) / 100;
 }
 
 // The quickest plan of a call by that count; `bytes` is 0 where none fits.
 inline HopperPlan hopper_plan(const Problem& p, const CudaDevice& device) {
   HopperPlan best = hopper_plan_of(p, device.shared_bytes, false, 1);
+  const HopperPlan two = hopper_plan_of(p, device.shared_bytes, false, 1, 2);
+  if (two.bytes != 0 && hopper_clocks(p, two, device) < hopper_clocks(p, best, device)) best = two;
   for (int blocks = 1; blocks <= HopperPlan::most_blocks; blocks *= 2) {
     if (blocks > 1 && (blocks > p.slabs || blocks > device.multiprocessors)) break;
     const HopperPlan plan = hopper_plan_of(p, device.shared_bytes, true, blocks);

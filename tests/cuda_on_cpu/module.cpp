@@ -93,6 +93,8 @@ PYBIND11_MODULE(MODULE_NAME, m) {
     facts["bytes"] = plan.bytes;
     facts["shared_out"] = plan.shared_out;
     facts["blocks"] = plan.blocks;
+    facts["per_sm"] = plan.per_sm;
+    facts["basis_stages"] = plan.basis_stages;
     facts["halo_stages"] = plan.halo_stages;
     facts["basis_resident"] = plan.basis_resident;
     facts["mixing_resident"] = plan.mixing_resident;

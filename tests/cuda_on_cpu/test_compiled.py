@@ -59,7 +59,7 @@ def short(mangled: str) -> str:
     dtype = re.search(r"(b?f16)E", mangled)
     filters, flag = re.search(r"Li(\d+)E", mangled), "shared out" if "sm90a" in name[1] else "precise"
     words = [name[1], dtype[1] if dtype else "", filters[1] if filters else "", flag * ("Lb1E" in mangled)]
-    words += ["9"] * ("Li9E" in mangled)
+    words += ["9"] * ("Li9E" in mangled) + ["two"] * ("Li2E" in mangled)
     return " ".join(filter(None, words))
 
 
