@@ -18,7 +18,8 @@ from tests.cuda_on_cpu.test_basis_conv2d import ONE, case
 pytestmark = pytest.mark.xdist_group("cuda_on_cpu")
 
 # What is planted: file, the right text, the wrong one. "#" in a text is the number of its fault.
-SM80, SM90A, SHARED = "basis_conv2d_sm80.cu", "basis_conv2d_sm90a.cu", "basis_conv2d_epilogue.h"
+SM80, SM90A = "basis_conv2d_sm80.cu", "basis_conv2d_sm90a.cu"
+SHARED, EXCHANGE = "basis_conv2d_epilogue.h", "basis_conv2d_exchange.h"
 TAP_BARRIER = "__syncthreads();  // this step's tiles"
 CHUNK_BARRIER = "__syncthreads();  // the coefficients have landed"
 TAP_WAIT = "cp_async_wait<L::stages - 2>();"
@@ -65,9 +66,9 @@ FAULTS = {
     "sm90a: bytes counted with the padding": (
         SM90A, BOX_BYTES, BOX_BYTES.replace("plan.halo_box", "planted == # ? plan.halo_bytes : plan.halo_box"),
     ),
-    "sm90a: sums not waited for": (SM90A, SUMMED, f"if (planted != #) {SUMMED}"),
-    "sm90a: Z not waited for": (SM90A, SHOWN, f"if (planted != #) {SHOWN}"),
-    "sm90a: a block's sums twice": (SM90A, "lane * 16), from);", "lane * 16), planted == # ? 0 : from);"),
+    "sm90a: sums not waited for": (EXCHANGE, SUMMED, f"if (planted != #) {SUMMED}"),
+    "sm90a: Z not waited for": (EXCHANGE, SHOWN, f"if (planted != #) {SHOWN}"),
+    "sm90a: a block's sums twice": (EXCHANGE, "lane * 16), from);", "lane * 16), planted == # ? 0 : from);"),
     "sm90a: A read without the swizzle": (
         SM90A, A_SWIZZLE, f"(planted == # ? pixel * kSlab * 2 + lane / 16 * 16 : {A_SWIZZLE})",
     ),
