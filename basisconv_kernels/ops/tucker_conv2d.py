@@ -67,29 +67,11 @@ CANDIDATES = (
         backward="basisconv_kernels.ops.tucker_conv2d_triton:backward",
         check="basisconv_kernels.ops.tucker_conv2d_selfcheck:triton",
     ),
-    Candidate("reference", "basisconv_kernels.ops.tucker_conv2d:_reference_forward", _reference_supports),
+    Candidate("reference", "basisconv_kernels.ops.tucker_conv2d_unfused:forward", _reference_supports),
 )
 
 # (result, M, Z): the last two are None unless they were asked for.
 Forward = tuple[Tensor, Tensor | None, Tensor | None]
-
-
-def _reference_forward(
-    input: Tensor,
-    u_in: Tensor,
-    core: Tensor,
-    u_out: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    packed: Tensor | None,
-    settings: Settings,
-    keep_stages: bool = False,
-) -> Forward:
-    arguments = (input, u_in, core, u_out, bias, residual, *settings[:-1])
-    if not keep_stages:
-        return reference.forward(*arguments), None, None
-    result, stages = reference.forward_with_stages(*arguments)
-    return result, *stages
 
 
 _targets: dict[str, tuple[Callable[..., Forward], Callable[..., reference.Gradients]]] = {}
