@@ -20,6 +20,7 @@ import torch
 from basisconv_kernels import testing
 from basisconv_kernels.core import registry, tuning
 from basisconv_kernels.ops import basis_conv2d as op
+from basisconv_kernels.ops import basis_conv2d_unfused as unfused
 from basisconv_kernels.testing import Case
 from basisconv_kernels.testing.candidates import SIGNATURES
 
@@ -148,6 +149,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("BASISCONV_CACHE", str(folder))
     monkeypatch.setattr(tuning, "PACKAGED", tmp_path / "packaged")
     monkeypatch.setattr(op, "_plans", {})
+    monkeypatch.setattr(unfused, "_decisions", {})
     tuning.forget()
     yield folder
     tuning.forget()

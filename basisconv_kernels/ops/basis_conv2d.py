@@ -182,11 +182,14 @@ class BasisConv2dFunction(torch.autograd.Function):
         ctx.settings = settings
         if maps is not None:
             ctx.mark_non_differentiable(maps)
+            ctx.set_materialize_grads(False)  # else autograd fills a gradient of Z with zeros for every backward
         ctx.save_for_backward(input, basis_weight, coefficients, result if settings.activation else None, maps)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor, _: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_output: Tensor | None, _: Any) -> tuple[Any, ...]:
         """The formulas of ``reference.basis_conv2d.backward``, by the backend's own kernels where it has some."""
+        if grad_output is None:
+            return (None,) * 8
         input, basis_weight, coefficients, output, maps = ctx.saved_tensors
         stride, padding, dilation, groups, activation, _, backend = ctx.settings
         with _without_graph():

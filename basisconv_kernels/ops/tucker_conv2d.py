@@ -161,11 +161,14 @@ class TuckerConv2dFunction(torch.autograd.Function):
         ctx.settings = settings
         if reduced is not None and maps is not None:
             ctx.mark_non_differentiable(reduced, maps)
+            ctx.set_materialize_grads(False)  # else autograd fills gradients of M and Z with zeros for every backward
         ctx.save_for_backward(input, u_in, core, u_out, result if settings.activation else None, reduced, maps)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Any, ...]:
         """The formulas of ``reference.tucker_conv2d.backward``, by the backend's own kernels where it has some."""
+        if grad_output is None:
+            return (None,) * 9
         input, u_in, core, u_out, output, reduced, maps = ctx.saved_tensors
         stride, padding, dilation, activation, _, backend = ctx.settings
         stages = None if reduced is None else reference.Stages(reduced, maps)

@@ -31,6 +31,7 @@ SHARES = (4, 2)  # Q = K / share
 OURS = ("cuda", "triton")
 BASELINES = ("two_step", "dense")
 COMPILED = ("two_step_compiled", "dense_compiled")
+PLAIN = ("reference",)  # what automatic choice falls back to: a convolution and a product of the library
 ROWS_COMPILED = 3  # layers whose baselines are compiled too: seconds each
 SEED = 20190412
 
@@ -78,6 +79,8 @@ def by_priority() -> Iterator[tuple[Layer, tuple[str, ...]]]:
             yield Layer(C, K, side, 1, share), engines
     for C, K, side in RESNET:
         yield Layer(C, K, side, 32, 4, tucker=True), engines
+    for C, K, side in RESNET:
+        yield Layer(C, K, side, 32, 4), PLAIN
     for C, K, side in RESNET[:ROWS_COMPILED]:
         yield Layer(C, K, side, 32, 4), COMPILED
     for C, K, side in RESNET:

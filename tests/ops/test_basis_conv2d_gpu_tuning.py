@@ -33,7 +33,6 @@ def gpu(cache, monkeypatch):
     monkeypatch.setattr(registry, "absent", lambda name: None)
     monkeypatch.setattr(selfcheck, "against", lambda check: None)
     monkeypatch.setattr(selfcheck, "known", lambda variant: None)
-    monkeypatch.setattr(unfused, "_decisions", {})
 
 
 def put(problem=P, step=tuning.FORWARD, op_name=op.OP, way="graph", **ms):
