@@ -44,11 +44,10 @@ def forward(
 def library_has_it(input: Tensor, basis_weight: Tensor, coefficients: Tensor, settings: tuple[Any, ...]) -> bool:
     """Whether two library kernels compute what the contract says: 16 bits on a GPU, summed in float32.
 
-    Elsewhere the reference widens 16-bit tensors: on a processor, for ``precise``, in NCHW, and in compact groups.
+    Elsewhere the reference widens 16-bit tensors: on a processor, for ``precise``, and in compact groups.
     """
     half = input.device.type == "cuda" and input.dtype in reference.HALF and not settings[5]
-    whole = reference.coefficient_groups(coefficients, basis_weight.shape[0], settings[3]) == 1
-    return half and whole and reference.memory_format(input) == torch.channels_last
+    return half and reference.coefficient_groups(coefficients, basis_weight.shape[0], settings[3]) == 1
 
 
 def by_the_library(
@@ -70,28 +69,52 @@ def by_the_library(
     """
     padded, pad = reference.symmetric(input, padding)
     maps = F.conv2d(padded, basis_weight, None, stride, pad, dilation, groups)
-    out = recombine(_rows(maps), coefficients, bias, None if residual is None else _rows(residual))
-    N, _, OH, OW = maps.shape
-    out = out.view(N, OH, OW, coefficients.shape[0]).permute(0, 3, 1, 2)
+    layout = reference.memory_format(input)
+    out = (_mix_rows if layout == torch.channels_last else _mix_planes)(maps, coefficients, bias, residual)
     if activation is not None:
         out = F.relu(out) if activation == "relu" else F.relu6(out)
-    return reference.laid_out(out, reference.memory_format(input)), maps
+    return reference.laid_out(out, layout), maps
 
 
-def _rows(maps: Tensor) -> Tensor:
-    """[N, C, H, W] → [N·H·W, C], no copy for channels_last."""
-    return maps.permute(0, 2, 3, 1).reshape(-1, maps.shape[1])
+def _mix_rows(maps: Tensor, coefficients: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """Of channels_last maps, without copies: [pixels, Q] · [Q, K]."""
 
+    def rows_of(maps: Tensor) -> Tensor:
+        return maps.permute(0, 2, 3, 1).reshape(-1, maps.shape[1])
 
-def recombine(rows: Tensor, coefficients: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    """``rows · coefficientsᵀ + bias + residual`` [pixels, K] by one product, rounded once."""
+    N, _, OH, OW = maps.shape
+    rows = rows_of(maps)
     if residual is None:
-        return F.linear(rows, coefficients, bias)
-    if bias is not None:
-        more = 8 - rows.shape[1] % 8  # aligned rows
-        rows = F.pad(rows, (0, more), value=1.0)
-        coefficients = F.pad(torch.cat([coefficients, bias[:, None]], 1), (0, more - 1))
-    return torch.addmm(residual, rows, coefficients.t())
+        out = F.linear(rows, coefficients, bias)
+    else:
+        if bias is not None:
+            coefficients = _with_bias(coefficients, bias)
+            rows = F.pad(rows, (0, coefficients.shape[1] - rows.shape[1]), value=1.0)
+        out = torch.addmm(rows_of(residual), rows, coefficients.t())
+    return out.view(N, OH, OW, coefficients.shape[0]).permute(0, 3, 1, 2)
+
+
+def _mix_planes(maps: Tensor, coefficients: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """Of NCHW maps, without copies: [K, Q] · [Q, pixels] for each image."""
+    N, Q, OH, OW = maps.shape
+    K, planes = coefficients.shape[0], maps.reshape(N, Q, OH * OW)
+    if bias is not None and residual is not None:
+        coefficients = _with_bias(coefficients, bias)
+        planes = F.pad(planes, (0, 0, 0, coefficients.shape[1] - Q), value=1.0)
+    each = coefficients.expand(N, *coefficients.shape)
+    if residual is not None:
+        out = torch.baddbmm(residual.reshape(N, K, OH * OW), each, planes)
+    elif bias is not None:
+        out = torch.baddbmm(bias[:, None].expand(N, K, OH * OW), each, planes)
+    else:
+        out = torch.bmm(each, planes)
+    return out.view(N, K, OH, OW)
+
+
+def _with_bias(coefficients: Tensor, bias: Tensor) -> Tensor:
+    """[K, Q] → [K, Q + 1 and zeros up to a multiple of eight]: aligned rows."""
+    more = 8 - coefficients.shape[1] % 8
+    return F.pad(torch.cat([coefficients, bias[:, None]], 1), (0, more - 1))
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

@@ -19,9 +19,10 @@ SIZES = {"N": 8, "C": 64, "H": 14, "W": 14, "Q": 128, "K": 256}  # a product tha
 
 
 @HALF
-@pytest.mark.parametrize("name", ["odd_sizes", "channels_last", "whole_epilogue", "stride_and_dilation", "precise"])
-def test_plain_pytorch_keeps_the_contract(name, dtype):
-    case = testing.case(name).at(dtype=dtype, device="cuda", channels_last=True)
+@pytest.mark.parametrize("last", [True, False], ids=["channels_last", "nchw"])
+@pytest.mark.parametrize("name", ["odd_sizes", "whole_epilogue", "stride_and_dilation", "precise"])
+def test_plain_pytorch_keeps_the_contract(name, last, dtype):
+    case = testing.case(name).at(dtype=dtype, device="cuda", channels_last=last)
     testing.check(case, functools.partial(basis_conv2d, backend="reference"))
 
 
