@@ -46,7 +46,8 @@ Problem problem_of(const CudaBasisConv2d& call) {
   p.input_in_16_bytes = p.in.c == 1 && p.in.n % 8 == 0 && p.in.h % 8 == 0 && p.in.w % 8 == 0 &&
                         multiple_of(p.input, 16) && (p.groups == 1 || p.C % 8 == 0);
   p.pixels_side_by_side = p.in.w == 1 && p.in.c != 1;
-  p.output_in_8_bytes = params.channels_last && p.K % 4 == 0 && multiple_of(p.output, 8);
+  p.output_in_16_bytes = params.channels_last && p.K % 8 == 0 && multiple_of(p.output, 16) &&
+                         multiple_of(p.residual, 16) && multiple_of(p.bias, 4);
   return p;
 }
 
@@ -142,7 +143,7 @@ static bool hopper_takes(const CudaBasisConv2d& call, const CudaDevice& device) 
   if (device.capability != 90 || call.params.weights.precise || call.params.weights.groups != 1) return false;
   const Problem p = problem_of(call);
   if (!p.input_in_16_bytes || p.C % 8 != 0 || p.H == 0 || p.W == 0) return false;
-  const HopperPlan plan = hopper_plan(p, device.shared_bytes);
+  const HopperPlan plan = hopper_plan(p, device);
   const TensorMapRequest map =
       image_map(p.input, true, p.N, p.H, p.W, p.C, p.in.n, p.in.h, p.in.w, plan.rows, plan.columns);
   return plan.bytes > 0 && reason_against(map) == nullptr;

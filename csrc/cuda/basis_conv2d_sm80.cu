@@ -8,12 +8,12 @@
 //            pixels instead.
 //   between  the float32 accumulators of two n8 tiles, rounded and packed in pairs, are the A fragment of a k16 step: Z
 //            never leaves the registers. `precise` splits them into three TF32 numbers instead, whose sum is exact.
-//   stage 2  64 outputs at a time: coefficients from shared memory, then the epilogue of basis_conv2d_problem.h.
+//   stage 2  64 outputs at a time: coefficients from shared memory, then the epilogue of basis_conv2d_epilogue.h.
 // Copies run two steps ahead. Input that does not lie in 16-byte pieces (NCHW, C not a multiple of 8, odd views) is
 // read element by element: slower, with no copy of the input beside it.
 //
 // Tests: tests/cuda_on_cpu/test_basis_conv2d.py (no GPU), tests/ops/test_basis_conv2d.py.
-#include "basis_conv2d_problem.h"
+#include "basis_conv2d_epilogue.h"
 
 namespace basisconv::cuda {
 namespace {
@@ -207,7 +207,10 @@ __global__ void __launch_bounds__(kThreads) basis_conv2d_sm80(const Problem p, c
   const int a_lane = a_row * kSlabPitch + lane / 16 * 16;
   const int b_row = lane % 8 + lane / 16 * 8, b_column = lane / 8 % 2 * 16;
   const uint32_t b_lane = swizzled(b_row * kSlab * 2 + b_column, kSlab * 2);
-  float z[Q16 / 8][4] = {};
+  float z[Q16 / 8][4];
+  const float start = poison(p);
+#pragma unroll
+  for (int i = 0; i < Q16 / 2; ++i) z[i / 4][i % 4] = start;
   int r = 0, s = 0, slab = 0;
   for (int step = 0; step < steps; ++step) {
     cp_async_wait<L::stages - 2>();
@@ -249,7 +252,6 @@ __global__ void __launch_bounds__(kThreads) basis_conv2d_sm80(const Problem p, c
   }
 
   // Stage 2.
-  const float offset = poison(p);
   char* staging = halos + warp * kStagingBytes;
   const KeptMaps<Q16> kept{bases + warp * KeptMaps<Q16>::bytes};
 #pragma unroll 1
@@ -275,7 +277,12 @@ __global__ void __launch_bounds__(kThreads) basis_conv2d_sm80(const Problem p, c
       } else {
         recombine<T, Q16>(y, rounded, mixing, first, b_row, b_column);
       }
-      store_outputs<T>(p, y, staging, pixels, chunk * kChunk + first, offset);
+      float outputs[kStagedColumns / 2];
+#pragma unroll
+      for (int i = 0; i < kStagedColumns / 2; ++i) outputs[i] = y[i / 4][i % 4];
+      BiasPairs<kStagedColumns> bias;
+      bias.template load<T>(p, chunk * kChunk + first);
+      store_outputs<T, kStagedColumns>(p, outputs, bias, staging, pixels, chunk * kChunk + first);
     }
   }
 }

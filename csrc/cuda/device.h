@@ -23,9 +23,11 @@ using Stream = cudaStream_t;
 
 // --- launch ----------------------------------------------------------------------------------------------------------
 
-// Null when launched on the stream, else CUDA's words. Asks nothing of the device, so a graph may capture it.
+// Null when launched on the stream, else CUDA's words. Asks nothing of the device, so a graph may capture it. `blocks`
+// of the grid after the other along x are a cluster: above 1 from compute capability 9.0 on.
 template <class... P, class... A>
-const char* launch(void (*kernel)(P...), dim3 grid, dim3 block, int64_t shared_bytes, Stream stream, A... arguments) {
+const char* launch_clusters(void (*kernel)(P...), dim3 grid, int blocks, dim3 block, int64_t shared_bytes,
+                            Stream stream, A... arguments) {
   constexpr int64_t without_asking = 48 * 1024;
   const void* function = reinterpret_cast<const void*>(kernel);
   cudaError_t error = cudaSuccess;
@@ -33,8 +35,24 @@ const char* launch(void (*kernel)(P...), dim3 grid, dim3 block, int64_t shared_b
     error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
   }
   void* pointers[] = {&arguments...};
-  if (error == cudaSuccess) error = cudaLaunchKernel(function, grid, block, pointers, shared_bytes, stream);
+  if (error == cudaSuccess && blocks == 1) {
+    error = cudaLaunchKernel(function, grid, block, pointers, shared_bytes, stream);
+  } else if (error == cudaSuccess) {
+    cudaLaunchAttribute cluster{};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = blocks, cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid, config.blockDim = block;
+    config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+    config.stream = stream;
+    config.attrs = &cluster, config.numAttrs = 1;
+    error = cudaLaunchKernelExC(&config, function, pointers);
+  }
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+template <class... P, class... A>
+const char* launch(void (*kernel)(P...), dim3 grid, dim3 block, int64_t shared_bytes, Stream stream, A... arguments) {
+  return launch_clusters(kernel, grid, 1, block, shared_bytes, stream, arguments...);
 }
 
 // Dynamic shared memory, aligned to 1024 bytes.
@@ -57,6 +75,27 @@ BASISCONV_DEVICE uint32_t round2(float low, float high) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
   } else {
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  }
+  return word;
+}
+// The larger and the smaller of two such pairs, each of its own; NaN where either is.
+template <class T>
+BASISCONV_DEVICE uint32_t max2(uint32_t a, uint32_t b) {
+  uint32_t word;
+  if constexpr (__is_same(T, bf16)) {
+    asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(word) : "r"(a), "r"(b));
+  } else {
+    asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(word) : "r"(a), "r"(b));
+  }
+  return word;
+}
+template <class T>
+BASISCONV_DEVICE uint32_t min2(uint32_t a, uint32_t b) {
+  uint32_t word;
+  if constexpr (__is_same(T, bf16)) {
+    asm("min.NaN.bf16x2 %0, %1, %2;" : "=r"(word) : "r"(a), "r"(b));
+  } else {
+    asm("min.NaN.f16x2 %0, %1, %2;" : "=r"(word) : "r"(a), "r"(b));
   }
   return word;
 }

@@ -64,6 +64,38 @@ BASISCONV_DEVICE void bar_wait(uint64_t* bar, int parity) {
   } while (done == 0);
 }
 
+// --- clusters --------------------------------------------------------------------------------------------------------
+
+// All threads of all blocks of a cluster, before one touches another's memory.
+BASISCONV_DEVICE void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// The same place of shared memory in the block of this rank, for ordinary loads and stores.
+template <class P>
+BASISCONV_DEVICE P* beside(P* p, int rank) {
+  uint64_t there;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(p), "r"(rank));
+  return reinterpret_cast<P*>(there);
+}
+BASISCONV_DEVICE void bar_arrive_beside(uint64_t* bar, int rank) {
+  asm volatile(
+      "{.reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; "
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];}" ::"r"(shared_address(bar)),
+      "r"(rank)
+      : "memory");
+}
+// bar_wait for what other blocks of the cluster wrote before they arrived.
+BASISCONV_DEVICE void bar_wait_cluster(uint64_t* bar, int parity) {
+  uint32_t done;
+  do {
+    asm volatile(
+        "{.reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+        : "=r"(done)
+        : "r"(shared_address(bar)), "r"(parity)
+        : "memory");
+  } while (done == 0);
+}
+
 // --- copies ----------------------------------------------------------------------------------------------------------
 
 // `bytes` of global memory as they lie; both addresses and the count are multiples of 16. The barrier counts the bytes.
@@ -85,6 +117,19 @@ BASISCONV_DEVICE void tensor_load(void* to, const TensorMap& map, int c0, int c1
 // Makes this thread's ordinary stores to shared memory visible to wgmma and to copies.
 BASISCONV_DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// --- registers -------------------------------------------------------------------------------------------------------
+
+// Shares out the registers of a block anew; all four warps of a warpgroup call one of them, once. The kernel needs
+// __launch_bounds__(threads, 1).
+template <int registers>
+BASISCONV_DEVICE void keep_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers));
+}
+template <int registers>
+BASISCONV_DEVICE void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers));
+}
+
 // --- wgmma -----------------------------------------------------------------------------------------------------------
 // Four warps together, 128 threads from a multiple of 128 on. Between issue and wait nobody touches d, a and the tile.
 
@@ -94,6 +139,15 @@ BASISCONV_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.ali
 template <int newest>
 BASISCONV_DEVICE void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(newest) : "memory");
+}
+
+// These registers have their values now: no move into them may be scheduled between the wgmma that read them.
+template <int steps>
+BASISCONV_DEVICE void wgmma_operands(uint32_t (&a)[steps][4]) {
+#pragma unroll
+  for (int i = 0; i < steps; ++i) {
+    asm volatile("" : "+r"(a[i][0]), "+r"(a[i][1]), "+r"(a[i][2]), "+r"(a[i][3])::"memory");
+  }
 }
 
 // Operand lists: the accumulators are %0 .. %(N/2 - 1), then four registers of a, then the descriptor of b.

@@ -1,4 +1,5 @@
-// The threads of a block as fibers on one thread of the machine; the blocks of a grid run one after another.
+// The threads of a block as fibers on one thread of the machine; the blocks of a grid run one after another, those of a
+// cluster together.
 //
 // One fiber runs until it has to wait, then the first, the last or a random one that can go on (`Order`). That is
 // further apart than hardware lets threads drift, so what depends on a missing barrier differs between the orders.
@@ -49,7 +50,7 @@ struct alignas(16) float4 {
 };
 using std::max;
 using std::min;
-inline dim3 threadIdx, blockIdx, blockDim, gridDim;  // threadIdx.x is set whenever a fiber gets its turn
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;  // the first two are set whenever a fiber gets its turn
 
 namespace cuda_on_cpu {
 
@@ -67,12 +68,14 @@ struct Fiber {
   bool started = false;
 };
 
-// The block that is running. `ready` has a word a warp and a bit a lane.
+// What is running: a block, or the blocks of a cluster, whose threads are numbered on. `ready` has a word a warp and a
+// bit a lane.
 struct Block {
   std::vector<Fiber> fibers;
   std::vector<uint32_t> ready;
-  std::map<std::string, int> waiting;  // for what, and how many
-  int self = 0, live = 0, at_barrier = 0;
+  std::map<std::string, int> waiting;   // for what, and how many
+  int self = 0, live = 0, threads = 0;  // of these, in one block
+  std::vector<int> at_barrier;          // a block each, and the cluster last
   std::function<void()> body;
   std::string error;
   jmp_buf done;
@@ -85,8 +88,10 @@ struct Block {
 inline Block block;
 inline std::vector<void (*)()> at_block_start;  // the other files clear their state here
 inline std::vector<std::unique_ptr<char[]>> stacks;
-inline char* shared = nullptr;
-inline size_t shared_bytes = 0;
+// Shared memory of the block whose turn it is, and that of the first block of its cluster.
+inline char *shared = nullptr, *shared_of_cluster = nullptr;
+inline size_t shared_bytes = 0, shared_pitch = 0;  // of a block, and from one to the next
+inline unsigned first_block = 0;
 
 inline uint32_t random_number() {
   block.random = block.random * 1664525u + 1013904223u;
@@ -134,7 +139,9 @@ inline void run_next() {
     _longjmp(block.done, 1);
   }
   block.self = next;
-  threadIdx.x = next;
+  threadIdx.x = next % block.threads;
+  blockIdx.x = first_block + next / block.threads;
+  shared = shared_of_cluster + next / block.threads * shared_pitch;
   Fiber& fiber = block.fibers[next];
   if (fiber.started) _longjmp(fiber.resume, 1);
   fiber.started = true;
@@ -162,12 +169,13 @@ inline void wait_for(const char* what) {
   _longjmp(block.done, 1);
 }
 
-inline void run_block(int threads) {
+inline void run_blocks(int blocks) {
+  const int threads = blocks * block.threads;
   block.fibers.assign(threads, Fiber{});
   block.ready.assign(threads / kWarp, ~0u);
   block.waiting.clear();
   block.live = threads;
-  block.at_barrier = 0;
+  block.at_barrier.assign(blocks + 1, 0);
   block.error.clear();
   while (stacks.size() < static_cast<size_t>(threads)) stacks.emplace_back(new char[kStackBytes]);
   for (int i = 0; i < threads; ++i) {
@@ -195,12 +203,22 @@ inline size_t shared_offset(const void* p, size_t bytes, size_t alignment, const
 
 }  // namespace cuda_on_cpu
 
+namespace cuda_on_cpu {
+
+// Threads `first` to `last` wait for each other; the last to come goes on at once.
+inline void meet(const char* name, int& at_barrier, int first, int last) {
+  if (++at_barrier < last - first) return wait_for(name);
+  at_barrier = 0;
+  for (int thread = first; thread < last; ++thread) block.wake(thread);
+}
+
+}  // namespace cuda_on_cpu
+
 // Every thread of the block must come here, also those that would have returned.
 inline void __syncthreads() {
   cuda_on_cpu::Block& block = cuda_on_cpu::block;
-  if (++block.at_barrier < static_cast<int>(block.fibers.size())) return cuda_on_cpu::wait_for("__syncthreads");
-  block.at_barrier = 0;
-  for (uint32_t& warp : block.ready) warp = ~0u;
+  const int rank = block.self / block.threads;
+  cuda_on_cpu::meet("__syncthreads", block.at_barrier[rank], rank * block.threads, (rank + 1) * block.threads);
 }
 
 namespace basisconv::cuda {
@@ -208,30 +226,41 @@ namespace basisconv::cuda {
 using Stream = void*;
 
 template <class... P, class... A>
-const char* launch(void (*kernel)(P...), dim3 grid, dim3 threads, int64_t bytes, Stream, A... arguments) {
+const char* launch_clusters(void (*kernel)(P...), dim3 grid, int blocks, dim3 threads, int64_t bytes, Stream,
+                            A... arguments) {
   using namespace cuda_on_cpu;
   if (threads.x % kWarp != 0 || threads.x == 0) return "the threads of a block must be whole warps";
+  if (blocks < 1 || blocks > 8 || grid.x % blocks != 0) return "a grid must be whole clusters of at most eight blocks";
   // The end of shared memory is the end of its allocation, where the address sanitizer stands guard.
   constexpr size_t alignment = 1024;
   shared_bytes = static_cast<size_t>(bytes);
+  shared_pitch = (shared_bytes + alignment - 1) / alignment * alignment;
+  const size_t all = (blocks - 1) * shared_pitch + shared_bytes;
   void* memory = nullptr;
-  if (posix_memalign(&memory, alignment, shared_bytes + 1) != 0) return "no memory for shared memory";
+  if (posix_memalign(&memory, alignment, all + 1) != 0) return "no memory for shared memory";
   const std::unique_ptr<void, void (*)(void*)> owner(memory, free);
-  shared = static_cast<char*>(memory);
+  shared = shared_of_cluster = static_cast<char*>(memory);
+  block.threads = static_cast<int>(threads.x);
   gridDim = grid;
   blockDim = threads;
   block.random = 1;
   block.body = [&] { kernel(arguments...); };
   for (unsigned z = 0; z < grid.z; ++z) {
     for (unsigned y = 0; y < grid.y; ++y) {
-      for (unsigned x = 0; x < grid.x; ++x) {
+      for (unsigned x = 0; x < grid.x; x += blocks) {
+        first_block = x;
         blockIdx = {x, y, z};
-        memset(shared, 0xFF, shared_bytes);
-        run_block(static_cast<int>(threads.x));
+        memset(shared_of_cluster, 0xFF, all);
+        run_blocks(blocks);
       }
     }
   }
   return nullptr;
+}
+
+template <class... P, class... A>
+const char* launch(void (*kernel)(P...), dim3 grid, dim3 threads, int64_t bytes, Stream stream, A... arguments) {
+  return launch_clusters(kernel, grid, 1, threads, bytes, stream, arguments...);
 }
 
 inline char* shared_memory() { return cuda_on_cpu::shared; }

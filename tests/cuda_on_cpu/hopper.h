@@ -63,7 +63,7 @@ inline const bool hopper_is_cleared = [] {
     mbarriers.clear();
     wgmma_threads.assign(block.fibers.size(), WgmmaThread{});
     wgmma_arrived.assign(block.fibers.size() / kWarpgroup, 0);
-    async_view.assign(shared_bytes, static_cast<char>(0xFF));
+    async_view.assign(block.fibers.size() / block.threads * shared_pitch, static_cast<char>(0xFF));
   });
   return true;
 }();
@@ -76,7 +76,7 @@ inline Mbarrier& mbarrier(const uint64_t* bar) {
 
 inline void write_both(char* to, const void* from, size_t bytes) {
   memcpy(to, from, bytes);
-  memcpy(&async_view[to - shared], from, bytes);
+  memcpy(&async_view[to - shared_of_cluster], from, bytes);
 }
 
 inline void deliver(const BulkCopy& copy) {
@@ -129,7 +129,7 @@ inline void arrive(uint64_t* at, int bytes) {
 
 inline void issue(uint64_t* at, const BulkCopy& copy) {
   memset(copy.to, 0xFF, copy.bytes);
-  memset(&async_view[copy.to - shared], 0xFF, copy.bytes);
+  memset(&async_view[copy.to - shared_of_cluster], 0xFF, copy.bytes);
   Mbarrier& bar = mbarrier(at);
   bar.copies.push_back(copy);
   bar.issued += copy.bytes;
@@ -144,7 +144,7 @@ inline void run_wgmma(int first, size_t group, size_t index) {
     for (int k = 0; k < 16; ++k) {
       const uint32_t offset = basisconv::cuda::swizzled(j * w.row_bytes + w.k * 32 + k * 2, w.row_bytes);
       uint16_t bits;
-      memcpy(&bits, &async_view[w.tile - shared + offset], 2);
+      memcpy(&bits, &async_view[w.tile - shared_of_cluster + offset], 2);
       b[j * 16 + k] = w.decode(bits);
     }
   }
@@ -216,6 +216,20 @@ inline void bar_init(uint64_t* bar, int count) {
   cuda_on_cpu::mbarriers[bar] = {count, count, 0, 0, 0, {}, {}};
 }
 inline void bar_init_fence() {}
+
+// All threads of a cluster that have not returned.
+inline void cluster_sync() {
+  using namespace cuda_on_cpu;
+  meet("cluster_sync", block.at_barrier.back(), 0, static_cast<int>(block.fibers.size()));
+}
+template <class P>
+P* beside(P* p, int rank) {
+  using namespace cuda_on_cpu;
+  if (rank < 0 || rank >= static_cast<int>(block.fibers.size()) / block.threads) fail("beside: no such block");
+  const size_t offset = shared_offset(p, sizeof(P), alignof(P), "beside");
+  return reinterpret_cast<P*>(shared_of_cluster + rank * shared_pitch + offset);
+}
+inline void bar_arrive_beside(uint64_t* bar, int rank) { cuda_on_cpu::arrive(beside(bar, rank), 0); }
 inline void bar_arrive(uint64_t* bar) { cuda_on_cpu::arrive(bar, 0); }
 inline void bar_arrive_expect(uint64_t* bar, int bytes) { cuda_on_cpu::arrive(bar, bytes); }
 inline void bar_wait(uint64_t* at, int parity) {
@@ -230,6 +244,8 @@ inline void bar_wait(uint64_t* at, int parity) {
   }
 }
 
+inline void bar_wait_cluster(uint64_t* at, int parity) { bar_wait(at, parity); }
+
 inline void bulk_load(void* to, const void* from, int bytes, uint64_t* bar) {
   cuda_on_cpu::shared_offset(to, bytes, 16, "bulk_load");
   if (bytes % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0) cuda_on_cpu::fail("bulk_load: no multiple of 16");
@@ -241,9 +257,17 @@ inline void tensor_load(void* to, const TensorMap& map, int c0, int c1, int c2, 
   cuda_on_cpu::issue(bar, {static_cast<char*>(to), nullptr, map, bytes, {c0, c1, c2, c3}});
 }
 inline void fence_proxy_async() {
-  memcpy(cuda_on_cpu::async_view.data(), cuda_on_cpu::shared, cuda_on_cpu::shared_bytes);
+  using namespace cuda_on_cpu;
+  memcpy(&async_view[shared - shared_of_cluster], shared, shared_bytes);
 }
 
+template <int registers>
+void keep_registers() {}
+template <int registers>
+void take_registers() {}
+
+template <int steps>
+void wgmma_operands(uint32_t (&)[steps][4]) {}
 inline void wgmma_fence() { cuda_on_cpu::wgmma_threads[cuda_on_cpu::block.self].fenced = true; }
 inline void wgmma_commit() {
   cuda_on_cpu::WgmmaThread& mine = cuda_on_cpu::wgmma_threads[cuda_on_cpu::block.self];

@@ -88,9 +88,11 @@ PYBIND11_MODULE(MODULE_NAME, m) {
   });
   m.def("hopper_plan", [](const py::dict& from) {
     const CudaDevice on = device(from);
-    const cuda::HopperPlan plan = cuda::hopper_plan(cuda::problem_of(call(from)), on.shared_bytes);
+    const cuda::HopperPlan plan = cuda::hopper_plan(cuda::problem_of(call(from)), on);
     py::dict facts;
     facts["bytes"] = plan.bytes;
+    facts["shared_out"] = plan.shared_out;
+    facts["blocks"] = plan.blocks;
     facts["halo_stages"] = plan.halo_stages;
     facts["basis_resident"] = plan.basis_resident;
     facts["mixing_resident"] = plan.mixing_resident;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -103,6 +104,47 @@ def test_sm90a_at_larger_sizes(module, way):
         testing.check(case, Emulated(module, "sm90a", device))
 
 
+@pytest.mark.parametrize("filters", [30, 64, 100, 200])
+@pytest.mark.parametrize("multiprocessors", [1, 2, 4, 8])
+def test_sm90a_where_filters_are_shared_out(module, filters, multiprocessors):
+    """Small maps: two warpgroups with the same pixels, and clusters of as many blocks as pay."""
+    one = case("small_map", f"1 520 7 5 {filters} 200 3 3", padding=ONE, bias=True, residual=True, activation="relu")
+    device = {**H200, "multiprocessors": multiprocessors}
+    kernel = Emulated(module, "sm90a", device)
+    plan = module.hopper_plan(kernel.request(*testing.make_inputs(one).tensors[:3], **one.arguments()))
+    assert plan["shared_out"]
+    assert plan["blocks"] in (multiprocessors, multiprocessors // 2 if filters == 200 else 0)
+    testing.check(one, kernel)
+
+
+@pytest.mark.parametrize("slabs", [2, 3, 5, 6])
+def test_blocks_of_a_cluster_that_have_less_to_do(module, slabs):
+    """Slabs and outputs that the blocks cannot divide evenly, down to none for the last."""
+    one = case("uneven", f"1 {slabs * 64} 5 5 40 72 3 3", padding=ONE)
+    kernel = Emulated(module, "sm90a", H200)
+    plan = module.hopper_plan(kernel.request(*testing.make_inputs(one).tensors[:3], **one.arguments()))
+    assert plan["blocks"] > 1
+    testing.check(one, kernel)
+
+
+def test_a_cluster_makes_several_tiles(module):
+    one = case("several_tiles", "5 640 5 5 40 72 3 3", padding=ONE, bias=True)
+    kernel = Emulated(module, "sm90a", {**H200, "multiprocessors": 4})
+    plan = module.hopper_plan(kernel.request(*testing.make_inputs(one).tensors[:3], **one.arguments()))
+    assert plan["blocks"] == 2
+    testing.check(one, kernel)
+
+
+def test_large_maps_are_not_shared_out(module):
+    for sizes in ("32 64 56 56 16 64 3 3", "32 64 56 56 32 64 3 3", "32 256 56 56 128 256 3 3"):
+        one = case("large_map", sizes, padding=ONE)
+        p = one.problem
+        input = torch.empty(p.N, p.C, p.H, p.W, dtype=BF16, memory_format=torch.channels_last)
+        basis_weight, coefficients = torch.empty(p.Q, p.C, 3, 3, dtype=BF16), torch.empty(p.K, p.Q, dtype=BF16)
+        request = Emulated(module, "sm90a", H200).request(input, basis_weight, coefficients, **one.arguments())
+        assert not module.hopper_plan(request)["shared_out"]
+
+
 def geometry(rng: random.Random, hopper: bool) -> Case:
     """Any geometry with an output pixel, small enough for a second."""
     p = {
@@ -133,8 +175,9 @@ def test_any_geometry(module, variant, device, request):
 @pytest.mark.parametrize("variant", ["sm80", "sm90a"])
 def test_the_maps_are_those_of_the_reference(module, variant):
     """What the backward reads: Z, rounded once, exact on whole numbers."""
-    for layout in {variant == "sm90a", True}:
-        one = case("maps", "2 24 9 11 20 12 3 3", padding=ONE, channels_last=layout)
+    sizes = ("2 24 9 11 20 12 3 3", "2 136 7 6 40 12 3 3", "1 24 7 6 20 12 3 3")
+    for layout, some in itertools.product({variant == "sm90a", True}, sizes):
+        one = case("maps", some, padding=ONE, channels_last=layout)
         inputs = testing.make_inputs(one, values="grid")
         kernel = Emulated(module, variant, H200)
         result = kernel(*inputs.tensors[:4], residual=inputs.residual, keep_maps=True, **one.arguments())

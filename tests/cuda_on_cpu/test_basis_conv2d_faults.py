@@ -18,22 +18,23 @@ from tests.cuda_on_cpu.test_basis_conv2d import ONE, case
 pytestmark = pytest.mark.xdist_group("cuda_on_cpu")
 
 # What is planted: file, the right text, the wrong one. "#" in a text is the number of its fault.
-SM80, SM90A, SHARED = "basis_conv2d_sm80.cu", "basis_conv2d_sm90a.cu", "basis_conv2d_problem.h"
+SM80, SM90A, SHARED = "basis_conv2d_sm80.cu", "basis_conv2d_sm90a.cu", "basis_conv2d_epilogue.h"
 TAP_BARRIER = "__syncthreads();  // this step's tiles"
 CHUNK_BARRIER = "__syncthreads();  // the coefficients have landed"
 TAP_WAIT = "cp_async_wait<L::stages - 2>();"
 BUFFERS = "buffers = all < 1 + ahead ? all : 1 + ahead;"
 B_LANE = "swizzled(b_row * kSlab * 2 + b_column, kSlab * 2)"
-STAGED_ROW = "(lane / 4 + 8 * half) * kStagingPitch"
-STORED = "if (k >= p.K || !pixels.inside(p, pixel)) continue;\n      const float4"
-STAGED = "__syncwarp();\n  T* output"
+STAGED_ROW = "swizzled(lane / 4 * row_bytes, row_bytes) + lane % 4 * 4"
+STORED = "if (first + k >= p.K || !pixels.inside(p, pixel)) continue;"
+STAGED = "__syncwarp();\n  const int k"
 HALO_WAIT = "bar_wait(halo.full + halo_at.stage, halo_at.phase);"
-BASIS_WAIT = "bar_wait(basis.full, 0);"
+BASIS_WAIT = "if (plan.basis_resident && slabs.count() > 0) bar_wait(basis.full, 0);"
 HALO_EMPTY = "bar_wait(halo.empty + halo_at.stage, halo_at.phase ^ 1);"
 HALO_RELEASE = "release(halo.empty + halo_at.stage);"
 PREVIOUS = "wgmma_wait<1>();"
-ALL_DONE = "wgmma_wait<0>();\n    if (!plan.basis_resident)"
+ALL_DONE = "wgmma_wait<0>();\n    if (!plan.basis_resident && previous >= 0)"
 BOX_BYTES = "bar_arrive_expect(halo.full + halo_at.stage, plan.halo_box_bytes);"
+SUMMED, SHOWN = "meet(summed, plan.blocks);", "meet(shown, plan.blocks);"
 A_SWIZZLE = "swizzled(pixel * kSlab * 2 + lane / 16 * 16, kSlab * 2)"
 FAULTS = {
     "sm80: no barrier in the tap loop": (SM80, TAP_BARRIER, f"if (planted != #) {TAP_BARRIER}"),
@@ -42,10 +43,10 @@ FAULTS = {
     "sm80: a buffer too few": (SM80, BUFFERS, f"{BUFFERS} if (planted == #) --buffers;"),
     "sm80: B read without the swizzle": (SM80, B_LANE, f"(planted == # ? b_row * kSlab * 2 + b_column : {B_LANE})"),
     "sm80: wrong lanes staged": (
-        SHARED, STAGED_ROW, "(planted == # ? lane / 4 * 2 + half : lane / 4 + 8 * half) * kStagingPitch",
+        SHARED, STAGED_ROW, STAGED_ROW.replace("+ lane % 4", "+ (planted == # ? lane % 4 ^ 1 : lane % 4)"),
     ),
     "sm80: a column never written": (
-        SHARED, STORED, "if (planted == # && pixels.x + pixel % kTileX == p.OW - 1) continue;\n      " + STORED,
+        SHARED, STORED, "if (planted == # && pixels.x + pixel % kTileX == p.OW - 1) continue;\n    " + STORED,
     ),
     "sm80: no barrier of the warp": (SHARED, STAGED, f"if (planted != #) {STAGED}"),
     "sm90a: no wait for the halo": (SM90A, HALO_WAIT, f"if (planted != #) {HALO_WAIT}"),
@@ -57,6 +58,9 @@ FAULTS = {
     "sm90a: bytes counted with the padding": (
         SM90A, BOX_BYTES, BOX_BYTES.replace("plan.halo_box", "planted == # ? plan.halo_bytes : plan.halo_box"),
     ),
+    "sm90a: sums not waited for": (SM90A, SUMMED, f"if (planted != #) {SUMMED}"),
+    "sm90a: Z not waited for": (SM90A, SHOWN, f"if (planted != #) {SHOWN}"),
+    "sm90a: a block's sums twice": (SM90A, "lane * 16), from);", "lane * 16), planted == # ? 0 : from);"),
     "sm90a: A read without the swizzle": (
         SM90A, A_SWIZZLE, f"(planted == # ? pixel * kSlab * 2 + lane / 16 * 16 : {A_SWIZZLE})",
     ),
@@ -76,7 +80,7 @@ def planted(tmp_path_factory):
         source.write_text(text.replace(right, wrong.replace("#", str(number))), encoding="utf-8")
     for name in (SM80, SM90A):  # one kernel each, for bfloat16, is enough and a quarter of the compiling
         text = (folder / name).read_text(encoding="utf-8")
-        text = re.sub(r"(launch_sm\d+a?)<T, \d+>", r"\1<T, 64>", text)
+        text = re.sub(r"(launch_sm\d+a?<T), \d+", r"\1, 64", text)
         text = re.sub(r"basis_conv2d_sm80<T, Q16, true>", "basis_conv2d_sm80<T, Q16, false>", text)
         (folder / name).write_text(text.replace("launch_filters<f16>", "launch_filters<bf16>"), encoding="utf-8")
     fibers = root / "tests" / "cuda_on_cpu" / "fibers.h"
@@ -87,17 +91,19 @@ def planted(tmp_path_factory):
 
 # More slabs than buffers, more than one tap and chunk, several tiles for a persistent block; and one tap alone.
 CASES = (
-    case("many", "2 136 9 9 40 100 3 3", padding=ONE, bias=True),
+    case("many", "2 136 9 9 40 104 3 3", padding=ONE, bias=True),
+    case("small_maps", "3 136 7 9 40 104 3 3", padding=ONE, bias=True),
+    case("small_map", "1 264 7 5 40 104 3 3", padding=ONE),
     case("one_tap", "1 264 9 9 40 64 1 1"),
 )
 
 
 def kernels(module, variant):
-    """sm_90a's with the basis streamed, and resident where it fits."""
+    """sm_90a's with the basis streamed, and resident where it fits; with whole tiles and with filters shared out."""
     if variant == "sm80":
         return [Emulated(module, "sm80", A100)]
-    devices = [{**H200, "multiprocessors": 1, "shared_bytes": kilobytes * 1024} for kilobytes in (150, 227)]
-    return [Emulated(module, "sm90a", device) for device in devices]
+    devices = [(1, 150), (1, 227), (2, 227)]
+    return [Emulated(module, "sm90a", {**H200, "multiprocessors": n, "shared_bytes": k * 1024}) for n, k in devices]
 
 
 def findings(module, variant):

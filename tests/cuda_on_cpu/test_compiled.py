@@ -53,12 +53,13 @@ def disassembler(name: str) -> str:
 
 
 def short(mangled: str) -> str:
-    """``basis_conv2d_sm80 bf16 64 precise`` from a mangled name."""
+    """``basis_conv2d_sm80 bf16 64 precise`` or ``basis_conv2d_sm90a bf16 64 shared out`` from a mangled name."""
     name = re.search(r"\d(basis_conv2d_(?:sm\d+a?|pack))I", mangled)
     assert name, mangled
     dtype = re.search(r"(b?f16)E", mangled)
-    filters, precise = re.search(r"Li(\d+)E", mangled), "Lb1E" in mangled
-    return " ".join([name[1], dtype[1] if dtype else "", filters[1] if filters else "", "precise" * precise]).strip()
+    filters, flag = re.search(r"Li(\d+)E", mangled), "shared out" if "sm90a" in name[1] else "precise"
+    words = [name[1], dtype[1] if dtype else "", filters[1] if filters else "", flag * ("Lb1E" in mangled)]
+    return " ".join(words).strip()
 
 
 @pytest.fixture(scope="module")

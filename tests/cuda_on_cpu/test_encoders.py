@@ -89,7 +89,7 @@ BLACKWELL = {**H200, "capability": 100}
         (H200, {"precise": True}, "sm80", ""),
         (H200, {"channels_last": False}, "sm80", ""),
         (H200, {"C": 60}, "sm80", ""),
-        (H200, {"Q": 129}, "sm80", ""),
+        (H200, {"Q": 256}, "sm90a", ""),
         (H200, {"groups": 2, "compact": True}, "sm80", ""),
         (H200, {"groups": 2}, "none", "coefficients [K, Q/groups] only"),
         (H200, {"Q": 257}, "none", "at most 256 basis filters"),
@@ -109,7 +109,7 @@ def test_the_plan_of_the_layers_it_is_made_for(module):
     """3x3, stride 1, on an H200: two halo tiles or more, the basis resident up to 128 channels."""
 
     def plan(channels, filters):
-        one = case("layer", f"1 {channels} 16 16 {filters} {channels} 3 3", padding=ONE, dtype=torch.bfloat16)
+        one = case("layer", f"32 {channels} 28 28 {filters} {channels} 3 3", padding=ONE, dtype=torch.bfloat16)
         return module.hopper_plan(request(module, one, H200))
 
     plans = {(c, q): plan(c, q) for c, q in ((64, 16), (64, 32), (128, 32), (256, 64), (512, 128))}

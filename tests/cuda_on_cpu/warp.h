@@ -148,6 +148,21 @@ uint32_t round2(float low, float high) {
   from_float(high, &second);
   return first.bits | static_cast<uint32_t>(second.bits) << 16;
 }
+// Of 16-bit numbers two and two; NaN where either is.
+template <class T, class Choose>
+uint32_t chosen2(uint32_t a, uint32_t b, Choose choose) {
+  const cuda_on_cpu::Pair x = cuda_on_cpu::decode2<T>(a), y = cuda_on_cpu::decode2<T>(b);
+  const auto one = [choose](float v, float w) { return std::isnan(v) ? v : std::isnan(w) ? w : choose(v, w); };
+  return round2<T>(one(x.low, y.low), one(x.high, y.high));
+}
+template <class T>
+uint32_t max2(uint32_t a, uint32_t b) {
+  return chosen2<T>(a, b, [](float v, float w) { return std::max(v, w); });
+}
+template <class T>
+uint32_t min2(uint32_t a, uint32_t b) {
+  return chosen2<T>(a, b, [](float v, float w) { return std::min(v, w); });
+}
 template <class T>
 float widen(T value) {
   return to_float(value);

@@ -81,6 +81,23 @@ def test_rounding_and_widening(wrappers, dtype):
     assert torch.equal(wide.cpu().nan_to_num(7), expected.float().nan_to_num(7))
 
 
+@dtypes
+def test_the_larger_and_the_smaller_of_pairs(wrappers, dtype):
+    some = torch.tensor([1.5, -2.0, 0.0, 6.0, float("inf"), float("-inf"), float("nan"), 2.0**-20])
+    a, b = (t.flatten().to(dtype).contiguous() for t in torch.meshgrid(some, some, indexing="ij"))
+    larger, smaller = unwritten(wrappers, 32), unwritten(wrappers, 32)
+    wrappers("extremes", int(dtype == BF16), a.to(wrappers.device), b.to(wrappers.device), larger, smaller)
+    for got, expected in ((larger, torch.maximum(a, b)), (smaller, torch.minimum(a, b))):
+        assert torch.equal(got.cpu().view(dtype).nan_to_num(7, 8, 9), expected.nan_to_num(7, 8, 9))
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 4, 8])
+def test_blocks_of_a_cluster_reach_each_other(wrappers, blocks):
+    given, out = words(2, blocks, 128), unwritten(wrappers, 2, blocks, 128)
+    wrappers("cluster", blocks, given.to(wrappers.device), out)
+    assert torch.equal(out.cpu(), given.roll(1, 1))
+
+
 def test_ldmatrix(wrappers):
     given, out = words(32, 4), unwritten(wrappers, 4, 8, 4)
     wrappers("matrices", given.to(wrappers.device), out)

@@ -58,6 +58,14 @@ __global__ void numbers_kernel(const float* input, uint32_t* words, float* wide)
   wide[2 * i + 1] = widen(T{static_cast<uint16_t>(words[i] >> 16)});
 }
 
+// Pairs of 16-bit numbers, word by word.
+template <class T>
+__global__ void extremes_kernel(const uint32_t* a, const uint32_t* b, uint32_t* larger, uint32_t* smaller) {
+  const int i = threadIdx.x;
+  larger[i] = max2<T>(a[i], b[i]);
+  smaller[i] = min2<T>(a[i], b[i]);
+}
+
 __global__ void ldmatrix_kernel(const uint32_t* input, uint32_t* output) {
   uint32_t* tile = reinterpret_cast<uint32_t*>(shared_memory());
   for (int i = 0; i < 4; ++i) tile[threadIdx.x * 4 + i] = input[threadIdx.x * 4 + i];
@@ -106,6 +114,35 @@ __global__ void bits_kernel(const uint32_t* a, const uint32_t* b, int* c) {
 }
 
 // --- of Hopper -------------------------------------------------------------------------------------------------------
+
+// Twice each block of a cluster writes a word a thread into the memory of the next one and tells it; in between that
+// one says that it has read.
+__global__ void __launch_bounds__(384, 1) cluster_kernel(const uint32_t* input, uint32_t* output, int blocks) {
+  uint32_t* memory = reinterpret_cast<uint32_t*>(shared_memory());
+  uint64_t *written = reinterpret_cast<uint64_t*>(memory + 128), *read = written + 1;
+  if (threadIdx.x == 0) {
+    bar_init(written, 4);
+    bar_init(read, 4);
+    bar_init_fence();
+  }
+  cluster_sync();
+  if (threadIdx.x >= 256) return keep_registers<40>();
+  take_registers<232>();
+  if (threadIdx.x >= 128) return;
+  const int rank = static_cast<int>(blockIdx.x) % blocks, next = (rank + 1) % blocks;
+  for (int round = 0; round < 2; ++round) {
+    const int at = (round * blocks + rank) * 128 + threadIdx.x;
+    if (round == 1) bar_wait_cluster(read, 0);
+    *beside(memory + threadIdx.x, next) = input[at];
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) bar_arrive_beside(written, next);
+    bar_wait_cluster(written, round);
+    output[at] = memory[threadIdx.x];
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) bar_arrive_beside(read, (rank + blocks - 1) % blocks);
+  }
+  bar_wait_cluster(read, 1);  // nobody may reach for a block that has ended
+}
 
 // Three phases of one barrier: 2 KB each time, one thread announces and issues, all 128 wait.
 __global__ void bulk_kernel(const char* input, uint32_t* output) {
@@ -218,6 +255,16 @@ BASISCONV_TEST numbers(int is_bf16, const float* input, uint32_t* words, float* 
   return guarded([&] {
     return launch(is_bf16 ? numbers_kernel<bf16> : numbers_kernel<f16>, one, warp, 0, nullptr, input, words, wide);
   });
+}
+BASISCONV_TEST extremes(int is_bf16, const uint32_t* a, const uint32_t* b, uint32_t* larger, uint32_t* smaller) {
+  return guarded([&] {
+    return launch(is_bf16 ? extremes_kernel<bf16> : extremes_kernel<f16>, one, warp, 0, nullptr, a, b, larger, smaller);
+  });
+}
+BASISCONV_TEST cluster(int blocks, const uint32_t* input, uint32_t* output) {
+  const dim3 grid{static_cast<unsigned>(blocks), 1, 1}, block{384, 1, 1};
+  return guarded(
+      [&] { return launch_clusters(cluster_kernel, grid, blocks, block, 1024, nullptr, input, output, blocks); });
 }
 BASISCONV_TEST matrices(const uint32_t* input, uint32_t* output) {
   return guarded([&] { return launch(ldmatrix_kernel, one, warp, 512, nullptr, input, output); });
