@@ -145,8 +145,9 @@ def explain(op: str, problem: Any, asked: str | None) -> dict[str, Any]:
 
     Returns:
         dict: JSON values; ``candidates`` are the reasons why each cannot run, ``slower`` why automatic choice passes
-        over some, ``self_checks`` what is known of the variants that would run on a GPU, ``measured`` the
-            entries of ``tables`` for these weights, at whatever batch and map size.
+        over some, ``predicted`` what a model says of those not measured on a GPU, ``self_checks`` what is known of the
+        variants that would run there, ``measured`` the entries of ``tables`` for these weights, at whatever batch and
+        map size, ``training`` what a training step on a GPU takes, None elsewhere and with a wish.
 
     Raises:
         ValueError: an unknown op, or a problem that has no output.
@@ -178,6 +179,7 @@ def explain(op: str, problem: Any, asked: str | None) -> dict[str, Any]:
         "isa": machine.isa() if chosen == "cpu" else None,
         "candidates": {c.name: list(against[c.name]) for c in candidates},
         "slower": slower,
+        "predicted": _predicted(op, problem),
         "tables": [str(table.path) for table in tuning.tables(problem.device) if table.unused is None],
         "self_checks": checks_made,
         "measured": tuning.entries_for(op, problem),
@@ -185,6 +187,14 @@ def explain(op: str, problem: Any, asked: str | None) -> dict[str, Any]:
         "unknown_backend": wished if wished is not None and wished not in against else None,
         **_costs(problem),
     }
+
+
+def _predicted(op: str, problem: Any) -> dict[str, str]:
+    """{backend: its time over that of two library kernels, in words} where a model speaks and nothing was measured."""
+    predictions = getattr(op_module(op), "predictions", None)
+    known = {backend for entry in tuning.entries_for(op, problem) for backend in entry["ms"]}
+    found = {} if predictions is None else predictions(problem)
+    return {backend: str(prediction) for backend, prediction in found.items() if backend not in known}
 
 
 def _training(

@@ -261,6 +261,8 @@ def explanation_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
         rows.append((f"  {name}", "; ".join(reasons) or able))
         if reasons and name in found["slower"]:
             rows.append(("    besides", found["slower"][name]))
+        if name in found["predicted"] and name not in found["slower"]:
+            rows.append(("    predicted", f"against two library kernels, {found['predicted'][name]}"))
         if name in found["self_checks"]:
             rows.append(("    self-check", found["self_checks"][name]))
     if found["unknown_backend"]:

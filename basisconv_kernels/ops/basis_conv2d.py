@@ -19,6 +19,7 @@ from basisconv_kernels.ops import basis_conv2d_native as native
 from basisconv_kernels.ops import basis_conv2d_triton as triton
 from basisconv_kernels.ops import basis_conv2d_unfused as unfused
 from basisconv_kernels.ops.basis_conv2d_arguments import normal_form
+from basisconv_kernels.ops.basis_conv2d_model import predictions as predictions
 from basisconv_kernels.ops.basis_conv2d_model import slower_in_training, slower_than_plain
 from basisconv_kernels.reference import basis_conv2d as reference
 

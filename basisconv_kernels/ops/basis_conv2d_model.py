@@ -172,17 +172,31 @@ def _distance(p: Conv2dProblem, other: Conv2dProblem) -> float:
     return sum(abs(math.log2(getattr(p, size) / getattr(other, size))) for size in ("C", "Q", "K"))
 
 
-def predicted_slower(p: Conv2dProblem) -> dict[str, str]:
-    """{backend: by how much, in words} of those that should be slower than two library kernels on a GPU."""
+class Prediction(NamedTuple):
+    """The time of a backend over that of two library kernels, and how that was found, in words."""
+
+    relative: float
+    how: str
+
+    def __str__(self) -> str:
+        return f"{self.relative:.2f} times theirs ({self.how})"
+
+
+def predictions(p: Conv2dProblem) -> dict[str, Prediction]:
+    """{backend: what it should take on a GPU}; empty elsewhere."""
     relative, found = relative_times(p), {}
     correcting = corrections(p) if relative else {}
     for backend, uncorrected in relative.items():
         factor, of = correcting.get(backend, (1.0, ""))
-        if uncorrected * factor > 1:
-            how = f"a model, corrected by {factor:.2f} as measured of {of}" if of else "a model"
-            times = f"{uncorrected * factor:.2f} times theirs ({how})"
-            found[backend] = f"predicted slower than two library kernels, {times}"
+        how = f"a model, corrected by {factor:.2f} as measured of {of}" if of else "a model"
+        found[backend] = Prediction(uncorrected * factor, how)
     return found
+
+
+def predicted_slower(p: Conv2dProblem) -> dict[str, str]:
+    """{backend: by how much, in words} of those that should be slower than two library kernels on a GPU."""
+    slow = {backend: found for backend, found in predictions(p).items() if found.relative > 1}
+    return {backend: f"predicted slower than two library kernels, {found}" for backend, found in slow.items()}
 
 
 # --- the verdicts -----------------------------------------------------------------------------------------------------

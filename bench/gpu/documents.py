@@ -236,6 +236,9 @@ def probe(content: Content) -> str:
     if costs := data.get("op_costs"):
         texts = [f"{key[3:].replace('_', ' ')} {us:.1f}" for key, us in costs.items() if key.startswith("us_")]
         found.append(("an eager call that does nothing, µs of the processor", ", ".join(texts)))
+    if calls := data.get("call_costs"):
+        texts = [f"{key[3:]} {us:.0f}" for key, us in calls.items() if key.startswith("us_")]
+        found.append(("an eager call, or training step, of `basis_conv2d` on a tiny map, µs", ", ".join(texts)))
     if bits := data.get("bits"):
         products, counts = bits["bmma_tera_ops"], bits["popc_tera_bits"]
         found.append(("single bits", f"`mma` {products:.0f} Top/s, `popc` {counts:.0f} Tbit/s"))

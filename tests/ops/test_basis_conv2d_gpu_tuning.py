@@ -216,6 +216,17 @@ def test_explain_shows_both_steps():
     assert diagnostics.explain(op.OP, P, "cuda")["training"] is None
 
 
+def test_explain_shows_the_prediction_of_what_was_not_measured():
+    found = diagnostics.explain(op.OP, P, None)
+    assert found["predicted"]["cuda"].endswith("times theirs (a model)")
+    assert float(found["predicted"]["cuda"].split()[0]) < 1
+    text = "\n".join(" ".join(row) for row in summary.explanation_rows(found))
+    assert f"    predicted against two library kernels, {found['predicted']['cuda']}" in text
+    put(cuda=10, reference=20)
+    assert set(diagnostics.explain(op.OP, P, None)["predicted"]) == {"triton"}
+    assert diagnostics.explain(op.OP, replace(P, device="cpu"), None)["predicted"] == {}
+
+
 @pytest.fixture
 def timed(monkeypatch):
     """What would be timed on the device, with tensors on the processor; each call runs once."""
