@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -144,7 +145,13 @@ def on_first_use(tensors: tuple[Any, ...], settings: Settings, asked: str | None
     problem = replace(seen, N=N, H=H, W=W, bias=bias is not None, residual=residual is not None)
     if len(able(problem)) < 2 or tuning.entries_for(OP, problem) or selfcheck.capturing():
         return False
-    entries = [measure(problem, FIRST_USE_SECONDS)] if device == "cpu" else measure_on_gpu(problem, FIRST_USE_SECONDS)
+    try:
+        entries = (
+            [measure(problem, FIRST_USE_SECONDS)] if device == "cpu" else measure_on_gpu(problem, FIRST_USE_SECONDS)
+        )
+    except torch.OutOfMemoryError as error:  # the call itself may still fit
+        log.once(f"{OP} [{problem}] not timed on first use: {str(error).splitlines()[0]}", logging.WARNING)
+        return False
     for entry in entries:
         times = ", ".join(f"{name} {spread['median']:.3f} ms" for name, spread in entry["ms"].items())
         log.once(f"{OP} [{problem}] timed on first use, {tuning.circumstances(entry)}: {times}")

@@ -10,7 +10,7 @@ import torch
 
 from basisconv_kernels import diagnostics
 from basisconv_kernels.compression import tune
-from basisconv_kernels.core import machine, registry, selfcheck, timing_cuda, tuning
+from basisconv_kernels.core import log, machine, registry, selfcheck, timing_cuda, tuning
 from basisconv_kernels.core.problem import Conv2dProblem, TuckerConv2dProblem
 from basisconv_kernels.core.timing import Spread
 from basisconv_kernels.demo import summary
@@ -258,6 +258,56 @@ def test_both_steps_are_timed_on_every_backend_that_can_run(timed):
     torch.testing.assert_close(ours, plain)
     chain = TuckerConv2dProblem(C=8, rank_in=3, Q=4, K=12, N=2, H=6, W=7)
     assert [e["way"] for e in tucker_conv2d_tuning.measure_on_gpu(chain, 0.0)] == list(tuning.WAYS)
+
+
+class There(torch.Tensor):
+    """A tensor of the processor that says it is on a GPU."""
+
+    device = torch.device("cuda")
+
+
+@pytest.fixture
+def first_use(monkeypatch):
+    """Tensors of a call, its settings, and how often its problem was measured; every tensor counts as ordinary."""
+    measured = []
+
+    def measure(problem, seconds):
+        measured.append(problem)
+        times = {name: Spread(t, t, t, t, 9) for name, t in (("cuda", 3), ("reference", 2))}
+        return [timing_cuda.entry(op.OP, problem.to_json(), tuning.FORWARD, "graph", times)]
+
+    monkeypatch.setattr(basis_conv2d_tuning, "measure_on_gpu", measure)
+    monkeypatch.setattr(basis_conv2d_tuning, "ORDINARY", (There, torch.Tensor))
+    input = torch.zeros(2, 64, 5, 5, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    weights = (torch.zeros(16, 64, 3, 3), torch.zeros(64, 16))
+    return (input.as_subclass(There), *weights, None, None), measured
+
+
+def test_a_first_use_on_a_gpu_is_measured_once(first_use):
+    tensors, measured = first_use
+    assert basis_conv2d_tuning.on_first_use(tensors, settings("cuda"), None)
+    assert not basis_conv2d_tuning.on_first_use(tensors, settings("cuda"), None)
+    (problem,) = measured
+    assert (problem.device, problem.N, problem.H, problem.channels_last) == ("cuda", 2, 5, True)
+    assert set(model.slower_than_plain(problem)) >= {"cuda"}
+    assert tuning.user_file("cuda").exists()
+
+
+def test_a_first_use_measures_nothing_while_a_graph_is_captured(first_use, monkeypatch):
+    tensors, measured = first_use
+    monkeypatch.setattr(selfcheck, "capturing", lambda: True)
+    assert not basis_conv2d_tuning.on_first_use(tensors, settings("cuda"), None)
+    assert measured == []
+
+
+def test_a_first_use_without_memory_for_it_goes_on(first_use, monkeypatch, caplog):
+    def no_memory(problem, seconds):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nmore")
+
+    monkeypatch.setattr(log, "_said", set())
+    monkeypatch.setattr(basis_conv2d_tuning, "measure_on_gpu", no_memory)
+    assert not basis_conv2d_tuning.on_first_use(first_use[0], settings("cuda"), None)
+    assert "not timed on first use: CUDA out of memory." in caplog.text
 
 
 def test_tune_measures_on_the_gpu_and_refuses_filters_of_bits(monkeypatch):
