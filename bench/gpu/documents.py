@@ -125,7 +125,7 @@ def _us(rows: Mapping[str, Mapping[str, Any]], engine: str, bench: Content) -> s
     row = rows.get(engine)
     if row is None:
         return "–"
-    mark = "†" if engine in OURS and row["sources"] != bench["sources"] else ""
+    mark = "†" if engine in (*OURS, "auto") and row["sources"] != bench["sources"] else ""
     times = row.get("graph_cold")
     return f"{times['median']:.1f}{mark}" if times else "–"
 
@@ -156,6 +156,7 @@ def layers(bench: Content) -> str:
     parts = []
     for title, training in (("layer", False), ("training step", True)):
         found = by_subject(bench, lambda row, training=training: "layer" in row and ("frozen" in row) == training)
+        shown = (*OURS, *(("auto",) if any("auto" in engines for engines in found.values()) else ()))
         rows = []
         for name, engines in found.items():
             if not set(OURS) & set(engines):
@@ -165,9 +166,9 @@ def layers(bench: Content) -> str:
             step = tuning.TRAINING if training else tuning.FORWARD
             taken = choice([e for e in entries if of and e["op"] == of[0]["op"]], of[0]["problem"], step) if of else "–"
             dense = [] if training else [_us(engines, "dense", bench)]
-            times = [text for engine in OURS for text in (_us(engines, engine, bench), _times_faster(engines, engine))]
+            times = [text for engine in shown for text in (_us(engines, engine, bench), _times_faster(engines, engine))]
             rows.append([name, _us(engines, "two_step", bench), *dense, *times, taken])
-        ours = [f"{engine}{more}" for engine in OURS for more in (", µs", ", × faster")]
+        ours = [f"{engine}{more}" for engine in shown for more in (", µs", ", × faster")]
         head = [title, f"{PLAIN}, µs", *([] if training else ["dense, µs"]), *ours, "automatic choice"]
         parts += [table(head, rows)] if rows else []
     networks = by_subject(bench, lambda row: "network" in row)
