@@ -232,15 +232,16 @@ def tune(
     ] = None,
     layout: Annotated[str, typer.Option(help="Memory format: both, channels_last or nchw.")] = "both",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu or cuda, the current GPU.")] = "cpu",
     seconds: Annotated[float, typer.Option(min=0.001, help="To spend on each problem and format.")] = 0.5,
-    out: Annotated[Path | None, typer.Option(help="File; default: this processor's, in the cache folder.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File; default: this device's, in the cache folder.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print only.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Measure the kernels against plain PyTorch on this processor; automatic choice then passes over slower ones.
+    """Measure the kernels against plain PyTorch on this device; automatic choice then passes over slower ones.
 
-    Without a model or problems: the layers by which the package judges its own speed. Times hold for the number of
-    threads they were taken with. Running processes keep the choices that they have made.
+    Without a model or problems: the layers by which the package judges its own speed. On a processor times hold for the
+    number of threads they were taken with; on a GPU training steps are timed too. Running processes keep their choices.
     """
     import torch
 
@@ -258,8 +259,11 @@ def tune(
         example = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
         small, _ = convert(_model(model, None), BasisConfig(fraction=fraction), example_inputs=example)
         problems += tuner.model_problems(small, example)
-    problems = tuner.variants(problems or tuner.default_problems(), layout, terminal.dtype(dtype))
-    path = out or tuning.user_file()
+    terminal.one_of("--device", device, ["cpu", "cuda"])
+    problems = tuner.variants(problems or tuner.default_problems(), layout, terminal.dtype(dtype), device)
+    if (described := tuning.described(device)) is None:
+        raise RuntimeError("tune: this machine has no CUDA device")
+    path = out or tuning.user_file(device)
     with Stages(1) as stages, stages.stage("measuring", f"{len(problems)} problems") as advance:
         entries = tuner.tune(problems, seconds, advance)
     busy = sum(entry["disturbed"] > tuning.BUSY for entry in entries)
@@ -269,9 +273,9 @@ def tune(
             "measure again",
             "yellow",
         )
-    held = 0 if dry_run else tuning.write(entries, path)
+    held = 0 if dry_run else tuning.write(entries, path, described)
     if as_json:
-        terminal.print_json({**tuning.head(), "entries": entries, "file": None if dry_run else str(path)})
+        terminal.print_json({**tuning.head(described), "entries": entries, "file": None if dry_run else str(path)})
         return
     terminal.print_rows(summary.tuned_rows(entries))
     if not dry_run:

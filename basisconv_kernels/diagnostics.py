@@ -29,13 +29,7 @@ from basisconv_kernels.core import checks, env, extension, machine, registry, se
 from basisconv_kernels.core.problem import Conv2dProblem, TuckerConv2dProblem, dtype_name
 from basisconv_kernels.core.version import __version__
 from basisconv_kernels.layers.decompose import break_even
-from basisconv_kernels.ops.basis_conv2d import basis_conv2d
-from basisconv_kernels.ops.binary_conv2d import binary_conv2d
-from basisconv_kernels.ops.bitpack import bitpack
-from basisconv_kernels.ops.stacked_binary_conv2d import stacked_binary_conv2d
-from basisconv_kernels.ops.ternary_conv2d import ternary_conv2d
-from basisconv_kernels.ops.tucker_conv2d import tucker_conv2d
-from basisconv_kernels.testing import ternary_conv2d as ternary
+from basisconv_kernels.tiny_runs import TINY_RUNS
 
 EXTRAS = {"cli": ("typer", "rich"), "report": ("matplotlib", "jinja2"), "triton": ("triton",)}
 OTHERS = ("torch", "numpy", "safetensors", "torchvision")
@@ -151,8 +145,9 @@ def explain(op: str, problem: Any, asked: str | None) -> dict[str, Any]:
 
     Returns:
         dict: JSON values; ``candidates`` are the reasons why each cannot run, ``slower`` why automatic choice passes
-        over some, ``self_checks`` what is known of the variants that would run on a GPU, ``measured`` the
-            entries of ``tables`` for these weights, at whatever batch and map size.
+        over some, ``predicted`` what a model says of those not measured on a GPU, ``self_checks`` what is known of the
+        variants that would run there, ``measured`` the entries of ``tables`` for these weights, at whatever batch and
+        map size, ``training`` what a training step on a GPU takes, None elsewhere and with a wish.
 
     Raises:
         ValueError: an unknown op, or a problem that has no output.
@@ -184,11 +179,43 @@ def explain(op: str, problem: Any, asked: str | None) -> dict[str, Any]:
         "isa": machine.isa() if chosen == "cpu" else None,
         "candidates": {c.name: list(against[c.name]) for c in candidates},
         "slower": slower,
-        "tables": [str(table.path) for table in tuning.tables() if table.unused is None],
+        "predicted": _predicted(op, problem),
+        "tables": [str(table.path) for table in tuning.tables(problem.device) if table.unused is None],
         "self_checks": checks_made,
         "measured": tuning.entries_for(op, problem),
+        "training": _training(op, problem, candidates, against, slower, wished),
         "unknown_backend": wished if wished is not None and wished not in against else None,
         **_costs(problem),
+    }
+
+
+def _predicted(op: str, problem: Any) -> dict[str, str]:
+    """{backend: its time over that of two library kernels, in words} where a model speaks and nothing was measured."""
+    predictions = getattr(op_module(op), "predictions", None)
+    known = {backend for entry in tuning.entries_for(op, problem) for backend in entry["ms"]}
+    found = {} if predictions is None else predictions(problem)
+    return {backend: str(prediction) for backend, prediction in found.items() if backend not in known}
+
+
+def _training(
+    op: str,
+    problem: Any,
+    candidates: Sequence[registry.Candidate],
+    against: Mapping[str, Sequence[str]],
+    slower: Mapping[str, str],
+    wished: str | None,
+) -> dict[str, Any] | None:
+    """What an eager training step on a GPU runs on without a wish, and why not on the others; None elsewhere."""
+    slower_in_training = getattr(op_module(op), "slower_in_training", None)
+    if slower_in_training is None or problem.device != "cuda" or wished is not None:
+        return None
+    passed_over = slower_in_training(problem)
+    first = registry.first(candidates, against, None, slower)
+    name = first.name if first else None
+    return {
+        "chosen": tuning.PLAIN if name in passed_over else name,
+        "slower": passed_over,
+        "measured": tuning.entries_for(op, problem, tuning.TRAINING),
     }
 
 
@@ -274,8 +301,8 @@ def _backends() -> list[Finding]:
             absent = registry.absent(candidate.name)
             if absent:
                 found.append(Finding(f"{op} on {candidate.name}", "missing", absent))
-            elif op in _TINY_RUNS:
-                found.append(_tiny_run(op, candidate, _TINY_RUNS[op]))
+            elif op in TINY_RUNS:
+                found.append(_tiny_run(op, candidate, TINY_RUNS[op]))
     return found
 
 
@@ -291,63 +318,9 @@ def _tiny_run(op: str, candidate: registry.Candidate, run: Callable[[str, torch.
     return Finding(what, "ok", f"tiny runs agree with the oracle: {', '.join(map(dtype_name, dtypes))}")
 
 
-def _run_basis_conv2d(backend: str, dtype: torch.dtype, device: str) -> None:
-    """A small odd-sized case, forward and (in float32) backward, within the tolerances of ``testing``."""
-    kernel = functools.partial(basis_conv2d, backend=backend)
-    case = testing.case("odd_sizes").at(dtype=dtype, device=device)
-    testing.check(case, kernel)
-    if dtype is torch.float32:
-        testing.check_gradients(case, kernel)
-
-
-def _run_binary_conv2d(backend: str, dtype: torch.dtype, device: str) -> None:
-    """A small odd-sized case in every output mode, bit for bit."""
-    case = testing.binary_case("odd_sizes").at(dtype=dtype, device=device)
-    testing.check_binary(case, functools.partial(binary_conv2d, backend=backend))
-
-
-def _run_bitpack(backend: str, dtype: torch.dtype, device: str) -> None:
-    """Signs, thresholds and codes of the same case."""
-    case = testing.binary_case("odd_sizes").at(dtype=dtype, device=device)
-    testing.check_pack(case, functools.partial(bitpack, backend=backend))
-
-
-def _run_ternary_conv2d(backend: str, dtype: torch.dtype, device: str) -> None:
-    """The same for ``ternary_conv2d``, with two scales."""
-    kernel = functools.partial(ternary_conv2d, backend=backend)
-    case = next(case for case in ternary.TERNARY_CASES if case.name == "two_scales").at(dtype=dtype, device=device)
-    ternary.check(case, kernel)
-    if dtype is torch.float32:
-        ternary.check_gradients(case, kernel)
-
-
-def _run_stacked_binary_conv2d(backend: str, dtype: torch.dtype, device: str) -> None:
-    """The same for stacked filters; their gradients are plain PyTorch on every backend."""
-    case = testing.stacked_case("odd_sizes").at(dtype=dtype, device=device)
-    testing.check_stacked(case, functools.partial(stacked_binary_conv2d, backend=backend))
-
-
-def _run_tucker_conv2d(backend: str, dtype: torch.dtype, device: str) -> None:
-    kernel = functools.partial(tucker_conv2d, backend=backend)
-    case: Any = testing.tucker_case("odd_sizes").at(dtype=dtype, device=device)
-    testing.check_tucker(case, kernel)
-    if dtype is torch.float32:
-        testing.check_tucker_gradients(case, kernel)
-
-
-_TINY_RUNS = {
-    "basis_conv2d": _run_basis_conv2d,
-    "binary_conv2d": _run_binary_conv2d,
-    "bitpack": _run_bitpack,
-    "ternary_conv2d": _run_ternary_conv2d,
-    "stacked_binary_conv2d": _run_stacked_binary_conv2d,
-    "tucker_conv2d": _run_tucker_conv2d,
-}
-
-
 def _tables() -> list[Finding]:
     what, found = "tuned table", []
-    for table in tuning.tables():
+    for table in (*tuning.tables("cpu"), *tuning.tables("cuda")):
         if table.unused is not None:
             found.append(Finding(what, "missing", f"{table.path} is not used: {table.unused}; run `basisconv tune`"))
             continue
@@ -355,8 +328,12 @@ def _tables() -> list[Finding]:
         busy = sum(entry["disturbed"] > tuning.BUSY for entry in table.entries)
         verdict = f"a kernel is slower than plain PyTorch in {slow}" + (f", {busy} measured while busy" if busy else "")
         found.append(Finding(what, "ok", f"{table.path}: {len(table.entries)} problems; {verdict}"))
-    advice = f"none for this processor ({tuning.file_name()}): run `basisconv tune`"
-    return found or [Finding(what, "missing", advice)]
+    for kind, device, options in (("cpu", "processor", ""), ("cuda", "GPU", " --device cuda --dtype bfloat16")):
+        described = tuning.described(kind)
+        if described is not None and not tuning.tables(kind):
+            advice = f"none for this {device} ({tuning.file_name(described)}): run `basisconv tune{options}`"
+            found.append(Finding(what, "missing", advice))
+    return found
 
 
 def _assets() -> list[Finding]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import os
@@ -9,6 +10,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import hypothesis
@@ -18,6 +20,7 @@ import torch
 from basisconv_kernels import testing
 from basisconv_kernels.core import registry, tuning
 from basisconv_kernels.ops import basis_conv2d as op
+from basisconv_kernels.ops import basis_conv2d_unfused as unfused
 from basisconv_kernels.testing import Case
 from basisconv_kernels.testing.candidates import SIGNATURES
 
@@ -146,6 +149,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("BASISCONV_CACHE", str(folder))
     monkeypatch.setattr(tuning, "PACKAGED", tmp_path / "packaged")
     monkeypatch.setattr(op, "_plans", {})
+    monkeypatch.setattr(unfused, "_decisions", {})
     tuning.forget()
     yield folder
     tuning.forget()
@@ -157,3 +161,39 @@ def fresh_compiler() -> Any:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def cuda_clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """CUDA's graphs and events with a clock of their own: every call that runs takes ``us`` microseconds of it."""
+    state = SimpleNamespace(now=0.0, us=7.0, capturing=None, captured=[], refuses=False)
+
+    class Graph:
+        def __init__(self) -> None:
+            self.calls = 0
+            state.captured.append(self)
+
+        def replay(self) -> None:
+            state.now += self.calls * state.us
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = state.now
+
+        def elapsed_time(self, other: Event) -> float:
+            return (other.at - self.at) / 1e3
+
+    @contextlib.contextmanager
+    def capture(graph: Graph):
+        if state.refuses:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        state.capturing = graph
+        yield
+        state.capturing = None
+
+    for name, value in {"CUDAGraph": Graph, "Event": Event, "graph": capture, "synchronize": lambda: None}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    return state

@@ -26,8 +26,7 @@ from basisconv_kernels.core.checks import Pair, Quad
 from basisconv_kernels.core.problem import Conv2dProblem, TuckerConv2dProblem
 from basisconv_kernels.layers.basis_conv2d import BasisConv2d
 from basisconv_kernels.layers.tucker_conv2d import TuckerConv2d
-from basisconv_kernels.ops import tucker_conv2d_tuning
-from basisconv_kernels.ops.basis_conv2d_tuning import measure
+from basisconv_kernels.ops import basis_conv2d_tuning, tucker_conv2d_tuning
 
 Problem = Conv2dProblem | BitProblem
 SIZES = ("N", "C", "H", "W", "Q", "K", "R", "S")
@@ -133,14 +132,20 @@ def _problem_of(layer: BasisConv2d | TuckerConv2d, input: Tensor) -> Conv2dProbl
     return Conv2dProblem(**common, Q=Q, K=K, R=R, S=S, groups=layer.groups, compact=mixed != Q)
 
 
-def variants(problems: Sequence[Problem], layout: str, dtype: torch.dtype) -> list[Problem]:
+def variants(problems: Sequence[Problem], layout: str, dtype: torch.dtype, device: str = "cpu") -> list[Problem]:
     """The problems at a dtype and in one memory format, or each in both: the choice of a backend sees both facts.
 
     Packed maps have one format.
+
+    Raises:
+        ValueError: filters of bits on a GPU.
     """
+    bits = [p for p in problems if not isinstance(p, Conv2dProblem)]
+    if device != "cpu" and bits:
+        raise ValueError(f"tune: filters of bits are measured on the processor alone, got {bits[0]} on {device}")
     formats = {"both": (True, False), "channels_last": (True,), "nchw": (False,)}[layout]
     found = [
-        replace(p, dtype=dtype, channels_last=last or bool(getattr(p, "planes", 0)))
+        replace(p, dtype=dtype, device=device, channels_last=last or bool(getattr(p, "planes", 0)))
         for p in dict.fromkeys(problems)
         for last in formats
     ]
@@ -153,7 +158,7 @@ def tune(
     """Measure problems; the entries of a table.
 
     Args:
-        problems: on the CPU.
+        problems: all on one device.
         seconds: for each problem.
         progress: called before each problem with the share done, 0..1.
     """
@@ -163,8 +168,10 @@ def tune(
             progress(done / len(problems))
         if not isinstance(problem, Conv2dProblem):
             entries.append(tune_bits.measure(problem, seconds))
-        elif isinstance(problem, TuckerConv2dProblem):
-            entries.append(tucker_conv2d_tuning.measure(problem, seconds))
+            continue
+        op = tucker_conv2d_tuning if isinstance(problem, TuckerConv2dProblem) else basis_conv2d_tuning
+        if problem.device == "cuda":
+            entries += op.measure_on_gpu(problem, seconds)
         else:
-            entries.append(measure(problem, seconds))
+            entries.append(op.measure(problem, seconds))
     return entries

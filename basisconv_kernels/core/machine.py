@@ -1,10 +1,12 @@
-"""The processor that this process runs on, in words: what a measured time belongs to."""
+"""The processor and the GPU that this process runs on, in words: what a measured time belongs to."""
 
 from __future__ import annotations
 
 import functools
 import platform
 from pathlib import Path
+
+import torch
 
 from basisconv_kernels.core import extension
 
@@ -18,6 +20,14 @@ def cpu_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def cuda_device() -> dict[str, str] | None:
+    """Name and compute capability of the current CUDA device; None where there is none."""
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {"name": properties.name, "capability": f"{properties.major}.{properties.minor}"}
 
 
 def isa() -> str:

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from basisconv_kernels.core import env, log
+from basisconv_kernels.core import env, log, machine
 from basisconv_kernels.core.disk import write_atomically
 from basisconv_kernels.core.version import __version__
 
@@ -58,9 +58,8 @@ _here: dict[str, str | None] = {}  # verdicts of this process: variant → reaso
 
 def facts() -> dict[str, Any]:
     """What a verdict depends on beside the variant: the device, its driver, and who compiles and runs the kernel."""
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     return {
-        "device": {"name": properties.name, "capability": f"{properties.major}.{properties.minor}"},
+        "device": machine.cuda_device(),
         "driver": driver(),
         "packages": {"basisconv_kernels": __version__, "torch": torch.__version__, "triton": _version("triton")},
     }

@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from basisconv_kernels.core.tuning import BUSY, PLAIN, slower_in
+from basisconv_kernels.core.tuning import BUSY, PLAIN, circumstances, slower_in
 from basisconv_kernels.demo.results import disturbance, middle, some
 from basisconv_kernels.layers.decompose import break_even
 
@@ -235,6 +235,7 @@ def tuned_rows(entries: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
         shape = shape if "Q" in p else f"{entry['op']} {shape}"
         shape += f" stride {p['stride'][0]}" if p["stride"] != [1, 1] else ""
         shape += " channels_last" if p["channels_last"] else " NCHW"
+        shape += f" {entry['step']}, {entry['way']}" if "way" in entry else ""
         best = entry["ms"][entry["fastest"]]["median"]
         cells = [_milliseconds(entry["ms"].get(name)) for name in backends]
         gain = f"{entry['ms'][PLAIN]['median'] / best:.2f}×" if PLAIN in entry["ms"] else ""
@@ -260,17 +261,21 @@ def explanation_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
         rows.append((f"  {name}", "; ".join(reasons) or able))
         if reasons and name in found["slower"]:
             rows.append(("    besides", found["slower"][name]))
+        if name in found["predicted"] and name not in found["slower"]:
+            rows.append(("    predicted", f"against two library kernels, {found['predicted'][name]}"))
         if name in found["self_checks"]:
             rows.append(("    self-check", found["self_checks"][name]))
     if found["unknown_backend"]:
         rows.append((f"  {found['unknown_backend']}", "not a backend of this op"))
+    if training := found["training"]:
+        rows.append(("training step", training["chosen"] or "nothing"))
+        rows += [(f"  {name}", why) for name, why in training["slower"].items()]
     rows.append(("tuned tables", ", ".join(found["tables"]) or "none for this processor: run `basisconv tune`"))
     if found["tables"] and not found["measured"]:
         rows.append(("  measured", "nothing for these weights in this memory format with so many threads"))
-    for entry in found["measured"]:
-        p, times = entry["problem"], (f"{name} {_milliseconds(spread)} ms" for name, spread in entry["ms"].items())
-        size = f"N{p['N']} @{p['H']}×{p['W']}, {entry['threads']} threads"
-        rows.append(("  measured", f"{', '.join(times)} ({size})"))
+    for entry in (*found["measured"], *(training["measured"] if training else ())):
+        times = (f"{name} {_milliseconds(spread)} ms" for name, spread in entry["ms"].items())
+        rows.append(("  measured", f"{', '.join(times)} ({circumstances(entry)})"))
     if "stored_bytes" in found:
         return [*rows, *_bit_rows(found)]
     ratio = _fewer(found["macs_dense"], found["macs_basis"])

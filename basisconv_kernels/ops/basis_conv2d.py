@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -18,7 +19,8 @@ from basisconv_kernels.ops import basis_conv2d_native as native
 from basisconv_kernels.ops import basis_conv2d_triton as triton
 from basisconv_kernels.ops import basis_conv2d_unfused as unfused
 from basisconv_kernels.ops.basis_conv2d_arguments import normal_form
-from basisconv_kernels.ops.basis_conv2d_model import slower_than_plain
+from basisconv_kernels.ops.basis_conv2d_model import predictions as predictions
+from basisconv_kernels.ops.basis_conv2d_model import slower_in_training, slower_than_plain
 from basisconv_kernels.reference import basis_conv2d as reference
 
 OP = "basis_conv2d"
@@ -67,22 +69,8 @@ CANDIDATES = (
         backward="basisconv_kernels.ops.basis_conv2d_triton:backward",
         check="basisconv_kernels.ops.basis_conv2d_selfcheck:triton",
     ),
-    Candidate("reference", "basisconv_kernels.ops.basis_conv2d:_reference_forward", _reference_supports),
+    Candidate("reference", "basisconv_kernels.ops.basis_conv2d_unfused:forward", _reference_supports),
 )
-
-
-def _reference_forward(
-    input: Tensor,
-    basis_weight: Tensor,
-    coefficients: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    packed: Tensor | None,
-    settings: Settings,
-    keep_maps: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    arguments = (input, basis_weight, coefficients, bias, residual, *settings[:-1])
-    return reference.forward_with_maps(*arguments) if keep_maps else (reference.forward(*arguments), None)
 
 
 _targets: dict[str, tuple[Callable[..., tuple[Tensor, Tensor | None]], Callable[..., reference.Gradients]]] = {}
@@ -112,6 +100,29 @@ def _choose(
 
 # What torch.compiler.assume_constant_result does, without its import of the whole compiler: a second at every start.
 _choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _choose_to_train(
+    device: str, dtype: torch.dtype, layout: torch.memory_format, sizes: tuple[int, ...], chosen: str, *fixed: Any
+) -> str:
+    """Name of the backend of a training step on a GPU in a traced graph, where forward passes run on ``chosen``."""
+    problem = problem_of(device, dtype, layout, sizes, Settings._make((*fixed, "")))
+    passed_over = chosen != "reference" and chosen in slower_in_training(problem, ("graph",))
+    name = "reference" if passed_over and registry.wish() is None else chosen
+    _targets_of(name)
+    return name
+
+
+_choose_to_train._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as for _choose
+
+
+def _to_train(settings: Settings, input: Tensor, basis_weight: Tensor, coefficients: Tensor) -> Settings:
+    """The settings of a training step in a traced graph."""
+    Q, taps_in, R, S = basis_weight.shape
+    sizes = tuple(operator.index(size) for size in (taps_in, Q, coefficients.shape[0], R, S, coefficients.shape[1]))
+    layout = reference.memory_format(input)
+    fixed = settings[:-1]
+    return Settings(*fixed, _choose_to_train(input.device.type, input.dtype, layout, sizes, settings.backend, *fixed))
 
 
 def problem_of(
@@ -172,11 +183,14 @@ class BasisConv2dFunction(torch.autograd.Function):
         ctx.settings = settings
         if maps is not None:
             ctx.mark_non_differentiable(maps)
+            ctx.set_materialize_grads(False)  # else autograd fills a gradient of Z with zeros for every backward
         ctx.save_for_backward(input, basis_weight, coefficients, result if settings.activation else None, maps)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor, _: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_output: Tensor | None, _: Any) -> tuple[Any, ...]:
         """The formulas of ``reference.basis_conv2d.backward``, by the backend's own kernels where it has some."""
+        if grad_output is None:
+            return (None,) * 8
         input, basis_weight, coefficients, output, maps = ctx.saved_tensors
         stride, padding, dilation, groups, activation, _, backend = ctx.settings
         with _without_graph():
@@ -335,8 +349,9 @@ def basis_conv2d(
     All five tensors have gradients; that of ``basis_weight`` is skipped when it needs none. Double backward and
     ``torch.vmap`` are refused. Under autocast the tensors are cast to the autocast dtype. float32 and float64 compute
     in their own dtype, float32 on a GPU in TF32 where cuDNN's convolutions may; bfloat16 and float16 accumulate in
-    float32, round the basis maps once to the dtype and the result once. Two runs give the same bits; in the native
-    kernel the number of threads does not matter either.
+    float32, round the basis maps once to the dtype and the result once (a training step on a GPU without a ``backend``
+    may be two convolutions of PyTorch, which round the sums with bias and residual too). Two runs give the same bits;
+    in the native kernel the number of threads does not matter either.
 
     Raises:
         TypeError: a dtype that is not float32, bfloat16, float16 or float64, mixed dtypes, or a wrong kind of argument.
@@ -367,8 +382,10 @@ def _run(tensors: tuple[Any, ...], packed: Tensor | None, arguments: tuple[Any, 
     needs_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if needs_gradient or torch._C._are_functorch_transforms_active():
         plain = not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
-        if plain and packed is None and arguments[-1] is None and unfused.trains_faster(settings, *tensors[:2]):
+        if plain and packed is None and arguments[-1] is None and unfused.trains_faster(settings, *tensors[:3]):
             return unfused.run(tensors, settings)
+        if torch.compiler.is_compiling() and arguments[-1] is None and tensors[0].device.type == "cuda":
+            settings = _to_train(settings, *tensors[:3])
         keep_maps = needs_gradient and tensors[2].requires_grad
         return _apply(*tensors, packed, settings, keep_maps)[0]
     return _targets_of(settings.backend)[0](*tensors, packed, settings)[0]

@@ -67,29 +67,11 @@ CANDIDATES = (
         backward="basisconv_kernels.ops.tucker_conv2d_triton:backward",
         check="basisconv_kernels.ops.tucker_conv2d_selfcheck:triton",
     ),
-    Candidate("reference", "basisconv_kernels.ops.tucker_conv2d:_reference_forward", _reference_supports),
+    Candidate("reference", "basisconv_kernels.ops.tucker_conv2d_unfused:forward", _reference_supports),
 )
 
 # (result, M, Z): the last two are None unless they were asked for.
 Forward = tuple[Tensor, Tensor | None, Tensor | None]
-
-
-def _reference_forward(
-    input: Tensor,
-    u_in: Tensor,
-    core: Tensor,
-    u_out: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    packed: Tensor | None,
-    settings: Settings,
-    keep_stages: bool = False,
-) -> Forward:
-    arguments = (input, u_in, core, u_out, bias, residual, *settings[:-1])
-    if not keep_stages:
-        return reference.forward(*arguments), None, None
-    result, stages = reference.forward_with_stages(*arguments)
-    return result, *stages
 
 
 _targets: dict[str, tuple[Callable[..., Forward], Callable[..., reference.Gradients]]] = {}
@@ -179,11 +161,14 @@ class TuckerConv2dFunction(torch.autograd.Function):
         ctx.settings = settings
         if reduced is not None and maps is not None:
             ctx.mark_non_differentiable(reduced, maps)
+            ctx.set_materialize_grads(False)  # else autograd fills gradients of M and Z with zeros for every backward
         ctx.save_for_backward(input, u_in, core, u_out, result if settings.activation else None, reduced, maps)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Any, ...]:
         """The formulas of ``reference.tucker_conv2d.backward``, by the backend's own kernels where it has some."""
+        if grad_output is None:
+            return (None,) * 9
         input, u_in, core, u_out, output, reduced, maps = ctx.saved_tensors
         stride, padding, dilation, activation, _, backend = ctx.settings
         stages = None if reduced is None else reference.Stages(reduced, maps)

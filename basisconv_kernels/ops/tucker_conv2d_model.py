@@ -25,12 +25,12 @@ def last_two_stages(problem: TuckerConv2dProblem) -> Conv2dProblem:
 
 def slower_than_plain(problem: TuckerConv2dProblem) -> dict[str, str]:
     """{backend: by how much, in words} of those slower than plain PyTorch: as measured, else on a GPU as predicted."""
-    if tuning.entries_for(OP, problem):
-        return tuning.slower(OP, problem)
-    slower = basis.predicted_slower(last_two_stages(problem))
-    if "triton" in slower and one_pass_pays(problem):
-        slower.pop("triton")
-    return slower
+    known = {backend for entry in tuning.entries_for(OP, problem) for backend in entry["ms"]}
+    predicted = basis.predicted_slower(last_two_stages(problem))
+    if "triton" in predicted and one_pass_pays(problem):
+        predicted.pop("triton")
+    unknown = {name: words for name, words in predicted.items() if name not in known}
+    return {**unknown, **tuning.slower(OP, problem)}
 
 
 def one_pass_pays(problem: TuckerConv2dProblem) -> bool:

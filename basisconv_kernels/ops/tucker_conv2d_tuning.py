@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from basisconv_kernels.core import log, registry, timing, tuning
+from basisconv_kernels.core import log, registry, timing, timing_cuda, tuning
 from basisconv_kernels.core.layout import memory_format
 from basisconv_kernels.core.problem import TuckerConv2dProblem
 from basisconv_kernels.ops.tucker_conv2d import CANDIDATES, OP, Settings, problem_of, tucker_conv2d
@@ -24,6 +25,36 @@ def able(problem: TuckerConv2dProblem) -> list[str]:
     return [name for name, against in registry.reasons(CANDIDATES, problem).items() if not against]
 
 
+class Drawn:
+    """Random tensors of a problem on its device; weights once, inputs as many as are asked for."""
+
+    def __init__(self, problem: TuckerConv2dProblem):
+        self.p = p = problem
+        self.generator = torch.Generator().manual_seed(0)
+        self.layout = torch.channels_last if p.channels_last else torch.contiguous_format
+        u_in, u_out = self._normal(p.C, p.rank_in) / p.C**0.5, self._normal(p.K, p.Q)
+        core = self._normal(p.Q, p.rank_in, p.R, p.S) / p.taps**0.5
+        self.weights = (u_in, core, u_out, self._normal(p.K) if p.bias else None)
+        residual = self._normal(p.N, p.K, *p.output_size, layout=self.layout) if p.residual else None
+        shape: dict[str, Any] = {"stride": p.stride, "dilation": p.dilation, "precise": p.precise}
+        packed = tucker_conv2d_pack(core, u_out, **shape)
+        self.settings: dict[str, Any] = {
+            **shape, "padding": p.padding, "activation": p.activation, "residual": residual, "packed": packed,
+        }  # fmt: skip
+
+    def _normal(self, *shape: int, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
+        empty = torch.empty(shape, dtype=self.p.dtype, device=self.p.device, memory_format=layout)
+        return empty.copy_(torch.randn(*shape, generator=self.generator))
+
+    def input(self) -> Tensor:
+        """A new one."""
+        return self._normal(self.p.N, self.p.C, self.p.H, self.p.W, layout=self.layout)
+
+    def forward(self, backend: str, input: Tensor) -> Callable[[], object]:
+        """A call with packed weights."""
+        return lambda: tucker_conv2d(input, *self.weights, **self.settings, backend=backend)
+
+
 def measure(problem: TuckerConv2dProblem, seconds: float) -> dict[str, Any]:
     """Time every backend that can run a problem, in turn, forward only, on random numbers and with packed weights.
 
@@ -34,28 +65,10 @@ def measure(problem: TuckerConv2dProblem, seconds: float) -> dict[str, Any]:
     Returns:
         dict: an entry of a tuned table, as docs/dispatch.md describes it.
     """
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
-        empty = torch.empty(shape, dtype=problem.dtype, device=problem.device, memory_format=layout)
-        return empty.copy_(torch.randn(*shape, generator=generator))
-
-    p = problem
-    layout = torch.channels_last if p.channels_last else torch.contiguous_format
-    input = random(p.N, p.C, p.H, p.W, layout=layout)
-    u_in, u_out = random(p.C, p.rank_in) / p.C**0.5, random(p.K, p.Q)
-    core = random(p.Q, p.rank_in, p.R, p.S) / p.taps**0.5
-    bias = random(p.K) if p.bias else None
-    residual = random(p.N, p.K, *p.output_size, layout=layout) if p.residual else None
-    shape: dict[str, Any] = {"stride": p.stride, "dilation": p.dilation, "precise": p.precise}
-    settings: dict[str, Any] = {**shape, "padding": p.padding, "activation": p.activation, "residual": residual}
-    packed = tucker_conv2d_pack(core, u_out, **shape)
-
-    def call_of(backend: str) -> Callable[[], object]:
-        return lambda: tucker_conv2d(input, u_in, core, u_out, bias, **settings, packed=packed, backend=backend)
-
+    drawn = Drawn(problem)
+    input = drawn.input()
     with torch.inference_mode():
-        taken = timing.interleave({name: call_of(name) for name in able(problem)}, seconds)
+        taken = timing.interleave({name: drawn.forward(name, input) for name in able(problem)}, seconds)
     spreads = {name: series.scaled(1e3).spread() for name, series in taken.items()}
     return {
         "op": OP,
@@ -65,6 +78,16 @@ def measure(problem: TuckerConv2dProblem, seconds: float) -> dict[str, Any]:
         "fastest": min(spreads, key=lambda name: spreads[name].median),
         "disturbed": round(timing.disturbed(taken.values()), 4),
     }
+
+
+def measure_on_gpu(problem: TuckerConv2dProblem, seconds: float) -> list[dict[str, Any]]:
+    """The same on the current CUDA device, in a graph and in eager calls; entries of a tuned table."""
+    out = problem.N * problem.K * math.prod(problem.output_size)
+    moved = (problem.N * problem.C * problem.H * problem.W + out) * problem.dtype.itemsize
+    drawn = Drawn(problem)
+    inputs = [drawn.input() for _ in range(timing_cuda.copies(moved))]
+    calls = {name: [drawn.forward(name, input) for input in inputs] for name in able(problem)}
+    return timing_cuda.entries(OP, problem, tuning.FORWARD, calls, seconds)
 
 
 def on_first_use(tensors: tuple[Any, ...], settings: Settings, asked: str | None) -> bool:

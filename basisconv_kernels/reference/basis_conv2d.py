@@ -150,7 +150,7 @@ def backward(
         maps (Tensor[N, Q, OH, OW] or None): Z if the forward kept it; else it is computed again.
     """
     grad_output = sloped(grad_output, output, activation)
-    mixing = coefficients[:, :, None, None]
+    mixing = coefficients.view(*coefficients.shape, 1, 1)
     mixing_groups = coefficient_groups(coefficients, basis_weight.shape[0], groups)
     padded, pad = symmetric(input, padding)
     conv_backward = torch.ops.aten.convolution_backward
@@ -169,7 +169,7 @@ def backward(
             grad_output, maps, mixing, [mixing.shape[0]] if with_bias else None,
             [1, 1], [0, 0], [1, 1], False, [0, 0], mixing_groups, [wanted[0] or wanted[1], wanted[2], with_bias],
         )  # fmt: skip
-        d_coefficients = d_mixing[:, :, 0, 0] if wanted[2] else None
+        d_coefficients = d_mixing.flatten(1) if wanted[2] else None
     if wanted[0] or wanted[1]:
         d_padded, d_basis, _ = conv_backward(
             d_maps, padded, basis_weight, None, stride, pad, dilation, False, [0, 0], groups,

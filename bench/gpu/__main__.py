@@ -1,6 +1,8 @@
-"""``python -m bench.gpu check|bench|probe``, by way of ``make gpu-check`` and so on.
+"""``python -m bench.gpu check|bench|probe|keep``, by way of ``make gpu-check`` and so on.
 
 Installs nothing and asks nobody. What is measured lies in ``out/gpu`` and, packed, in ``--out``; run again, it goes on.
+
+``keep`` puts rows into the repository: files of results, the table of automatic choice, and documents.
 
 Exit status: 0 all that ran was right; 1 something was wrong, or nothing ran; 2 no CUDA device, or wrong usage.
 """
@@ -38,6 +40,8 @@ def parser() -> argparse.ArgumentParser:
         if name == "check":
             command.add_argument("--jobs", type=int, default=1, help="processes at once (default 1)")
             command.add_argument("--only", help=f"one of its parts: {', '.join(check.NAMES)}", choices=check.NAMES)
+    kept = commands.add_parser("keep", help="put rows into bench/results, and make tables and documents of those")
+    kept.add_argument("sources", nargs="*", type=Path, help="archives or folders of runs; none: those that are kept")
     worker = commands.add_parser("work", help="what the others run, again and again")
     worker.add_argument("what", choices=("library", "sanitizer", "bench", "probe"))
     worker.add_argument("--folder", type=Path, required=True)
@@ -51,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = parser().parse_args(arguments)
     if asked.command == "work":
         return _work(asked)
+    if asked.command == "keep":
+        return _keep(asked.sources)
     started = time.time()
     folder: Path = asked.folder / asked.command
     folder.mkdir(parents=True, exist_ok=True)
@@ -105,6 +111,18 @@ def _finish(folder: Path, archive: Archive, text: str) -> None:
     (folder / "summary.txt").write_text(text, encoding="utf-8")
     print(text, end="")
     print(f"written: {archive.pack().name}", flush=True)
+
+
+def _keep(sources: Sequence[Path]) -> int:
+    from bench.gpu import documents, keep
+
+    try:
+        written = [*(keep.keep(sources) if sources else []), *documents.write()]
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print("".join(f"{path.relative_to(facts.ROOT)}\n" for path in written) or "nothing changed\n", end="")
+    return 0
 
 
 def _work(asked: argparse.Namespace) -> int:

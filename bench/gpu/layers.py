@@ -31,6 +31,8 @@ SHARES = (4, 2)  # Q = K / share
 OURS = ("cuda", "triton")
 BASELINES = ("two_step", "dense")
 COMPILED = ("two_step_compiled", "dense_compiled")
+# Automatic choice, and what it falls back to: a convolution and a product of the library.
+CHOSEN = ("auto", "reference")
 ROWS_COMPILED = 3  # layers whose baselines are compiled too: seconds each
 SEED = 20190412
 
@@ -78,6 +80,8 @@ def by_priority() -> Iterator[tuple[Layer, tuple[str, ...]]]:
             yield Layer(C, K, side, 1, share), engines
     for C, K, side in RESNET:
         yield Layer(C, K, side, 32, 4, tucker=True), engines
+    for C, K, side in RESNET:
+        yield Layer(C, K, side, 32, 4), CHOSEN
     for C, K, side in RESNET[:ROWS_COMPILED]:
         yield Layer(C, K, side, 32, 4), COMPILED
     for C, K, side in RESNET:
@@ -146,11 +150,12 @@ class Prepared:
         if engine == "two_step":
             first = self.u_in.t()[:, :, None, None].contiguous(memory_format=torch.channels_last)  # type: ignore[union-attr]
             return lambda x: F.relu(F.conv2d(F.conv2d(F.conv2d(x, first), self.basis, padding=1), mixing, self.bias))
-        settings: dict[str, Any] = {"padding": 1, "activation": "relu", "backend": engine}
+        backend = None if engine == "auto" else engine
+        settings: dict[str, Any] = {"padding": 1, "activation": "relu", "backend": backend}
         if self.u_in is not None:
             weights = (self.u_in, self.basis, self.mixing, self.bias)
             return lambda x: tucker_conv2d(x, *weights, **settings)
-        packed = basis_conv2d_pack(self.basis, self.mixing) if engine in ("cuda", "cpu") else None
+        packed = basis_conv2d_pack(self.basis, self.mixing) if engine in ("cuda", "cpu", "auto") else None
         return lambda x: basis_conv2d(x, self.basis, self.mixing, self.bias, packed=packed, **settings)
 
     def check(self, engine: str) -> float:
@@ -208,7 +213,9 @@ def steps(about: Mapping[str, Any], device: str, meter: Meter) -> list[Step]:
         for engine in engines:
             key = f"{layer.name} {engine}"
             stamp = facts.stamp(dict(about), ours=engine not in (*BASELINES, *COMPILED))
-            seconds, patience = (25.0, 240.0) if engine.endswith("_compiled") else (3.0, 90.0)
+            checked = engine == "auto"  # some seconds, the first time
+            slow = engine.endswith("_compiled")
+            seconds, patience = (25.0, 240.0) if slow else (10.0, 120.0) if checked else (3.0, 90.0)
             run = functools.partial(measure, layer, engine, device, meter)
             found.setdefault(key, Step(key, run, seconds, patience, stamp))
     return list(found.values())

@@ -64,7 +64,7 @@ def _training_forward(prepared: Prepared, engine: str, x: Tensor) -> Tensor:
         maps = F.conv2d(x, prepared.basis, padding=1)
         return F.relu(F.conv2d(maps, prepared.mixing[:, :, None, None], prepared.bias))
     weights = (prepared.basis, prepared.mixing, prepared.bias)
-    return basis_conv2d(x, *weights, padding=1, activation="relu", backend=engine)
+    return basis_conv2d(x, *weights, padding=1, activation="relu", backend=None if engine == "auto" else engine)
 
 
 def _exact_gradients(prepared: Prepared, grad: Tensor, frozen: bool) -> list[Tensor]:
@@ -124,7 +124,7 @@ def steps(about: Mapping[str, Any], device: str, meter: Meter) -> list[Step]:
     """Training steps, then networks; in a rehearsal a small layer only, since networks take minutes to convert."""
     found = []
     stamps = {True: facts.stamp(dict(about), ours=True), False: facts.stamp(dict(about), ours=False)}
-    engines: tuple[str, ...] = ("two_step", "triton", "cuda") if device == "cuda" else ("two_step", "cpu")
+    engines: tuple[str, ...] = ("two_step", "auto", "triton", "cuda") if device == "cuda" else ("two_step", "cpu")
     for C, K, side in RESNET if device == "cuda" else RESNET[:1]:
         layer = Layer(C, K, side, 32, 4)
         layer = layer if device == "cuda" else replace(layer, N=2, side=8)
@@ -132,7 +132,7 @@ def steps(about: Mapping[str, Any], device: str, meter: Meter) -> list[Step]:
             for engine in engines:
                 key = f"training {layer.name} {'frozen' if frozen else 'trained'} {engine}"
                 run = functools.partial(training, layer, engine, frozen, device, meter)
-                found.append(Step(key, run, 4.0, 90.0, stamps[engine != "two_step"]))
+                found.append(Step(key, run, 4.0, 120.0, stamps[engine != "two_step"]))
     if device != "cuda":
         return found
     for name in NETWORKS:

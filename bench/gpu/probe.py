@@ -1,8 +1,9 @@
 """``make gpu-probe``: the rates and costs by which kernels are designed, each a step of its own.
 
-Matrix products and copies of torch; what a call costs by the ways to register an op; every row of Triton's tile table,
-right or wrong and then its time; and ``probe.cu``, which nvcc compiles here: matrix instructions by form and N, graph
-nodes, the second-level cache, loads of tiles, clusters. What cuDNN takes for the layers is measured by ``gpu-bench``.
+Matrix products and copies of torch; what a call costs by the ways to register an op, and a call of ours; every row of
+Triton's tile table, right or wrong and then its time; and ``probe.cu``, which nvcc compiles here: matrix instructions
+by form and N, graph nodes, the second-level cache, loads of tiles, clusters. What cuDNN takes for the layers is
+measured by ``gpu-bench``.
 """
 
 from __future__ import annotations
@@ -18,13 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
+from basisconv_kernels import BackendUnavailable, basis_conv2d, basis_conv2d_pack
 from bench.gpu import facts, probe_source
 from bench.gpu.journal import Step, Unavailable
 from bench.gpu.timing import eager_spread
 
 HERE = Path(__file__).resolve().parent
 KEPT = facts.ROOT / "build" / "gpu_probe"
+TINY = ((1, 8, 4, 4), (8, 8, 3, 3), (8, 8), (8,))  # input, basis, coefficients and bias of a call
+ENGINES = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
 NAMES = ("graph_nodes", "cache", "boxes", "bits", "wgmma_bf16", "wgmma_b1", "clusters")
 
 
@@ -136,6 +141,39 @@ def op_costs(device: str) -> dict[str, Any]:
     return {f"us_{name}": _microseconds(device, call, 300) for name, call in ways.items()}
 
 
+def call_costs(device: str) -> dict[str, Any]:
+    """Microseconds that a caller waits for an eager call and a training step on a map that costs the device nothing."""
+    x, basis, mixing, bias = (torch.ones(shape, device=device, dtype=torch.bfloat16) for shape in TINY)
+    x = x.contiguous(memory_format=torch.channels_last)
+    leaves = [tensor.clone().requires_grad_() for tensor in (x, basis, mixing, bias)]
+    slope = torch.ones(1, 8, 4, 4, device=device, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    packed = basis_conv2d_pack(basis, mixing)
+
+    def ours(backend: str | None) -> tuple[Callable[[], Any], Callable[[], Any]]:
+        settings: dict[str, Any] = {"padding": 1, "activation": "relu", "backend": backend}
+        call = functools.partial(basis_conv2d, x, basis, mixing, bias, packed=packed, **settings)
+        return call, lambda: torch.autograd.grad(basis_conv2d(*leaves, **settings), leaves, slope)
+
+    def two(x: Any, basis: Any, mixing: Any, bias: Any) -> Any:
+        return F.relu(F.conv2d(F.conv2d(x, basis, padding=1), mixing[:, :, None, None], bias))
+
+    engines = {"automatic": ours(None), **{name: ours(name) for name in ENGINES[device]}}
+    engines["two convolutions"] = (
+        functools.partial(two, x, basis, mixing, bias),
+        lambda: torch.autograd.grad(two(*leaves), leaves, slope),
+    )
+    found = {}
+    for name, (forward, step) in engines.items():
+        with torch.inference_mode():
+            try:
+                forward()
+            except BackendUnavailable:
+                continue
+            found[f"us_{name} forward"] = _microseconds(device, forward, 300)
+        found[f"us_{name} step"] = _microseconds(device, step, 100)
+    return found
+
+
 def triton_row(index: int) -> dict[str, Any]:
     """A row of the tile table: its check, then its time on the problem that fills it."""
     from basisconv_kernels import testing
@@ -174,6 +212,7 @@ def steps(about: Mapping[str, Any], device: str) -> list[Step]:
     found = [
         Step("rates", functools.partial(rates, device), 6, 90, theirs),
         Step("op_costs", functools.partial(op_costs, device), 4, 90, theirs),
+        Step("call_costs", functools.partial(call_costs, device), 8, 150, ours),
     ]
     if device == "cpu":
         return found

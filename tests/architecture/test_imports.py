@@ -24,6 +24,7 @@ LEVELS = (
     "ops",
     "layers",
     "compression",
+    "tiny_runs",
     "diagnostics",
     "demo",
     "cli",

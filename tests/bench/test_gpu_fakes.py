@@ -2,60 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from bench.gpu import check, facts, probe, timing
 from bench.gpu.journal import Unavailable
 
 
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """CUDA's graphs and events with a clock of their own: every call that runs takes ``us`` microseconds of it."""
-    state = SimpleNamespace(now=0.0, us=7.0, capturing=None, captured=[], refuses=False)
-
-    class Graph:
-        def __init__(self) -> None:
-            self.calls = 0
-            state.captured.append(self)
-
-        def replay(self) -> None:
-            state.now += self.calls * state.us
-
-    class Event:
-        def __init__(self, enable_timing: bool) -> None:
-            assert enable_timing
-
-        def record(self) -> None:
-            self.at = state.now
-
-        def elapsed_time(self, other: Event) -> float:
-            return (other.at - self.at) / 1e3
-
-    @contextlib.contextmanager
-    def capture(graph: Graph):
-        if state.refuses:
-            raise RuntimeError("operation not permitted when stream is capturing\nmore")
-        state.capturing = graph
-        yield
-        state.capturing = None
-
-    for name, value in {"CUDAGraph": Graph, "Event": Event, "graph": capture, "synchronize": lambda: None}.items():
-        monkeypatch.setattr(torch.cuda, name, value)
-    return state
-
-
-def counted(clock: SimpleNamespace) -> Callable[[int], timing.Call]:
+def counted(cuda_clock: SimpleNamespace) -> Callable[[int], timing.Call]:
     def make(i: int) -> timing.Call:
         def call() -> int:
-            if clock.capturing is not None:
-                clock.capturing.calls += 1
+            if cuda_clock.capturing is not None:
+                cuda_clock.capturing.calls += 1
             return i
 
         return call
@@ -63,22 +25,22 @@ def counted(clock: SimpleNamespace) -> Callable[[int], timing.Call]:
     return make
 
 
-def test_a_time_is_that_of_one_call(clock):
-    found = timing.CudaMeter(samples=5, cold_bytes=1000).measure(counted(clock), 100)
+def test_a_time_is_that_of_one_call(cuda_clock):
+    found = timing.CudaMeter(samples=5, cold_bytes=1000).measure(counted(cuda_clock), 100)
     assert found["copies"] == 10
     for way in ("graph_cold", "graph_warm"):
         assert (found[way]["median"], found[way]["samples"]) == (7.0, 5)
-    assert [graph.calls for graph in clock.captured] == [10, timing.WARM_CALLS]
+    assert [graph.calls for graph in cuda_clock.captured] == [10, timing.WARM_CALLS]
 
 
 @pytest.mark.parametrize(("moved", "copies"), [(1, timing.MOST_COPIES), (2**40, 2)])
-def test_the_number_of_copies_has_bounds(clock, moved, copies):
-    assert timing.CudaMeter(samples=2).measure(counted(clock), moved)["copies"] == copies
+def test_the_number_of_copies_has_bounds(cuda_clock, moved, copies):
+    assert timing.CudaMeter(samples=2).measure(counted(cuda_clock), moved)["copies"] == copies
 
 
-def test_what_cannot_be_captured_is_timed_eagerly(clock):
-    clock.refuses = True
-    found = timing.CudaMeter(samples=2, cold_bytes=10).measure(counted(clock), 10)
+def test_what_cannot_be_captured_is_timed_eagerly(cuda_clock):
+    cuda_clock.refuses = True
+    found = timing.CudaMeter(samples=2, cold_bytes=10).measure(counted(cuda_clock), 10)
     assert found["graph"] == "cannot be captured: operation not permitted when stream is capturing"
     assert "graph_cold" not in found
     assert found["eager"]["median"] > 0

@@ -283,6 +283,8 @@ def test_a_rehearsal_measures(tmp_path, capsys):
     rows = Journal(tmp_path / "a" / "probe" / "probe.jsonl").last()
     assert {line["status"] for line in rows.values()} == {PASSED}
     assert rows["op_costs"]["data"]["us_define_impl"] > 0
+    ways = [f"us_{name} {what}" for name in ("automatic", "cpu", "two convolutions") for what in ("forward", "step")]
+    assert all(rows["call_costs"]["data"][way] > 0 for way in ways)
     assert rows["rates"]["context"]["versions"]["torch"]
     assert '"us_define_impl"' in capsys.readouterr().out
 

@@ -29,7 +29,7 @@ def test_doctor_notices_a_wrong_kernel(basisconv, monkeypatch):
         if backend == "reference" and dtype is torch.bfloat16:
             raise Mismatch("first mismatch at [n=0, k=0, y=0, x=0]")
 
-    monkeypatch.setattr(diagnostics, "_TINY_RUNS", {"basis_conv2d": wrong})
+    monkeypatch.setattr(diagnostics, "TINY_RUNS", {"basis_conv2d": wrong})
     outcome = basisconv("doctor")
     assert outcome.code == 1
     assert "failed" in outcome.out
@@ -155,4 +155,4 @@ def test_explain_of_filters_of_bits(basisconv):
 
 def test_doctor_runs_every_op():
     ran = {finding.what for finding in diagnostics.doctor() if finding.state == "ok"}
-    assert {f"{name} on reference" for name in diagnostics._TINY_RUNS} <= ran
+    assert {f"{name} on reference" for name in diagnostics.TINY_RUNS} <= ran

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from basisconv_kernels import basis_conv2d, testing
+from basisconv_kernels import basis_conv2d, testing, tucker_conv2d
 from basisconv_kernels.core import registry
 from basisconv_kernels.core.problem import Conv2dProblem
 from basisconv_kernels.ops.basis_conv2d import CANDIDATES
@@ -156,3 +156,51 @@ def test_an_input_that_was_changed_in_place_is_noticed(backend):
     tensors[0].add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+
+
+class Asked(TorchDispatchMode):
+    """Names of all ops that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def _chain(*arguments, **more):
+    return tucker_conv2d(arguments[0], torch.ones(6, 6), *arguments[1:], **more)
+
+
+@pytest.mark.parametrize("function", [basis_conv2d, _chain], ids=["basis_conv2d", "tucker_conv2d"])
+def test_the_backward_fills_no_gradient_of_the_maps_with_zeros(function):
+    x, basis, mixing = (torch.ones(shape, requires_grad=True) for shape in ((2, 6, 7, 7), (4, 6, 3, 3), (5, 4)))
+    out = function(x, basis, mixing, backend="reference")
+    with Asked() as asked:
+        torch.autograd.grad(out, (x, basis, mixing), torch.ones_like(out))
+    assert "convolution_backward" in asked.names
+    assert not {"zeros", "zeros_like", "new_zeros", "zero_"} & set(asked.names)
+
+
+class NoGradient(torch.autograd.Function):
+    """Identity whose gradient is undefined."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None
+
+
+@pytest.mark.parametrize("function", [basis_conv2d, _chain], ids=["basis_conv2d", "tucker_conv2d"])
+def test_an_undefined_gradient_of_the_result_stays_undefined(function):
+    x, basis, mixing = (torch.ones(shape, requires_grad=True) for shape in ((2, 6, 7, 7), (4, 6, 3, 3), (5, 4)))
+    lost = NoGradient.apply(function(x, basis, mixing, backend="reference"))
+    (lost.sum() + x.sum()).backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
+    assert basis.grad is None
+    assert mixing.grad is None
