@@ -17,7 +17,7 @@ from basisconv_kernels.core import checks
 from basisconv_kernels.core.checks import Pair, Quad
 from basisconv_kernels.reference.basis_conv2d import HALF, memory_format
 from basisconv_kernels.triton_kernels import configs
-from basisconv_kernels.triton_kernels._common import channels_fastest, vector
+from basisconv_kernels.triton_kernels._common import channels_fastest, vector, wide
 from basisconv_kernels.triton_kernels.basis_conv2d_descriptors import basis_conv2d_forward_descriptors
 from basisconv_kernels.triton_kernels.basis_conv2d_pointers import basis_conv2d_forward_pointers
 
@@ -107,7 +107,7 @@ def _through_pointers(
         BM=tile.BM, BQ=tile.BQ, BK=tile.BK, BL=tile.BL,
         VECTOR=min(vector(input, *starts), vector(basis_weight, basis_q, basis_r, basis_s)),
         SPLIT=split, COMPACT=compact, ACTIVATION=activation, PRECISE=precise and input.dtype in HALF,
-        PRECISION=configs.input_precision(arithmetic),
+        PRECISION=configs.input_precision(arithmetic), WIDE=wide(pixels, input, residual, out),
         num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip
 
@@ -155,6 +155,6 @@ def _through_descriptors(
         *_epilogue_strides(coefficients, bias, residual, out),
         R=R, S=S, STRIDE=stride[0], BN=BN, TH=TH, TW=TW, BQ=tile.BQ, BK=tile.BK, BL=tile.BL,
         UNROLLED=configs.unrolled(tile), ACTIVATION=activation,
-        PRECISION=configs.input_precision(arithmetic),
+        PRECISION=configs.input_precision(arithmetic), WIDE=wide(N * OH * OW, residual, out),
         num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip

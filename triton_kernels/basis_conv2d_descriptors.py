@@ -82,6 +82,7 @@ def basis_conv2d_forward_descriptors(
     UNROLLED: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """One program a box, on the x axis of the grid; see the head of this file."""
     BM: tl.constexpr = BN * TH * TW
@@ -116,9 +117,11 @@ def basis_conv2d_forward_descriptors(
     z = tl.where(live_q[None, :], z, 0.0)  # 0 · Inf of a row past the end is NaN
 
     m = tl.arange(0, BM)
-    image = (n + m // (TH * TW)).to(tl.int64)
-    y = (oy + m // TW % TH).to(tl.int64)
-    x = (ox + m % TW).to(tl.int64)
+    image = n + m // (TH * TW)
+    y = oy + m // TW % TH
+    x = ox + m % TW
+    if WIDE:
+        image, y, x = image.to(tl.int64), y.to(tl.int64), x.to(tl.int64)
     live = (image < N) & (y < OH) & (x < OW)
     out_rows = image * out_n + y * out_y + x * out_x
     residual_rows = image * residual_n + y * residual_y + x * residual_x

@@ -241,16 +241,18 @@ def splits(blocks: int, tiles: int, device: Device) -> tuple[int, int]:
     return -(-tiles // each), each
 
 
-def gradient_route(arithmetic: str, groups: int, cudnn: bool) -> dict[str, str]:
-    """Which library computes which gradient: "triton", or "aten", PyTorch's own convolution, on a GPU cuDNN's.
+def gradient_block(most: int, size: int, aligned: bool) -> int:
+    """Side of a block of the gradient kernels: no wider than its problem, half as wide for loads of single elements.
 
-    d coefficients and d bias are ours: Z is never stored. The other two are what cuDNN has long been
-    tuned for; until a table shows ours to be faster there, cuDNN keeps them.
+    Their addresses take the registers that spill otherwise.
     """
-    if groups > 1 or (arithmetic == FLOAT32 and cudnn):
-        return dict.fromkeys(("input", "basis_weight", "coefficients"), "aten")
-    return {
-        "input": "aten" if cudnn else "triton",
-        "basis_weight": "aten" if cudnn else "triton",
-        "coefficients": "triton",
-    }
+    return min(most if aligned else max(SMALLEST, most // 2), power_of_two(size))
+
+
+def own_gradients(groups: int, cudnn: bool) -> bool:
+    """Whether the gradients are computed by our kernels, or by PyTorch's convolutions.
+
+    cuDNN's were faster in every training step measured on an H200 (docs/gpu.md): d coefficients of ours computes Z
+    again for each block of outputs. Ours remain for GPUs where cuDNN is off or not there.
+    """
+    return groups == 1 and not cudnn

@@ -14,6 +14,7 @@ from basisconv_kernels.core.problem import Conv2dProblem
 from basisconv_kernels.ops import basis_conv2d_selfcheck
 from basisconv_kernels.ops.basis_conv2d import CANDIDATES
 from basisconv_kernels.testing import Case
+from basisconv_kernels.triton_kernels import _common
 from basisconv_kernels.triton_kernels import basis_conv2d as kernels
 from tests.triton import rows
 
@@ -36,6 +37,16 @@ def check(case: Case, seed: int = 0) -> None:
 def check_gradients(case: Case) -> None:
     """All gradients against the explicit formulas."""
     testing.check_gradients(case, kernel)
+
+
+def check_wide(case: Case) -> None:
+    """Forward and gradients as for tensors of more than 2³¹ elements, with offsets of 64 bits."""
+    limit, _common.FAR = _common.FAR, 0
+    try:
+        testing.check(case, kernel)
+        testing.check_gradients(case, kernel)
+    finally:
+        _common.FAR = limit
 
 
 def nan_maps(case: Case) -> list[tuple[str, Any, Any]]:

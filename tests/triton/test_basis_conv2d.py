@@ -64,6 +64,17 @@ def test_gradients(interpreter, case):
     interpreter(interpreted.check_gradients, case)
 
 
+@pytest.mark.parametrize("name", ["whole_epilogue", pytest.param("full_vectors", marks=pytest.mark.full)])
+def test_offsets_of_64_bits(interpreter, name):
+    interpreter(interpreted.check_wide, testing.case(name).at(dtype=HALF))
+
+
+def test_gradients_of_several_tiles_and_odd_sizes(interpreter):
+    """The small call of the sanitizers, with an upstream gradient in NCHW beside a channels_last result."""
+    case = a_case("2 24 9 11 16 40 3 3", padding=(1, 1, 1, 1), activation="relu", dtype=HALF)
+    interpreter(interpreted.check_gradients, case)
+
+
 # What the descriptor path has of its own: shifted boxes, planes of two parities, dilation, channels past a block.
 DESCRIPTORS = {
     "tails": a_case("2 24 6 13 20 37 3 2", padding=(0, 2, 3, 1), dilation=(2, 1), activation="relu6"),
