@@ -148,13 +148,17 @@ def _through_descriptors(
     else:
         shape, strides = [N, H // 2, 2, W // 2, 2 * C], [n, 2 * y, y, 2 * C, 1]
         pixels = TensorDescriptor(input, shape, strides, [BN, TH, 1, TW, tile.BK])
-    filters = TensorDescriptor(basis_weight, [Q, R * S, C], [R * S * C, C, 1], [tile.BQ, 1, tile.BK])
+    flat = C % tile.BK == 0
+    if flat:
+        filters = TensorDescriptor(basis_weight, [Q, R * S * C], [R * S * C, 1], [tile.BQ, tile.BK])
+    else:
+        filters = TensorDescriptor(basis_weight, [Q, R * S, C], [R * S * C, C, 1], [tile.BQ, 1, tile.BK])
     programs = -(-N // BN) * -(-OH // TH) * -(-OW // TW)
     basis_conv2d_forward_descriptors[(programs,)](
         pixels, filters, coefficients, bias, residual, out, N, C, Q, K, OH, OW, padding[0], padding[2], *dilation,
         *_epilogue_strides(coefficients, bias, residual, out),
         R=R, S=S, STRIDE=stride[0], BN=BN, TH=TH, TW=TW, BQ=tile.BQ, BK=tile.BK, BL=tile.BL,
-        UNROLLED=configs.unrolled(tile), ACTIVATION=activation,
+        BLOCKS=-(-C // tile.BK), FLAT=flat, UNROLLED=configs.unrolled(tile), ACTIVATION=activation,
         PRECISION=configs.input_precision(arithmetic), WIDE=wide(N * OH * OW, residual, out),
         num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip

@@ -121,23 +121,23 @@ def largest_that_fills(rows: Sequence[Tile], pixels: int, device: Device) -> Til
 DESCRIPTORS_FROM = (9, 0)  # compute capability of the first tensor memory unit
 DESCRIPTOR_BYTES = 16  # bases and strides are multiples of it
 
+# Zᵀ has BQ rows: 64 are the fewest of a matrix instruction of four warps.
 DESCRIPTORS: dict[str, tuple[Tile, ...]] = {
     HALF: (
-        Tile(128, 16, 64, 64, 4, 4),
-        Tile(64, 16, 64, 64, 4, 4),
-        Tile(128, 32, 64, 64, 4, 4),
-        Tile(64, 32, 64, 64, 4, 4),
         Tile(128, 64, 64, 64, 4, 4),
-        Tile(64, 64, 64, 64, 4, 4),
-        Tile(128, 128, 64, 128, 8, 3),
+        Tile(64, 64, 64, 64, 4, 6),
+        Tile(32, 64, 64, 64, 4, 8),
+        Tile(128, 128, 64, 64, 8, 4),
         Tile(64, 128, 64, 64, 4, 4),
-        Tile(64, 256, 64, 32, 4, 3),
+        Tile(32, 128, 64, 64, 4, 6),
+        Tile(16, 128, 64, 128, 4, 6),
+        Tile(64, 256, 64, 64, 8, 4),
+        Tile(32, 256, 64, 64, 4, 4),
+        Tile(16, 256, 64, 64, 4, 5),
     ),
     TF32: (
-        Tile(128, 16, 32, 32, 4, 4),
-        Tile(64, 16, 32, 32, 4, 4),
-        Tile(64, 32, 32, 32, 4, 4),
-        Tile(64, 64, 32, 64, 4, 4),
+        Tile(128, 64, 32, 32, 4, 4),
+        Tile(64, 64, 32, 32, 4, 4),
         Tile(64, 128, 32, 32, 4, 3),
     ),
 }
@@ -193,8 +193,9 @@ def against_descriptors(
 
 def descriptor_tile(arithmetic: str, Q: int, C: int, K: int, pixels: int, stride: int, device: Device) -> Tile:
     """The tile of the descriptor kernel where ``against_descriptors`` has nothing against it."""
-    BQ = power_of_two(Q)
-    tile = largest_that_fills([row for row in DESCRIPTORS[arithmetic] if BQ == row.BQ], pixels, device)
+    rows = DESCRIPTORS[arithmetic]
+    BQ = min(row.BQ for row in rows if row.BQ >= Q)
+    tile = largest_that_fills([row for row in rows if BQ == row.BQ], pixels, device)
     if stride == 2:  # a block must not reach into the other plane's channels
         tile = tile._replace(BK=min(tile.BK, C & -C))
     return fitted(tile, C, K, arithmetic, device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from basisconv_kernels.ops.basis_conv2d import CANDIDATES
 from basisconv_kernels.testing import Case
 from basisconv_kernels.triton_kernels import _common
 from basisconv_kernels.triton_kernels import basis_conv2d as kernels
+from bench.gpu import sweep
+from bench.gpu.layers import Layer
+from bench.gpu.timing import CpuMeter
 from tests.triton import rows
 
 kernel = functools.partial(basis_conv2d, backend="triton")
@@ -69,6 +73,26 @@ def nan_maps(case: Case) -> list[tuple[str, Any, Any]]:
 def check_row(row: rows.Row, dtype: torch.dtype) -> None:
     """The forward pass on one row of the tile table."""
     rows.check(row, dtype, "cpu")
+
+
+class Float16(Layer):
+    """A layer in the dtype that the interpreter multiplies rightly."""
+
+    @property
+    def problem(self) -> Conv2dProblem:
+        """As that of a layer."""
+        return replace(super().problem, dtype=torch.float16)
+
+
+def sweep_of_tiles(layer: Float16, wrong: bool) -> dict[str, Any]:
+    """The step of ``gpu-probe`` on a small layer, or with a kernel whose result is off by a little."""
+    own = kernels.forward
+    if wrong:
+        kernels.forward = lambda *arguments, **more: own(*arguments, **more) * 1.05
+    try:
+        return sweep.tiles(layer, "cpu", CpuMeter())
+    finally:
+        kernels.forward = own
 
 
 def self_check(problem: Conv2dProblem, wrong: bool) -> str | None:
