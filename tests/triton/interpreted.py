@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import gc
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -51,6 +53,19 @@ def check_wide(case: Case) -> None:
         testing.check_gradients(case, kernel)
     finally:
         _common.FAR = limit
+
+
+def kept_by_plans(case: Case) -> tuple[int, int]:
+    """How many plans two calls with tensors of their own make, and how many of those tensors outlive the calls."""
+    kernels._plans.clear()
+    left = []
+    for seed in range(2):
+        inputs = testing.make_inputs(case, seed)
+        kernel(*inputs.tensors[:4], residual=inputs.residual, **case.arguments())
+        left += [weakref.ref(tensor) for tensor in inputs.tensors if tensor is not None]
+        del inputs
+    gc.collect()
+    return len(kernels._plans), sum(tensor() is not None for tensor in left)
 
 
 def nan_maps(case: Case) -> list[tuple[str, Any, Any]]:

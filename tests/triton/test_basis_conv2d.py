@@ -118,6 +118,12 @@ def test_the_short_rows_are_rows():
     assert {str(row) for row in rows.ROWS} >= SHORT_ROWS
 
 
+@pytest.mark.parametrize("name", ["tails", "stride 2"])
+def test_calls_of_one_kind_share_a_plan_that_keeps_no_tensor(interpreter, name):
+    assert interpreter(interpreted.kept_by_plans, DESCRIPTORS[name].at(dtype=HALF)) == (1, 0)
+    assert interpreter(interpreted.kept_by_plans, testing.case("whole_epilogue").at(dtype=FULL)) == (1, 0)
+
+
 def test_the_sweep_of_tiles_times_what_is_right(interpreter):
     layer = interpreted.Float16(64, 64, 4, 1, 1)
     found = interpreter(interpreted.sweep_of_tiles, layer, False)
