@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 WIDEST = 16  # bytes of the widest load of a thread, and what tensor maps ask of bases and strides
+FAR = 2**31 - 2**20  # the largest offset in 32 bits; tiles reach past the last pixel by less than the rest
 
 
 # Sizes that are only compared or looped over: one compiled kernel serves all of them, whether or not they are 1 or
@@ -30,12 +31,20 @@ def jit(kernel: Callable[..., None]) -> Any:
 
 @triton.jit
 def activated(y, ACTIVATION: tl.constexpr):
-    """Relu or relu6 by comparisons that a NaN fails, so that it stays."""
+    """Relu or relu6; a NaN stays."""
     if ACTIVATION is not None:
-        y = tl.where(y < 0.0, 0.0, y)
+        y = tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)
     if ACTIVATION == "relu6":
-        y = tl.where(y > 6.0, 6.0, y)
+        y = tl.minimum(y, 6.0, propagate_nan=tl.PropagateNan.ALL)
     return y
+
+
+@triton.jit
+def located(pixel, OH, OW):
+    """(n, oy, ox) of pixels numbered in this order, in the width of ``pixel``."""
+    row = pixel // OW
+    n = row // OH
+    return n, row - n * OH, pixel - row * OW
 
 
 @triton.jit
@@ -44,25 +53,26 @@ def store_outputs(
     k,  # [BL] output filters
     live_k,  # [BL]
     live,  # [BM] pixels inside the result
-    rows,  # [BM] offsets of the pixels in out, int64
+    rows,  # [BM] offsets of the pixels in out
     out,
     out_k,
     bias,
     bias_k,
     residual,
-    residual_rows,  # [BM] offsets of the pixels in residual, int64
+    residual_rows,  # [BM] offsets of the pixels in residual
     residual_k,
     ACTIVATION: tl.constexpr,
 ):
     """``act(y + bias + residual)`` in float32, rounded once and stored. ``bias`` and ``residual`` may be None."""
     inside = live[:, None] & live_k[None, :]
+    far_k = k.to(rows.dtype)[None, :]  # as wide as the offsets of the pixels
     if bias is not None:
         y += tl.load(bias + k * bias_k, mask=live_k, other=0.0).to(tl.float32)[None, :]
     if residual is not None:
-        at = residual + residual_rows[:, None] + (k.to(tl.int64) * residual_k)[None, :]
+        at = residual + (residual_rows[:, None] + far_k * residual_k)
         y += tl.load(at, mask=inside, other=0.0).to(tl.float32)
     y = activated(y, ACTIVATION)
-    tl.store(out + rows[:, None] + (k.to(tl.int64) * out_k)[None, :], y.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + (rows[:, None] + far_k * out_k), y.to(out.dtype.element_ty), mask=inside)
 
 
 def vector(tensor: Tensor, *strides: int) -> int:
@@ -75,6 +85,20 @@ def vector(tensor: Tensor, *strides: int) -> int:
     while count > 1 and (tensor.data_ptr() % (count * size) or any(stride % count for stride in strides)):
         count //= 2
     return count
+
+
+def wide(pixels: int, *tensors: Tensor | None) -> bool:
+    """Whether pixels or elements are so many that 32 bits do not number them.
+
+    Everywhere else the kernels compute their offsets in 32 bits: 64 of them make most of the instructions of a tile,
+    and its registers spill.
+    """
+    return pixels > FAR or any(t is not None and _last(t) > FAR for t in tensors)
+
+
+def _last(tensor: Tensor) -> int:
+    """The offset of the last element."""
+    return sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def channels_fastest(tensor: Tensor) -> Tensor:

@@ -3,25 +3,30 @@
 The kernels read channels_last memory. An input in NCHW is copied once, the result is written in NCHW straight away; a
 basis weight is read as [Q, R, S, C/G], which is how it lies in a model converted ``.to(memory_format=channels_last)``,
 else it is copied too. Strided views of channels_last tensors are read where they are.
+
+All of a call but its addresses is decided once, in a ``Plan`` kept by the shapes, strides and settings of the call.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from basisconv_kernels.core import checks
 from basisconv_kernels.core.checks import Pair, Quad
 from basisconv_kernels.reference.basis_conv2d import HALF, memory_format
 from basisconv_kernels.triton_kernels import configs
-from basisconv_kernels.triton_kernels._common import channels_fastest, vector
+from basisconv_kernels.triton_kernels._common import WIDEST, channels_fastest, vector, wide
+from basisconv_kernels.triton_kernels._launch import Head, Launch, rebased, template
 from basisconv_kernels.triton_kernels.basis_conv2d_descriptors import basis_conv2d_forward_descriptors
 from basisconv_kernels.triton_kernels.basis_conv2d_pointers import basis_conv2d_forward_pointers
 
 OP = "basis_conv2d"
+MOST_PLANS = 4096  # then all are forgotten
 
 
 @functools.cache
@@ -32,6 +37,18 @@ def device_of(index: int | None) -> configs.Device:
     properties = torch.cuda.get_device_properties(index)
     shared = getattr(properties, "shared_memory_per_block_optin", 99 * 1024)
     return configs.Device((properties.major, properties.minor), properties.multi_processor_count, shared)
+
+
+class Plan(NamedTuple):
+    """How calls of one kind run."""
+
+    shape: tuple[int, int, int, int]  # of the result
+    layout: torch.memory_format
+    heads: Callable[[Tensor, Tensor], tuple[Head, Head]]  # what the kernel takes for input and basis weight
+    launch: Launch | None  # None where the result has no elements
+
+
+_plans: dict[tuple[Any, ...], Plan] = {}
 
 
 def forward(
@@ -55,26 +72,57 @@ def forward(
         path: "descriptors" or "pointers", for tests; None chooses.
         tile: a row of that path's table, for tests; None chooses.
     """
+    given = input
+    input, basis_weight = channels_fastest(input), channels_fastest(basis_weight)
+    settings = (tuple(stride), tuple(padding), tuple(dilation), groups, activation, precise, path, tile)
+    arithmetic = configs.arithmetic_of(input.dtype, precise)
+    tensors = (input, basis_weight, coefficients, bias, residual)
+    key = (
+        arithmetic, settings, given.stride(), input.dtype, input.device,
+        *((t.shape, t.stride(), t.data_ptr() % WIDEST) if t is not None else None for t in tensors),
+    )  # fmt: skip
+    plan = _plans.get(key)
+    if plan is None:
+        plan = _plan(memory_format(given), arithmetic, settings, *tensors)
+        if len(_plans) >= MOST_PLANS:
+            _plans.clear()
+        _plans[key] = plan
+    out = torch.empty(plan.shape, dtype=input.dtype, device=input.device, memory_format=plan.layout)
+    if plan.launch is not None:
+        plan.launch(*plan.heads(input, basis_weight), coefficients, bias, residual, out)
+    return out
+
+
+def _plan(
+    layout: torch.memory_format,
+    arithmetic: str,
+    settings: tuple[Pair, Quad, Pair, int, str | None, bool, str | None, configs.Tile | None],
+    input: Tensor,
+    basis_weight: Tensor,
+    coefficients: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+) -> Plan:
+    stride, padding, dilation, groups, activation, precise, path, tile = settings
     N, C, H, W = input.shape
     Q, _, R, S = basis_weight.shape
-    K = coefficients.shape[0]
-    OH, OW = checks.output_size(OP, (H, W), (R, S), stride, padding, dilation)
-    out = torch.empty((N, K, OH, OW), dtype=input.dtype, device=input.device, memory_format=memory_format(input))
+    shape = (N, coefficients.shape[0], *checks.output_size(OP, (H, W), (R, S), stride, padding, dilation))
+    out = torch.empty(shape, dtype=input.dtype, device="meta", memory_format=layout)
     if out.numel() == 0:
-        return out
+        return Plan(shape, layout, lambda input, basis: (input, basis), None)
     device = device_of(input.device.index)
-    arithmetic = configs.arithmetic_of(input.dtype, precise)
-    input, basis_weight = channels_fastest(input), channels_fastest(basis_weight)
     against = configs.against_descriptors(arithmetic, C, Q, (H, W), stride, groups, device.capability)
     against = against or _against_memory(input, stride)
     if path == "descriptors" and against:
         raise ValueError(f"{OP}: no descriptor path: {against}")
     tensors = (input, basis_weight, coefficients, bias, residual, out)
     if against or path == "pointers":
-        _through_pointers(*tensors, stride, padding, dilation, groups, activation, precise, arithmetic, device, tile)
-    else:
-        _through_descriptors(*tensors, stride, padding, dilation, activation, arithmetic, device, tile)
-    return out
+        launch = _through_pointers(
+            *tensors, stride, padding, dilation, groups, activation, precise, arithmetic, device, tile
+        )
+        return Plan(shape, layout, lambda input, basis: (input, basis), launch)
+    heads, launch = _through_descriptors(*tensors, stride, padding, dilation, activation, arithmetic, device, tile)
+    return Plan(shape, layout, heads, launch)
 
 
 def _epilogue_strides(coefficients: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor) -> list[int]:
@@ -86,7 +134,7 @@ def _through_pointers(
     input: Tensor, basis_weight: Tensor, coefficients: Tensor, bias: Tensor | None, residual: Tensor | None,
     out: Tensor, stride: Pair, padding: Quad, dilation: Pair, groups: int, activation: str | None, precise: bool,
     arithmetic: str, device: configs.Device, given: configs.Tile | None,
-) -> None:  # fmt: skip
+) -> Launch:  # fmt: skip
     (Q, C, R, S), (K, mixed) = basis_weight.shape, coefficients.shape
     N, _, OH, OW = out.shape
     pixels = N * OH * OW
@@ -99,17 +147,19 @@ def _through_pointers(
     input_n, _, input_y, input_x = input.stride()
     basis_q, _, basis_r, basis_s = basis_weight.stride()
     starts = (input_n, input_y, input_x, *((C,) if groups > 1 else ()))
-    basis_conv2d_forward_pointers[(-(-pixels // tile.BM) * chunks,)](
-        input, basis_weight, coefficients, bias, residual, out,
+    rest = (
         pixels, C, Q // groups, own_K, *input.shape[2:], OH, OW, R, S, *stride, padding[0], padding[2], *dilation,
         groups, input_n, input_y, input_x, basis_q, basis_r, basis_s,
-        *_epilogue_strides(coefficients, bias, residual, out),
-        BM=tile.BM, BQ=tile.BQ, BK=tile.BK, BL=tile.BL,
-        VECTOR=min(vector(input, *starts), vector(basis_weight, basis_q, basis_r, basis_s)),
-        SPLIT=split, COMPACT=compact, ACTIVATION=activation, PRECISE=precise and input.dtype in HALF,
-        PRECISION=configs.input_precision(arithmetic),
-        num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
+        *_epilogue_strides(coefficients, bias, residual, out), tile.BM, tile.BQ, tile.BK, tile.BL,
+        min(vector(input, *starts), vector(basis_weight, basis_q, basis_r, basis_s)),
+        split, compact, activation, precise and input.dtype in HALF, configs.input_precision(arithmetic),
+        wide(pixels, input, residual, out),
     )  # fmt: skip
+    return Launch(basis_conv2d_forward_pointers, -(-pixels // tile.BM) * chunks, rest, **_options(tile))
+
+
+def _options(tile: configs.Tile) -> dict[str, Any]:
+    return {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
 
 
 def _against_memory(input: Tensor, stride: Pair) -> str | None:
@@ -132,11 +182,11 @@ def _through_descriptors(
     input: Tensor, basis_weight: Tensor, coefficients: Tensor, bias: Tensor | None, residual: Tensor | None,
     out: Tensor, stride: Pair, padding: Quad, dilation: Pair, activation: str | None,
     arithmetic: str, device: configs.Device, given: configs.Tile | None,
-) -> None:  # fmt: skip
+) -> tuple[Callable[[Tensor, Tensor], tuple[Head, Head]], Launch]:  # fmt: skip
     (N, C, H, W), (Q, _, R, S), K = input.shape, basis_weight.shape, coefficients.shape[0]
     OH, OW = out.shape[2:]
-    if not basis_weight.is_contiguous(memory_format=torch.channels_last) or basis_weight.data_ptr() % 16:
-        basis_weight = basis_weight.clone(memory_format=torch.channels_last)
+    copied = not basis_weight.is_contiguous(memory_format=torch.channels_last) or basis_weight.data_ptr() % WIDEST != 0
+    basis_weight = _dense(basis_weight) if copied else basis_weight
     tile = given or configs.descriptor_tile(arithmetic, Q, C, K, N * OH * OW, stride[0], device)
     BN, TH, TW = configs.box(tile.BM, N, OH, OW)
     # A dimension of size 1 may have any stride; a descriptor wants a multiple of 16 bytes.
@@ -144,17 +194,28 @@ def _through_descriptors(
     y = input.stride(2) if H > 1 else W * x
     n = input.stride(0) if N > 1 else H * y
     if stride == (1, 1):
-        pixels = TensorDescriptor(input, [N, H, W, C], [n, y, x, 1], [BN, TH, TW, tile.BK])
+        pixels = template([N, H, W, C], [n, y, x, 1], [BN, TH, TW, tile.BK], input)
     else:
         shape, strides = [N, H // 2, 2, W // 2, 2 * C], [n, 2 * y, y, 2 * C, 1]
-        pixels = TensorDescriptor(input, shape, strides, [BN, TH, 1, TW, tile.BK])
-    filters = TensorDescriptor(basis_weight, [Q, R * S, C], [R * S * C, C, 1], [tile.BQ, 1, tile.BK])
+        pixels = template(shape, strides, [BN, TH, 1, TW, tile.BK], input)
+    flat = C % tile.BK == 0
+    if flat:
+        filters = template([Q, R * S * C], [R * S * C, 1], [tile.BQ, tile.BK], basis_weight)
+    else:
+        filters = template([Q, R * S, C], [R * S * C, C, 1], [tile.BQ, 1, tile.BK], basis_weight)
     programs = -(-N // BN) * -(-OH // TH) * -(-OW // TW)
-    basis_conv2d_forward_descriptors[(programs,)](
-        pixels, filters, coefficients, bias, residual, out, N, C, Q, K, OH, OW, padding[0], padding[2], *dilation,
-        *_epilogue_strides(coefficients, bias, residual, out),
-        R=R, S=S, STRIDE=stride[0], BN=BN, TH=TH, TW=TW, BQ=tile.BQ, BK=tile.BK, BL=tile.BL,
-        UNROLLED=configs.unrolled(tile), ACTIVATION=activation,
-        PRECISION=configs.input_precision(arithmetic),
-        num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
+    rest = (
+        N, C, Q, K, OH, OW, padding[0], padding[2], *dilation, *_epilogue_strides(coefficients, bias, residual, out),
+        R, S, stride[0], BN, TH, TW, tile.BQ, tile.BK, tile.BL, -(-C // tile.BK), flat, configs.unrolled(tile),
+        activation, configs.input_precision(arithmetic), wide(N * OH * OW, residual, out),
     )  # fmt: skip
+
+    def heads(input: Tensor, basis_weight: Tensor) -> tuple[Head, Head]:
+        return rebased(pixels, input), rebased(filters, _dense(basis_weight) if copied else basis_weight)
+
+    return heads, Launch(basis_conv2d_forward_descriptors, programs, rest, **_options(tile))
+
+
+def _dense(basis_weight: Tensor) -> Tensor:
+    """A copy that a descriptor can describe."""
+    return basis_weight.clone(memory_format=torch.channels_last)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from basisconv_kernels.triton_kernels._common import jit
+from basisconv_kernels.triton_kernels._common import jit, located
 from basisconv_kernels.triton_kernels.basis_conv2d_pointers import gathered_maps
 
 
@@ -38,15 +38,16 @@ def basis_conv2d_backward_maps(
     pixels, Q, K, OH, OW,
     gradient_n, gradient_k, gradient_y, gradient_x, output_n, output_k, output_y, output_x, mix_k, mix_q,
     BM: tl.constexpr, BQ: tl.constexpr, BL: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """The maps' gradient dZ [pixels, Q]; one program BM pixels and BQ basis filters."""
     filter_blocks = tl.cdiv(Q, BQ)
-    program = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(0)
+    if WIDE:
+        program = program.to(tl.int64)
     pixel = program // filter_blocks * BM + tl.arange(0, BM)
     live = pixel < pixels
-    ox = pixel % OW
-    oy = pixel // OW % OH
-    n = pixel // OW // OH
+    n, oy, ox = located(pixel, OH, OW)
     gradient_rows = n * gradient_n + oy * gradient_y + ox * gradient_x
     output_rows = n * output_n + oy * output_y + ox * output_x
     q = (program % filter_blocks).to(tl.int32) * BQ + tl.arange(0, BQ)
@@ -56,15 +57,15 @@ def basis_conv2d_backward_maps(
         k = start + tl.arange(0, BL)
         live_k = k < K
         inside = live[:, None] & live_k[None, :]
-        wide_k = k.to(tl.int64)[None, :]
+        far_k = k.to(pixel.dtype)[None, :]
         g = sloped(
-            gradient, output, gradient_rows[:, None] + wide_k * gradient_k, output_rows[:, None] + wide_k * output_k,
+            gradient, output, gradient_rows[:, None] + far_k * gradient_k, output_rows[:, None] + far_k * output_k,
             inside, ACTIVATION,
         )  # fmt: skip
         at = coefficients + k[:, None] * mix_k + q[None, :] * mix_q
         mix = tl.load(at, mask=live_k[:, None] & live_q[None, :], other=0.0)
         dz = tl.dot(g, mix, dz, input_precision=PRECISION)
-    at = d_maps + pixel[:, None] * Q + q[None, :]
+    at = d_maps + (pixel[:, None] * Q + q[None, :])
     tl.store(at, dz.to(d_maps.dtype.element_ty), mask=live[:, None] & live_q[None, :])
 
 
@@ -78,7 +79,7 @@ def basis_conv2d_backward_coefficients(
     input_n, input_y, input_x, basis_q, basis_r, basis_s,
     tiles,  # of one split
     BM: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, BL: tl.constexpr, VECTOR: tl.constexpr,
-    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """A part of d coefficients [BL, BQ] and d bias [BL]; one program a block of both and a range of pixel tiles."""
     chunks = tl.cdiv(K, BL)
@@ -86,20 +87,20 @@ def basis_conv2d_backward_coefficients(
     program = tl.program_id(0)
     filter_block = program % filter_blocks
     program = program // filter_blocks
-    split = (program // chunks).to(tl.int64)
+    split = program // chunks
+    if WIDE:
+        split = split.to(tl.int64)
     k = program % chunks * BL + tl.arange(0, BL)
     live_k = k < K
-    wide_k = k.to(tl.int64)[None, :]
+    far_k = k.to(split.dtype)[None, :]
     q = filter_block * BQ + tl.arange(0, BQ)
     live_q = q < Q
     part = tl.zeros((BL, BQ), tl.float32)
     bias_part = tl.zeros((BL,), tl.float32)
     for tile in range(split * tiles, (split + 1) * tiles):
-        pixel = tile * BM + tl.arange(0, BM).to(tl.int64)
+        pixel = tile * BM + tl.arange(0, BM)
         live = pixel < pixels
-        ox = pixel % OW
-        oy = pixel // OW % OH
-        n = pixel // OW // OH
+        n, oy, ox = located(pixel, OH, OW)
         gradient_rows = n * gradient_n + oy * gradient_y + ox * gradient_x
         output_rows = n * output_n + oy * output_y + ox * output_x
         z = gathered_maps(
@@ -108,7 +109,7 @@ def basis_conv2d_backward_coefficients(
             BM, BQ, BK, VECTOR, PRECISION,
         )  # fmt: skip
         g = sloped(
-            gradient, output, gradient_rows[:, None] + wide_k * gradient_k, output_rows[:, None] + wide_k * output_k,
+            gradient, output, gradient_rows[:, None] + far_k * gradient_k, output_rows[:, None] + far_k * output_k,
             live[:, None] & live_k[None, :], ACTIVATION,
         )  # fmt: skip
         part = tl.dot(tl.trans(g), z.to(g.dtype), part, input_precision=PRECISION)
@@ -126,17 +127,17 @@ def basis_conv2d_backward_input(
     pixels,  # N·H·W
     C, Q, H, W, OH, OW, R, S, stride_y, stride_x, top, left, dilation_y, dilation_x,
     basis_q, basis_r, basis_s, d_input_n, d_input_c, d_input_y, d_input_x,
-    BM: tl.constexpr, BQ: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BQ: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """D input of BM pixels and BC channels; input row y is read by output row (y + top − r·dilation) / stride."""
     chunks = tl.cdiv(C, BC)
-    program = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(0)
+    if WIDE:
+        program = program.to(tl.int64)
     pixel = program // chunks * BM + tl.arange(0, BM)
     c = (program % chunks).to(tl.int32) * BC + tl.arange(0, BC)
     live_c = c < C
-    x = pixel % W
-    y = pixel // W % H
-    n = pixel // W // H
+    n, y, x = located(pixel, H, W)
     live = pixel < pixels
     dx = tl.zeros((BM, BC), tl.float32)
     blocks = tl.cdiv(Q, BQ)
@@ -155,7 +156,7 @@ def basis_conv2d_backward_input(
         at = basis + q[:, None] * basis_q + tap // S * basis_r + tap % S * basis_s + c[None, :]
         filters = tl.load(at, mask=live_q[:, None] & live_c[None, :], other=0.0)
         dx = tl.dot(dz, filters, dx, input_precision=PRECISION)
-    at = d_input + (n * d_input_n + y * d_input_y + x * d_input_x)[:, None] + (c.to(tl.int64) * d_input_c)[None, :]
+    at = d_input + (n * d_input_n + y * d_input_y + x * d_input_x)[:, None] + (c.to(pixel.dtype) * d_input_c)[None, :]
     tl.store(at, dx.to(d_input.dtype.element_ty), mask=live[:, None] & live_c[None, :])
 
 
@@ -168,6 +169,7 @@ def basis_conv2d_backward_basis(
     input_n, input_y, input_x,
     tiles,  # of one split
     BM: tl.constexpr, BQ: tl.constexpr, BC: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """A part of d basis [BQ, BC] of one tap; a program has one tap, one block of filters and channels, some tiles."""
     channel_blocks = tl.cdiv(C, BC)
@@ -178,17 +180,20 @@ def basis_conv2d_backward_basis(
     q = program % filter_blocks * BQ + tl.arange(0, BQ)
     program = program // filter_blocks
     tap = program % (R * S)
-    split = (program // (R * S)).to(tl.int64)
+    split = program // (R * S)
+    if WIDE:
+        split = split.to(tl.int64)
     live_c = c < C
     live_q = q < Q
     part = tl.zeros((BQ, BC), tl.float32)
     for tile in range(split * tiles, (split + 1) * tiles):
-        pixel = tile * BM + tl.arange(0, BM).to(tl.int64)
+        pixel = tile * BM + tl.arange(0, BM)
         live = pixel < pixels
-        y = pixel // OW % OH * stride_y - top + tap // S * dilation_y
-        x = pixel % OW * stride_x - left + tap % S * dilation_x
+        n, oy, ox = located(pixel, OH, OW)
+        y = oy * stride_y - top + tap // S * dilation_y
+        x = ox * stride_x - left + tap % S * dilation_x
         inside = live & (y >= 0) & (y < H) & (x >= 0) & (x < W)
-        at = tl.multiple_of(pixel // OW // OH * input_n + y * input_y + x * input_x, VECTOR)
+        at = tl.multiple_of(n * input_n + y * input_y + x * input_x, VECTOR)
         values = tl.load(input + at[:, None] + c[None, :], mask=inside[:, None] & live_c[None, :], other=0.0)
         at = d_maps + pixel[None, :] * Q + q[:, None]
         dz = tl.load(at, mask=live[None, :] & live_q[:, None], other=0.0)

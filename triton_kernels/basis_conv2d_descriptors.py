@@ -4,7 +4,9 @@ A program owns a box of BN images × TH rows × TW columns, BM = BN·TH·TW outp
 
 1. *Load.* A tap's operand is the box of the input shifted by the tap, one descriptor load. What lies outside the image
    arrives as zero: the box is the padding, and there are no masks.
-2. *Stage 1* adds up Z [BM, BQ] over taps and channels in float32.
+2. *Stage 1* adds up Zᵀ [BQ, BM] = filters · pixelsᵀ over taps and channels in float32. The filters come first because
+   the compiler leaves a box of pixels in shared memory, and so lets matrix instructions read it there, only as the
+   second operand; as the first it would pass through registers in every step. It also allows few pixels: BM may be 16.
 3. *Stage 2.* Z, rounded once to the dtype, stays in registers while the outputs follow in chunks of BL.
 4. *Epilogue.* Bias, residual and activation in float32, then one rounding.
 
@@ -41,10 +43,16 @@ def shifted_box(
     return tl.reshape(box, (BM, BK))
 
 
+@triton.jit
+def tap_filters(basis, tap, c, C, BQ: tl.constexpr, BK: tl.constexpr, FLAT: tl.constexpr):
+    """The filters [BQ, BK] of one tap from channel c on; rows and channels past the end are zero."""
+    return basis.load([0, tap * C + c]) if FLAT else tl.reshape(basis.load([0, tap, c]), (BQ, BK))
+
+
 @jit
 def basis_conv2d_forward_descriptors(
     input,  # descriptor [N, H, W, C], boxes [BN, TH, TW, BK]; stride 2: [N, H/2, 2, W/2, 2·C], [BN, TH, 1, TW, BK]
-    basis,  # descriptor [Q, R·S, C], boxes [BQ, 1, BK]
+    basis,  # descriptor [Q, R·S·C], boxes [BQ, BK], or not FLAT [Q, R·S, C], boxes [BQ, 1, BK]
     coefficients,
     bias,
     residual,
@@ -79,9 +87,12 @@ def basis_conv2d_forward_descriptors(
     BQ: tl.constexpr,
     BK: tl.constexpr,
     BL: tl.constexpr,
+    BLOCKS: tl.constexpr,  # of BK channels
+    FLAT: tl.constexpr,  # BK divides C
     UNROLLED: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """One program a box, on the x axis of the grid; see the head of this file."""
     BM: tl.constexpr = BN * TH * TW
@@ -92,37 +103,39 @@ def basis_conv2d_forward_descriptors(
     oy = program // columns % rows * TH
     n = program // columns // rows * BN
 
-    z = tl.zeros((BM, BQ), tl.float32)
+    maps = tl.zeros((BQ, BM), tl.float32)
     if UNROLLED:
         for tap in tl.static_range(R * S):
             for c in range(0, C, BK):
                 pixels = shifted_box(
                     input, n, oy, ox, tap // S, tap % S, c, C, top, left, dilation_y, dilation_x, STRIDE, BM, BK
                 )
-                filters = tl.reshape(basis.load([0, tap, c]), (BQ, BK))
-                z = tl.dot(pixels, tl.trans(filters), z, input_precision=PRECISION)
+                filters = tap_filters(basis, tap, c, C, BQ, BK, FLAT)
+                maps = tl.dot(filters, tl.trans(pixels), maps, input_precision=PRECISION)
     else:
-        blocks = tl.cdiv(C, BK)
-        for i in range(R * S * blocks):
-            tap = i // blocks
-            c = (i - tap * blocks) * BK
+        for i in range(R * S * BLOCKS):
+            tap = i // BLOCKS
+            c = i % BLOCKS * BK
             pixels = shifted_box(
                 input, n, oy, ox, tap // S, tap % S, c, C, top, left, dilation_y, dilation_x, STRIDE, BM, BK
             )
-            filters = tl.reshape(basis.load([0, tap, c]), (BQ, BK))
-            z = tl.dot(pixels, tl.trans(filters), z, input_precision=PRECISION)
+            filters = tap_filters(basis, tap, c, C, BQ, BK, FLAT)
+            maps = tl.dot(filters, tl.trans(pixels), maps, input_precision=PRECISION)
     q = tl.arange(0, BQ)
     live_q = q < Q
-    z = tl.where(live_q[None, :], z, 0.0)  # 0 · Inf of a row past the end is NaN
+    maps = tl.where(live_q[:, None], maps, 0.0)  # 0 · Inf of a row past the end is NaN
+    z = tl.trans(maps.to(coefficients.dtype.element_ty))
 
     m = tl.arange(0, BM)
-    image = (n + m // (TH * TW)).to(tl.int64)
-    y = (oy + m // TW % TH).to(tl.int64)
-    x = (ox + m % TW).to(tl.int64)
+    image = n + m // (TH * TW)
+    y = oy + m // TW % TH
+    x = ox + m % TW
+    if WIDE:
+        image, y, x = image.to(tl.int64), y.to(tl.int64), x.to(tl.int64)
     live = (image < N) & (y < OH) & (x < OW)
     out_rows = image * out_n + y * out_y + x * out_x
     residual_rows = image * residual_n + y * residual_y + x * residual_x
-    for start in range(0, K, BL):
+    for start in tl.range(0, K, BL, num_stages=2):
         k = start + tl.arange(0, BL)
         live_k = k < K
         at = coefficients + k[:, None] * mix_k + q[None, :] * mix_q

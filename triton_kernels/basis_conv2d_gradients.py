@@ -1,4 +1,4 @@
-"""The gradients of ``basis_conv2d`` on a GPU: which library computes which, and the launches of our own kernels."""
+"""The gradients of ``basis_conv2d`` on a GPU without cuDNN: the launches of our own kernels."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from basisconv_kernels.core.checks import Pair, Quad
-from basisconv_kernels.reference.basis_conv2d import memory_format, sloped, symmetric
+from basisconv_kernels.reference.basis_conv2d import memory_format, sloped
 from basisconv_kernels.triton_kernels import configs
-from basisconv_kernels.triton_kernels._common import channels_fastest, vector
+from basisconv_kernels.triton_kernels._common import WIDEST, channels_fastest, vector, wide
 from basisconv_kernels.triton_kernels.basis_conv2d import device_of
 from basisconv_kernels.triton_kernels.basis_conv2d_backward import (
     basis_conv2d_backward_basis,
@@ -33,29 +33,20 @@ def backward(
     dilation: Pair,
     activation: str | None,
     wanted: Sequence[bool],
-    route: dict[str, str] | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of input, basis weight, coefficients and bias for one group.
 
     Args:
         output: the op's result; needed with an activation only.
         wanted: which of the four need a gradient.
-        route: as ``configs.gradient_route`` gives it, for tests; None chooses.
     """
-    if route is None:
-        arithmetic = configs.arithmetic_of(input.dtype, False)
-        route = configs.gradient_route(arithmetic, 1, input.is_cuda)
     call = _Call(grad_output, output, input, basis_weight, coefficients, stride, padding, dilation, activation)
     d_coefficients, d_bias = call.coefficients_and_bias(wanted[2], wanted[3])
     if not (wanted[0] or wanted[1]):
         return None, None, d_coefficients, d_bias
     maps = call.maps()
-    d_input = call.input_gradient(maps) if wanted[0] and route["input"] == "triton" else None
-    d_basis = call.basis_gradient(maps) if wanted[1] and route["basis_weight"] == "triton" else None
-    rest = [wanted[0] and d_input is None, wanted[1] and d_basis is None, False]
-    if any(rest):
-        theirs = call.by_aten(maps, rest)
-        d_input, d_basis = d_input if theirs[0] is None else theirs[0], d_basis if theirs[1] is None else theirs[1]
+    d_input = call.input_gradient(maps) if wanted[0] else None
+    d_basis = call.basis_gradient(maps) if wanted[1] else None
     return d_input, d_basis, d_coefficients, d_bias
 
 
@@ -82,11 +73,18 @@ class _Call:
         input_n, _, input_y, input_x = self.input.stride()
         basis_q, _, basis_r, basis_s = self.basis.stride()
         self.input_strides, self.basis_strides = (input_n, input_y, input_x), (basis_q, basis_r, basis_s)
+        # dZ and d input are dense, whatever the strides of what they belong to.
+        self.wide = wide(max(self.pixels * self.Q, input.numel()), gradient, output, self.input)
         # Where no activation is, ``output`` is not read: any strides do.
         self.upstream = (*gradient.stride(), *(gradient if output is None else output).stride())
 
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.given.device)
+
+    @staticmethod
+    def multiples(*sizes: int) -> bool:
+        """Whether a thread may load several elements of rows of these sizes at once."""
+        return all(size % configs.SMALLEST == 0 for size in sizes)
 
     def coefficients_and_bias(self, coefficients: bool, bias: bool) -> tuple[Tensor | None, Tensor | None]:
         """Both in one pass over the gradient; where the coefficients need none, PyTorch adds up the bias."""
@@ -94,7 +92,10 @@ class _Call:
             d_mix = torch.zeros_like(self.coefficients, memory_format=torch.contiguous_format) if coefficients else None
             return d_mix, (sloped(self.gradient, self.output, self.activation).sum((0, 2, 3)) if bias else None)
         BM, most_Q, most = self.blocks
-        BQ, BL = min(most_Q, configs.power_of_two(self.Q)), min(most, configs.power_of_two(self.K))
+        VECTOR = min(vector(self.input, *self.input_strides), vector(self.basis, *self.basis_strides))
+        aligned = VECTOR * self.given.element_size() == WIDEST and self.multiples(self.C, self.K)
+        BQ = min(most_Q, configs.power_of_two(self.Q))
+        BK, BL = (configs.gradient_block(most, size, aligned) for size in (self.C, self.K))
         blocks = -(-self.K // BL) * -(-self.Q // BQ)
         parts, tiles = configs.splits(blocks, -(-self.pixels // BM), self.device)
         mix_parts = self.new(parts, self.K, self.Q)
@@ -103,9 +104,8 @@ class _Call:
             self.gradient, self.output, self.input, self.basis, mix_parts, bias_parts,
             self.pixels, self.C, self.Q, self.K, self.H, self.W, self.OH, self.OW, *self.geometry, *self.upstream,
             *self.input_strides, *self.basis_strides, tiles,
-            BM=BM, BQ=BQ, BK=min(self.blocks[2], configs.power_of_two(self.C)), BL=BL,
-            VECTOR=min(vector(self.input, *self.input_strides), vector(self.basis, *self.basis_strides)),
-            ACTIVATION=self.activation, PRECISION=self.precision, **WARPS,
+            BM=BM, BQ=BQ, BK=BK, BL=BL, VECTOR=VECTOR,
+            ACTIVATION=self.activation, PRECISION=self.precision, WIDE=self.wide, **WARPS,
         )  # fmt: skip
         dtype = self.given.dtype
         return mix_parts.sum(0).to(dtype), None if bias_parts is None else bias_parts.sum(0).to(dtype)
@@ -120,7 +120,7 @@ class _Call:
                 self.gradient, self.output, self.coefficients, dense, self.pixels, self.Q, self.K, self.OH, self.OW,
                 *self.upstream, *self.coefficients.stride(),
                 BM=BM, BQ=BQ, BL=min(most, configs.power_of_two(self.K)),
-                ACTIVATION=self.activation, PRECISION=self.precision, **WARPS,
+                ACTIVATION=self.activation, PRECISION=self.precision, WIDE=self.wide, **WARPS,
             )  # fmt: skip
         return dense.permute(0, 3, 1, 2)
 
@@ -134,10 +134,11 @@ class _Call:
             return d_input
         BM, most_Q, most_C = self.blocks
         BC = min(most_C, configs.power_of_two(self.C))
+        BQ = configs.gradient_block(most_Q, self.Q, self.multiples(self.Q, self.C))
         basis_conv2d_backward_input[(-(-pixels // BM) * -(-self.C // BC),)](
             maps, self.basis, d_input, pixels, self.C, self.Q, self.H, self.W, self.OH, self.OW, *self.geometry,
             *self.basis_strides, *d_input.stride(),
-            BM=BM, BQ=min(most_Q, configs.power_of_two(self.Q)), BC=BC, PRECISION=self.precision, **WARPS,
+            BM=BM, BQ=BQ, BC=BC, PRECISION=self.precision, WIDE=self.wide, **WARPS,
         )  # fmt: skip
         return d_input
 
@@ -154,17 +155,7 @@ class _Call:
         basis_conv2d_backward_basis[(parts * blocks,)](
             maps, self.input, sums, self.pixels, self.C, self.Q, self.H, self.W, self.OH, self.OW, *self.geometry,
             *self.input_strides, tiles,
-            BM=BM, BQ=BQ, BC=BC, VECTOR=vector(self.input, *self.input_strides), PRECISION=self.precision, **WARPS,
+            BM=BM, BQ=BQ, BC=BC, VECTOR=vector(self.input, *self.input_strides),
+            PRECISION=self.precision, WIDE=self.wide, **WARPS,
         )  # fmt: skip
         return sums.sum(0).to(maps.dtype).permute(0, 3, 1, 2)
-
-    def by_aten(self, maps: Tensor, rest: Sequence[bool]) -> tuple[Tensor | None, Tensor | None]:
-        """The gradients of input and basis that PyTorch's own convolution computes, from our dZ."""
-        padded, pad = symmetric(self.given, self.padding)
-        d_input, d_basis, _ = torch.ops.aten.convolution_backward(
-            maps, padded, self.basis, None, self.stride, pad, self.dilation, False, [0, 0], 1, rest
-        )
-        if rest[0] and padded is not self.given:
-            top, _, left, _ = self.padding
-            d_input = d_input[:, :, top : top + self.H, left : left + self.W]
-        return (d_input if rest[0] else None), (d_basis if rest[1] else None)

@@ -18,13 +18,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from basisconv_kernels.triton_kernels._common import jit, store_outputs
+from basisconv_kernels.triton_kernels._common import jit, located, store_outputs
 
 
 @triton.jit
 def gathered_maps(
     input,
-    rows,  # [BM] offsets of the images in input, int64
+    rows,  # [BM] offsets of the images in input
     iy,  # [BM] first input row of each pixel's window, may lie outside
     ix,  # [BM] first input column
     live,  # [BM]
@@ -128,10 +128,13 @@ def basis_conv2d_forward_pointers(
     ACTIVATION: tl.constexpr,
     PRECISE: tl.constexpr,
     PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """One program an output tile, on the x axis of the grid; see the head of this file."""
     # Locate.
-    program = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(0)
+    if WIDE:
+        program = program.to(tl.int64)
     chunks = 1  # of BL outputs, of all groups: neighbours share the input
     if SPLIT:
         chunks = tl.cdiv(K, BL)
@@ -139,9 +142,7 @@ def basis_conv2d_forward_pointers(
         chunks = chunks * GROUPS
     pixel = program // chunks * BM + tl.arange(0, BM)
     live = pixel < pixels
-    ox = pixel % OW
-    oy = pixel // OW % OH
-    n = pixel // OW // OH
+    n, oy, ox = located(pixel, OH, OW)
     iy = oy * stride_y - top
     ix = ox * stride_x - left
     in_rows = n * input_n

@@ -121,23 +121,23 @@ def largest_that_fills(rows: Sequence[Tile], pixels: int, device: Device) -> Til
 DESCRIPTORS_FROM = (9, 0)  # compute capability of the first tensor memory unit
 DESCRIPTOR_BYTES = 16  # bases and strides are multiples of it
 
+# Zᵀ has BQ rows: 64 are the fewest of a matrix instruction of four warps.
 DESCRIPTORS: dict[str, tuple[Tile, ...]] = {
     HALF: (
-        Tile(128, 16, 64, 64, 4, 4),
-        Tile(64, 16, 64, 64, 4, 4),
-        Tile(128, 32, 64, 64, 4, 4),
-        Tile(64, 32, 64, 64, 4, 4),
         Tile(128, 64, 64, 64, 4, 4),
-        Tile(64, 64, 64, 64, 4, 4),
-        Tile(128, 128, 64, 128, 8, 3),
+        Tile(64, 64, 64, 64, 4, 6),
+        Tile(32, 64, 64, 64, 4, 8),
+        Tile(128, 128, 64, 64, 8, 4),
         Tile(64, 128, 64, 64, 4, 4),
-        Tile(64, 256, 64, 32, 4, 3),
+        Tile(32, 128, 64, 64, 4, 6),
+        Tile(16, 128, 64, 128, 4, 6),
+        Tile(64, 256, 64, 64, 8, 4),
+        Tile(32, 256, 64, 64, 4, 4),
+        Tile(16, 256, 64, 64, 4, 5),
     ),
     TF32: (
-        Tile(128, 16, 32, 32, 4, 4),
-        Tile(64, 16, 32, 32, 4, 4),
-        Tile(64, 32, 32, 32, 4, 4),
-        Tile(64, 64, 32, 64, 4, 4),
+        Tile(128, 64, 32, 32, 4, 4),
+        Tile(64, 64, 32, 32, 4, 4),
         Tile(64, 128, 32, 32, 4, 3),
     ),
 }
@@ -193,8 +193,9 @@ def against_descriptors(
 
 def descriptor_tile(arithmetic: str, Q: int, C: int, K: int, pixels: int, stride: int, device: Device) -> Tile:
     """The tile of the descriptor kernel where ``against_descriptors`` has nothing against it."""
-    BQ = power_of_two(Q)
-    tile = largest_that_fills([row for row in DESCRIPTORS[arithmetic] if BQ == row.BQ], pixels, device)
+    rows = DESCRIPTORS[arithmetic]
+    BQ = min(row.BQ for row in rows if row.BQ >= Q)
+    tile = largest_that_fills([row for row in rows if BQ == row.BQ], pixels, device)
     if stride == 2:  # a block must not reach into the other plane's channels
         tile = tile._replace(BK=min(tile.BK, C & -C))
     return fitted(tile, C, K, arithmetic, device)
@@ -241,16 +242,18 @@ def splits(blocks: int, tiles: int, device: Device) -> tuple[int, int]:
     return -(-tiles // each), each
 
 
-def gradient_route(arithmetic: str, groups: int, cudnn: bool) -> dict[str, str]:
-    """Which library computes which gradient: "triton", or "aten", PyTorch's own convolution, on a GPU cuDNN's.
+def gradient_block(most: int, size: int, aligned: bool) -> int:
+    """Side of a block of the gradient kernels: no wider than its problem, half as wide for loads of single elements.
 
-    d coefficients and d bias are ours: Z is never stored. The other two are what cuDNN has long been
-    tuned for; until a table shows ours to be faster there, cuDNN keeps them.
+    Their addresses take the registers that spill otherwise.
     """
-    if groups > 1 or (arithmetic == FLOAT32 and cudnn):
-        return dict.fromkeys(("input", "basis_weight", "coefficients"), "aten")
-    return {
-        "input": "aten" if cudnn else "triton",
-        "basis_weight": "aten" if cudnn else "triton",
-        "coefficients": "triton",
-    }
+    return min(most if aligned else max(SMALLEST, most // 2), power_of_two(size))
+
+
+def own_gradients(groups: int, cudnn: bool) -> bool:
+    """Whether the gradients are computed by our kernels, or by PyTorch's convolutions.
+
+    cuDNN's were faster in every training step measured on an H200 (docs/gpu.md): d coefficients of ours computes Z
+    again for each block of outputs. Ours remain for GPUs where cuDNN is off or not there.
+    """
+    return groups == 1 and not cudnn

@@ -21,7 +21,7 @@ from basisconv_kernels.core import checks
 from basisconv_kernels.core.checks import Pair, Quad
 from basisconv_kernels.core.layout import memory_format
 from basisconv_kernels.triton_kernels import configs
-from basisconv_kernels.triton_kernels._common import channels_fastest, jit, store_outputs, vector
+from basisconv_kernels.triton_kernels._common import channels_fastest, jit, located, store_outputs, vector, wide
 from basisconv_kernels.triton_kernels.basis_conv2d_pointers import mixed_maps
 from basisconv_kernels.triton_kernels.configs import power_of_two
 
@@ -31,7 +31,7 @@ OP = "tucker_conv2d"
 @triton.jit
 def reduced_pixels(
     input,
-    at,  # [BM] offsets of the pixels in input, int64
+    at,  # [BM] offsets of the pixels in input
     inside,  # [BM]
     u_in,
     u_c,
@@ -62,15 +62,15 @@ def tucker_conv2d_forward(
     input_n, input_y, input_x, u_c, u_i, core_q, core_i, core_r, core_s, mix_k, mix_q, bias_k,
     residual_n, residual_k, residual_y, residual_x, out_n, out_k, out_y, out_x,
     BM: tl.constexpr, BI: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, BL: tl.constexpr, VECTOR: tl.constexpr,
-    CORE_VECTOR: tl.constexpr,     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    CORE_VECTOR: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One program BM output pixels, on the x axis of the grid; see the head of this file."""
-    program = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(0)
+    if WIDE:
+        program = program.to(tl.int64)
     pixel = program * BM + tl.arange(0, BM)
     live = pixel < pixels
-    ox = pixel % OW
-    oy = pixel // OW % OH
-    n = pixel // OW // OH
+    n, oy, ox = located(pixel, OH, OW)
     i = tl.arange(0, BI)
     live_i = i < rank_in
     q = tl.arange(0, BQ)
@@ -142,7 +142,7 @@ def forward(
         BM=BM, BI=power_of_two(rank_in), BQ=power_of_two(Q), BK=min(BK, power_of_two(C)), BL=min(BL, power_of_two(K)),
         VECTOR=vector(input, input_n, input_y, input_x),
         CORE_VECTOR=vector(core, core.stride(0), core.stride(2), core.stride(3)),
-        ACTIVATION=activation, PRECISION=configs.input_precision(arithmetic),
+        ACTIVATION=activation, PRECISION=configs.input_precision(arithmetic), WIDE=wide(pixels, input, residual, out),
         num_warps=4, num_stages=3, enable_fp_fusion=True,
     )  # fmt: skip
     return out

@@ -78,7 +78,8 @@ def triton(p: Conv2dProblem, arithmetic: str) -> float:
     length = p.R * p.S * -(-C // tile.BK) * tile.BK
     mixing = 2 * (-(-K // tile.BL) * tile.BL) * tile.BQ * blocks * (p.groups if p.compact else 1)
     products = 2 * length * tile.BQ * blocks * again + mixing
-    fetched = (tile.BM + tile.BQ) * length * blocks * again * size / tile.BM
+    filters = min(Q, tile.BQ)  # rows past the last are zeros that nobody fetches
+    fetched = (tile.BM + filters) * length * blocks * again * size / tile.BM
     moved = (p.C * p.stride[0] * p.stride[1] + p.K) * size
     return max(max(products / OPERATIONS[arithmetic], fetched / CACHE) / REACHED[arithmetic], moved / MEMORY)
 

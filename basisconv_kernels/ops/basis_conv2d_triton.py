@@ -7,7 +7,7 @@ test them without a GPU.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -68,8 +68,15 @@ def forward(
 def _launch(input: Tensor, *arguments: Any) -> Tensor:
     from basisconv_kernels.triton_kernels import basis_conv2d as kernels
 
-    with torch.cuda.device(input.device) if input.is_cuda else nullcontext():  # Triton launches on the current device
+    with _on(input.device):
         return kernels.forward(input, *arguments)
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device; nothing to do in most calls, and nothing is what costs least."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 def _fake(
@@ -100,9 +107,9 @@ def backward(
     wanted: tuple[bool, bool, bool, bool, bool],
     maps: Tensor | None = None,
 ) -> reference.Gradients:
-    """``reference.backward`` by our kernels: Z is computed again tile by tile; without them the reference itself."""
+    """``reference.backward``, or the same by our kernels where there is no cuDNN: Z is computed again tile by tile."""
     arguments = (grad_output, output, input, basis_weight, coefficients, stride, padding, dilation)
-    if not _has_gradients(input.dtype, groups, input.device.type):
+    if not _own_gradients(groups, input.device.type):
         return reference.backward(*arguments, groups, activation, wanted, maps)
     found = torch.ops.basisconv_triton.basis_conv2d_backward.default(*arguments, activation, wanted[:4])
     d_input, d_basis, d_coefficients, d_bias = (
@@ -112,14 +119,14 @@ def backward(
     return reference.Gradients(d_input, d_basis, d_coefficients, d_bias, d_residual)
 
 
-def _has_gradients(dtype: torch.dtype, groups: int, device: str) -> bool:
+def _own_gradients(groups: int, device: str) -> bool:
     from basisconv_kernels.triton_kernels import configs
 
-    route = configs.gradient_route(configs.arithmetic_of(dtype, False), groups, device == "cuda")
-    return route["coefficients"] == "triton"
+    cudnn = device == "cuda" and torch.backends.cudnn.is_available() and torch.backends.cudnn.enabled
+    return configs.own_gradients(groups, cudnn)
 
 
-_has_gradients._dynamo_marked_constant = True  # type: ignore[attr-defined]  # it reads flags that no graph can trace
+_own_gradients._dynamo_marked_constant = True  # type: ignore[attr-defined]  # it reads flags that no graph can trace
 
 
 def _launch_backward(
@@ -136,7 +143,7 @@ def _launch_backward(
 ) -> tuple[Tensor, ...]:
     from basisconv_kernels.triton_kernels import basis_conv2d_gradients as kernels
 
-    with torch.cuda.device(input.device) if input.is_cuda else nullcontext():
+    with _on(input.device):
         found = kernels.backward(
             grad_output, output, input, basis_weight, coefficients, stride, padding, dilation, activation, wanted
         )

@@ -15,7 +15,7 @@ from basisconv_kernels.core.packed import PackedTensor, pack_planes
 from basisconv_kernels.reference import stacked_binary_conv2d as reference
 from basisconv_kernels.reference.stacked_binary_conv2d_problem import StackedBinaryConv2dProblem
 from basisconv_kernels.testing import tolerances
-from basisconv_kernels.testing.compare import Mismatch
+from basisconv_kernels.testing.compare import Mismatch, full_float32
 from basisconv_kernels.testing.inputs import GUARD, _place, _strides, bits, poisoned_allocations
 
 
@@ -182,7 +182,7 @@ def make_stacked_inputs(case: StackedCase, seed: int = 0, *, values: str = "rand
     input: Tensor | PackedTensor
     if p.planes:
         codes = torch.randint(2**p.planes, shape, generator=generator)
-        planes = torch.stack([(codes >> plane) & 1 for plane in range(p.planes)], 1).bool()
+        planes = torch.stack([(codes >> plane) & 1 for plane in range(p.planes)], 1).bool().to(p.device)
         input = PackedTensor(pack_planes(planes), p.C, p.planes, "unsigned" if p.mode == "codes" else "sign")
         operand = input.words
     else:
@@ -232,7 +232,7 @@ def check_stacked(case: StackedCase, kernel: Callable[..., Tensor], *, seed: int
     p = case.problem
     for values in ("random", "grid"):
         inputs = make_stacked_inputs(case, seed, values=values)
-        with torch.no_grad(), poisoned_allocations():
+        with torch.no_grad(), full_float32(), poisoned_allocations():
             got = kernel(*inputs.tensors, **case.arguments())
             first = got.clone()
             again = kernel(*inputs.tensors, **case.arguments())
@@ -256,7 +256,8 @@ def check_stacked(case: StackedCase, kernel: Callable[..., Tensor], *, seed: int
                 f"{0.0 if exact else bound.allowed[at].item():.3g}; {int(wrong.sum())} of {wrong.numel()} are wrong"
             )
         if error.numel() and not exact:
-            plain_error = (plain_stacked(inputs).double() - bound.expected).abs()
+            with full_float32():
+                plain_error = (plain_stacked(inputs).double() - bound.expected).abs()
             worst, mean = tolerances.allowed_beside_plain(plain_error, bound, p.dtype)
             if error.max().item() > worst or tolerances.mean_square(error) > mean:
                 raise Mismatch(

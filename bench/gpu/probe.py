@@ -1,9 +1,9 @@
 """``make gpu-probe``: the rates and costs by which kernels are designed, each a step of its own.
 
-Matrix products and copies of torch; what a call costs by the ways to register an op, and a call of ours; every row of
-Triton's tile table, right or wrong and then its time; and ``probe.cu``, which nvcc compiles here: matrix instructions
-by form and N, graph nodes, the second-level cache, loads of tiles, clusters. What cuDNN takes for the layers is
-measured by ``gpu-bench``.
+Matrix products and copies of torch; what a call costs by the ways to register an op, and a call of ours; tiles of the
+Triton kernels by layer (``sweep``); ``probe.cu``, which nvcc compiles here: matrix instructions by form and N, graph
+nodes, the second-level cache, loads of tiles, clusters; and every row of Triton's tile table, right or wrong and then
+its time. What cuDNN takes for the layers is measured by ``gpu-bench``.
 """
 
 from __future__ import annotations
@@ -216,12 +216,14 @@ def steps(about: Mapping[str, Any], device: str) -> list[Step]:
     ]
     if device == "cpu":
         return found
+    from bench.gpu import sweep
+    from tests.triton import rows
+
+    found += sweep.steps(about)
     hopper = about["device"].get("capability") == "9.0"
     for name in NAMES:
         run = functools.partial(measured, name) if hopper else functools.partial(_not_hopper, about)
         found.append(Step(name, run, 8, 150, ours))
-    from tests.triton import rows
-
     found += [Step(f"triton {row}", functools.partial(triton_row, i), 5, 150, ours) for i, row in enumerate(rows.ROWS)]
     return found
 

@@ -25,7 +25,8 @@ def _basis(backend: str, gradients: bool = False, **changes: Any) -> None:
     kernel = functools.partial(basis_conv2d, backend=backend)
     testing.check(case, kernel)
     if gradients:
-        testing.check_gradients(case, kernel)
+        with torch.backends.cudnn.flags(enabled=False):  # with cuDNN the gradients are its own
+            testing.check_gradients(case, kernel)
 
 
 def _tucker(backend: str) -> None:

@@ -46,21 +46,30 @@ class CudaMeter:
             dict: ``graph_cold``, ``graph_warm``, ``eager``: spreads; ``graph`` instead, with the reason, where the call
             cannot be captured.
         """
-        copies = max(2, min(MOST_COPIES, math.ceil(self.cold_bytes / max(moved, 1))))
+        copies = self.copies(moved)
         calls = [make(i) for i in range(copies)]
         for call in (*calls[:3], *calls[:3]):
             call()
         torch.cuda.synchronize()
         found: dict[str, Any] = {"copies": copies, "moved_bytes": moved}
         try:
-            found["graph_cold"] = self._replayed(calls).to_dict()
-            found["graph_warm"] = self._replayed(calls[:1] * WARM_CALLS).to_dict()
+            found["graph_cold"] = self.replayed(calls).to_dict()
+            found["graph_warm"] = self.replayed(calls[:1] * WARM_CALLS).to_dict()
         except RuntimeError as error:
             found["graph"] = f"cannot be captured: {str(error).splitlines()[0][:200]}"
         found["eager"] = self._eager(calls).to_dict()
         return found
 
-    def _replayed(self, calls: list[Call]) -> Spread:
+    def copies(self, moved: int) -> int:
+        """Sets of tensors of this many bytes that push each other out of the second-level cache."""
+        return max(2, min(MOST_COPIES, math.ceil(self.cold_bytes / max(moved, 1))))
+
+    def replayed(self, calls: list[Call]) -> Spread:
+        """Microseconds a call when a captured graph of all of them is replayed.
+
+        Raises:
+            RuntimeError: a call cannot be captured.
+        """
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             kept = [call() for call in calls]  # each result in memory of its own

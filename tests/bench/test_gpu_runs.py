@@ -9,6 +9,7 @@ import tarfile
 import time
 
 import pytest
+import torch
 
 from bench.gpu import __main__ as command
 from bench.gpu import check, facts, layers, networks, probe, probe_source, report, small
@@ -320,6 +321,27 @@ def test_a_wrong_engine_gets_no_time(monkeypatch):
     monkeypatch.setattr(layers.Prepared, "function", lambda self, engine: lambda x: right(self, engine)(x) * 1.05)
     with pytest.raises(AssertionError, match="times what is allowed"):
         layers.measure(layers.Layer(8, 16, 7, 2, 4), "cpu", "cpu", CpuMeter())
+
+
+def test_a_training_step_is_judged_by_the_signs_of_its_own_result():
+    """A pixel close to 0 may count on either side; a wrong result or gradient is an error of its own size."""
+    prepared = layers.Prepared(layers.Layer(8, 16, 7, 2, 4), "cpu")
+    weights = [w.requires_grad_() for w in (prepared.basis, prepared.mixing, prepared.bias)]
+    x = prepared.input(0).requires_grad_()
+    out = networks._training_forward(prepared, "two_step", x)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out.dtype)
+
+    def errors(result, sign):
+        gradients = torch.autograd.grad(out, [x, *weights], grad * sign, retain_graph=True)
+        return networks.relative_errors(prepared, result.detach(), gradients, grad, False)
+
+    assert max(errors(out, 1)) < 2.0**-5
+    smallest = out.detach().where(out > 0, torch.inf).amin()
+    kept = out.detach() != smallest
+    assert max(errors(out * kept, kept)) < 2.0**-5
+    assert min(errors(out, -1)[1:]) > 1
+    assert errors(torch.zeros_like(out), 1)[0] == 1
+    assert errors(-out, 1)[0] > 1
 
 
 def test_a_training_step_is_checked_and_timed():

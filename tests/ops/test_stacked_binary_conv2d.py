@@ -43,6 +43,27 @@ def test_result_at_the_sizes_of_the_goals(kernel, case):
     testing.check_stacked(kernel.case(case, torch.float32), kernel.run)
 
 
+@pytest.mark.parametrize("name", ["odd_sizes", "packed_signs", "codes"])
+def test_all_operands_of_a_case_are_on_its_device(name):
+    inputs = testing.make_stacked_inputs(testing.stacked_case(name).at(device="meta"))
+    input = inputs.input if isinstance(inputs.input, torch.Tensor) else inputs.input.words
+    operands = (input, *inputs.tensors[1:])
+    assert {operand.device.type for operand in operands if operand is not None} == {"meta"}
+
+
+def test_no_kernel_is_judged_with_tf32(monkeypatch):
+    """Nor PyTorch's own convolution beside it, as for all ops."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    allowed = []
+
+    def watched(*tensors, **more):
+        allowed.append(torch.backends.cudnn.allow_tf32)
+        return stacked_binary_conv2d(*tensors, **more, backend="reference")
+
+    testing.check_stacked(testing.stacked_case("binary_weights_channels_last"), watched)
+    assert set(allowed) == {False}
+
+
 @st.composite
 def problems(draw):
     """Any geometry that leaves an output pixel, in every mode of a real input."""

@@ -91,6 +91,7 @@ def forward_pointers(arithmetic: str, tile: Tile, capability: int, **changes: An
         "BM": tile.BM, "BQ": tile.BQ, "BK": tile.BK, "BL": tile.BL, "VECTOR": 8 if of == "fp16" else 4,
         "SPLIT": False, "COMPACT": False, "ACTIVATION": "relu", "PRECISE": False,
         "PRECISION": "tf32" if arithmetic == configs.TF32 else "ieee", "mix_q": 1, "GROUPS": 1,
+        "WIDE": False,
     }  # fmt: skip
     arguments = {**sizes, **multiples, **pointers, **_EPILOGUE, **constants, **changes}
     return compile_for(capability, basis_conv2d_forward_pointers, arguments, tile.warps, tile.stages)
@@ -106,10 +107,10 @@ def forward_descriptors(arithmetic: str, tile: Tile, capability: int, stride: in
     multiples = dict.fromkeys(("C", "K", "residual_n", "residual_y", "residual_x", "out_n", "out_y", "out_x"), "i32:16")
     constants = {
         "R": 3, "S": 3, "STRIDE": stride, "BN": BN, "TH": TH, "TW": TW, "BQ": tile.BQ, "BK": tile.BK, "BL": tile.BL,
-        "UNROLLED": configs.unrolled(tile), "ACTIVATION": "relu",
-        "PRECISION": "tf32" if arithmetic == configs.TF32 else "ieee", "mix_q": 1,
+        "BLOCKS": 2, "FLAT": True, "UNROLLED": configs.unrolled(tile), "ACTIVATION": "relu",
+        "PRECISION": "tf32" if arithmetic == configs.TF32 else "ieee", "mix_q": 1, "WIDE": False,
         "input": f"tensordesc<{of}{box}>".replace(" ", ""),
-        "basis": f"tensordesc<{of}{[tile.BQ, 1, tile.BK]}>".replace(" ", ""),
+        "basis": f"tensordesc<{of}{[tile.BQ, tile.BK]}>".replace(" ", ""),
     }  # fmt: skip
     arguments = {**sizes, **multiples, **pointers, **_EPILOGUE, **constants, **changes}
     return compile_for(capability, basis_conv2d_forward_descriptors, arguments, tile.warps, tile.stages)
@@ -132,24 +133,40 @@ FORMS: dict[str, dict[str, Any]] = {
     "split": {"SPLIT": True, "GROUPS": "i32"},
     "compact": {"SPLIT": True, "COMPACT": True, "GROUPS": "i32"},
     "precise": {"PRECISE": True},
+    "wide": {"WIDE": True},
     "unaligned": {"VECTOR": 1, "C": "i32", "input_x": "i32", "input_y": "i32", "input_n": "i32"},
 }
 
 GRADIENTS = ("maps", "coefficients", "input", "basis")
+# What changes the code of a gradient kernel: sizes that are no multiples of 16, an upstream gradient in NCHW.
+_ODD = {**dict.fromkeys(("C", "Q", "K", "input_x", "input_y", "input_n"), "i32"), "VECTOR": 1}
+_NCHW = {"gradient_k": "i32", "gradient_x": 1}
+GRADIENT_FORMS: dict[str, dict[str, Any]] = {
+    "multiples of 16": {},
+    "odd sizes": _ODD,
+    "nchw": _NCHW,
+    "odd sizes, nchw": {**_ODD, **_NCHW},
+    "odd sizes, nchw, 16 basis filters": {**_ODD, **_NCHW, "Q": "i32:16", "BQ": 16, "BK": 32},
+}
 
 
-def gradient(name: str, arithmetic: str, capability: int, **changes: Any) -> Compiled:
+def gradient(name: str, arithmetic: str, capability: int, form: str = "multiples of 16") -> Compiled:
     """One gradient kernel of 64 channels, basis filters and outputs, behind a relu."""
     kernel = getattr(basis_conv2d_backward, f"basis_conv2d_backward_{name}")
     of = TYPES[arithmetic]
     BM, BQ, BC = configs.GRADIENTS[arithmetic]
+    aligned = form in ("multiples of 16", "nchw")
+    if name == "input":
+        BQ = configs.gradient_block(BQ, BQ, aligned)
+    if name == "coefficients":
+        BC = configs.gradient_block(BC, BC, aligned)
     pointers = ("gradient", "output", "input", "basis", "coefficients", "d_maps", "d_input")
     blocks = {"BM": BM, "BQ": BQ, "BC": BC, "BK": BC, "BL": BC, "VECTOR": 8 if of == "fp16" else 4}
     arguments = {
         **dict.fromkeys(kernel.arg_names, "i32"), **dict.fromkeys(pointers, f"*{of}"), "parts": "*fp32",
         "bias_parts": "*fp32", **dict.fromkeys(("C", "Q", "K", "input_x", "input_y", "input_n"), "i32:16"), **blocks,
         "gradient_k": 1, "output_k": 1, "mix_q": 1, "d_input_c": 1, "ACTIVATION": "relu",
-        "PRECISION": configs.input_precision(arithmetic), **changes,
+        "PRECISION": configs.input_precision(arithmetic), "WIDE": False, **GRADIENT_FORMS[form],
     }  # fmt: skip
     return compile_for(capability, kernel, arguments, 4, 2)
 
@@ -187,7 +204,7 @@ def tucker_one_pass(arithmetic: str, capability: int, **changes: Any) -> Compile
     constants = {
         "BM": BM, "BI": rank, "BQ": rank, "BK": BK, "BL": BL, "ACTIVATION": "relu", "u_i": 1, "mix_q": 1,
         "core_i": 1, "VECTOR": 8 if of == "fp16" else 4, "CORE_VECTOR": 8 if of == "fp16" else 4,
-        "PRECISION": configs.input_precision(arithmetic),
+        "PRECISION": configs.input_precision(arithmetic), "WIDE": False,
     }  # fmt: skip
     arguments = {**sizes, **multiples, **pointers, **_EPILOGUE, **constants, **changes}
     return compile_for(capability, tucker_conv2d_forward, arguments, 4, 3)

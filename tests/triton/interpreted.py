@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import gc
+import weakref
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +17,11 @@ from basisconv_kernels.core.problem import Conv2dProblem
 from basisconv_kernels.ops import basis_conv2d_selfcheck
 from basisconv_kernels.ops.basis_conv2d import CANDIDATES
 from basisconv_kernels.testing import Case
+from basisconv_kernels.triton_kernels import _common
 from basisconv_kernels.triton_kernels import basis_conv2d as kernels
+from bench.gpu import sweep
+from bench.gpu.layers import Layer
+from bench.gpu.timing import CpuMeter
 from tests.triton import rows
 
 kernel = functools.partial(basis_conv2d, backend="triton")
@@ -38,6 +45,29 @@ def check_gradients(case: Case) -> None:
     testing.check_gradients(case, kernel)
 
 
+def check_wide(case: Case) -> None:
+    """Forward and gradients as for tensors of more than 2³¹ elements, with offsets of 64 bits."""
+    limit, _common.FAR = _common.FAR, 0
+    try:
+        testing.check(case, kernel)
+        testing.check_gradients(case, kernel)
+    finally:
+        _common.FAR = limit
+
+
+def kept_by_plans(case: Case) -> tuple[int, int]:
+    """How many plans two calls with tensors of their own make, and how many of those tensors outlive the calls."""
+    kernels._plans.clear()
+    left = []
+    for seed in range(2):
+        inputs = testing.make_inputs(case, seed)
+        kernel(*inputs.tensors[:4], residual=inputs.residual, **case.arguments())
+        left += [weakref.ref(tensor) for tensor in inputs.tensors if tensor is not None]
+        del inputs
+    gc.collect()
+    return len(kernels._plans), sum(tensor() is not None for tensor in left)
+
+
 def nan_maps(case: Case) -> list[tuple[str, Any, Any]]:
     """Where the result is NaN, and where plain PyTorch's is, when one element of one tensor is."""
     inputs = testing.make_inputs(case)
@@ -58,6 +88,26 @@ def nan_maps(case: Case) -> list[tuple[str, Any, Any]]:
 def check_row(row: rows.Row, dtype: torch.dtype) -> None:
     """The forward pass on one row of the tile table."""
     rows.check(row, dtype, "cpu")
+
+
+class Float16(Layer):
+    """A layer in the dtype that the interpreter multiplies rightly."""
+
+    @property
+    def problem(self) -> Conv2dProblem:
+        """As that of a layer."""
+        return replace(super().problem, dtype=torch.float16)
+
+
+def sweep_of_tiles(layer: Float16, wrong: bool) -> dict[str, Any]:
+    """The step of ``gpu-probe`` on a small layer, or with a kernel whose result is off by a little."""
+    own = kernels.forward
+    if wrong:
+        kernels.forward = lambda *arguments, **more: own(*arguments, **more) * 1.05
+    try:
+        return sweep.tiles(layer, "cpu", CpuMeter())
+    finally:
+        kernels.forward = own
 
 
 def self_check(problem: Conv2dProblem, wrong: bool) -> str | None:

@@ -29,13 +29,18 @@ TABLES = {"pointers": configs.POINTERS, "descriptors": configs.DESCRIPTORS, "des
 ROWS = [Row(path, kind, tile) for path, table in TABLES.items() for kind, rows in table.items() for tile in rows]
 
 
-def case(row: Row, dtype: torch.dtype, device: str) -> testing.Case:
-    """More pixels, channels and outputs than one tile has, and a basis filter less: every edge of the tile is met."""
+def case(row: Row, dtype: torch.dtype, device: str, whole_blocks: bool = False) -> testing.Case:
+    """More pixels, channels and outputs than one tile has, and a basis filter less: every edge of the tile is met.
+
+    With ``whole_blocks`` a step's channels divide those of the input, as they must at stride 2: filters are then read
+    by another descriptor.
+    """
     t = row.tile
     stride = 2 if row.path == "descriptors2" else 1
+    C = t.BK * 2 if whole_blocks or stride == 2 else t.BK + 16
     height = 6 if t.BM <= 32 else 12
     problem = Conv2dProblem(
-        N=1, C=t.BK * (2 if stride == 2 else 1) + 16 * (stride == 1), H=height, W=14, Q=t.BQ - 1, K=t.BL + 1,
+        N=1, C=C, H=height, W=14, Q=t.BQ - 1, K=t.BL + 1,
         stride=(stride, stride), padding=(1, 2, 0, 1), dtype=dtype, device=device, channels_last=True,
         bias=True, residual=True, activation="relu", precise=row.arithmetic == configs.FLOAT32 and dtype.itemsize == 2,
     )  # fmt: skip
@@ -50,4 +55,5 @@ def check(row: Row, dtype: torch.dtype, device: str) -> None:
     def kernel(input, basis_weight, coefficients, bias, *, residual, **arguments):
         return kernels.forward(input, basis_weight, coefficients, bias, residual, **arguments, path=path, tile=row.tile)
 
-    testing.check(case(row, dtype, device), kernel, tf32=tf32)
+    for whole_blocks in (False, True) if row.path == "descriptors" else (False,):
+        testing.check(case(row, dtype, device, whole_blocks), kernel, tf32=tf32)

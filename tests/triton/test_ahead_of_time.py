@@ -21,11 +21,13 @@ from basisconv_kernels.triton_kernels import configs
 from tests.triton import ahead_of_time
 from tests.triton.rows import ROWS, Row
 
+FEWEST_OF_WGMMA = 64  # rows: with fewer pixels the second stage, 1/9 of the work at 3×3, runs on the older instruction
 REVIEWED = Path(__file__).with_name("compiled.json")
 # One of each path and device in the ordinary run: a compilation takes seconds.
 SHORT = {
-    ("descriptors half 64×64×64×64 4 warps 4 stages", 90),
-    ("descriptors2 half 64×16×64×64 4 warps 4 stages", 90),
+    ("descriptors half 64×64×64×64 4 warps 6 stages", 90),
+    ("descriptors half 16×128×64×128 4 warps 6 stages", 90),
+    ("descriptors2 half 128×64×64×64 4 warps 4 stages", 90),
     ("pointers half 64×64×64×64 4 warps 4 stages", 80),
     ("pointers tf32 64×16×32×32 4 warps 3 stages", 89),
 }
@@ -73,13 +75,17 @@ def test_compiled(row, capability):
     elif capability == 90 and row.path != "pointers":
         assert counts["HGMMA"] > 0
         assert counts["UTMALDG"] > 0
-        assert "HMMA" not in counts
+        assert ("HMMA" in counts) == (row.tile.BM < FEWEST_OF_WGMMA)
     elif capability in (80, 89):
         assert counts["HMMA"] > 0
         assert counts["LDSM"] > 0
     reviewed = json.loads(REVIEWED.read_text("utf-8")).get(triton.__version__, {})
     if reviewed and (row, capability) in KEPT:
         assert reviewed[f"{row} sm_{capability}"] == {"registers": made.registers, "shared": made.shared}
+
+
+TWO_SCALARS = 8  # bytes
+WORST = ("multiples of 16", "odd sizes, nchw, 16 basis filters")
 
 
 def short(name, names):
@@ -96,12 +102,16 @@ def test_every_form_of_the_forward_kernel_compiles(form):
 @pytest.mark.parametrize("arithmetic", [short(kind, (configs.HALF,)) for kind in configs.GRADIENTS])
 @pytest.mark.parametrize("name", [short(name, ("coefficients", "basis")) for name in ahead_of_time.GRADIENTS])
 @pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.full), 90])
-def test_every_gradient_kernel_compiles(name, arithmetic, capability):
-    made = ahead_of_time.gradient(name, arithmetic, capability)
-    assert made.stack == 0
+@pytest.mark.parametrize("form", [short(form, WORST) for form in ahead_of_time.GRADIENT_FORMS])
+def test_every_gradient_kernel_compiles(name, arithmetic, capability, form):
+    """In no layout may registers spill: the one that spilled 2 kB a thread was wrong on an H200, and only there."""
+    made = ahead_of_time.gradient(name, arithmetic, capability, form)
+    assert made.stack <= TWO_SCALARS
     assert made.shared <= ahead_of_time.SHARED[89]
     if arithmetic != configs.FLOAT32:
-        assert made.instructions["HGMMA" if capability == 90 and arithmetic == configs.HALF else "HMMA"] > 0
+        whole_warp_groups = capability == 90 and arithmetic == configs.HALF and form == "multiples of 16"
+        wanted = {"HGMMA"} if whole_warp_groups else {"HGMMA", "HMMA"}
+        assert wanted & made.instructions.keys()
 
 
 def test_the_reviewed_file_names_every_row_and_no_other():

@@ -64,6 +64,17 @@ def test_gradients(interpreter, case):
     interpreter(interpreted.check_gradients, case)
 
 
+@pytest.mark.parametrize("name", ["whole_epilogue", pytest.param("full_vectors", marks=pytest.mark.full)])
+def test_offsets_of_64_bits(interpreter, name):
+    interpreter(interpreted.check_wide, testing.case(name).at(dtype=HALF))
+
+
+def test_gradients_of_several_tiles_and_odd_sizes(interpreter):
+    """The small call of the sanitizers, with an upstream gradient in NCHW beside a channels_last result."""
+    case = a_case("2 24 9 11 16 40 3 3", padding=(1, 1, 1, 1), activation="relu", dtype=HALF)
+    interpreter(interpreted.check_gradients, case)
+
+
 # What the descriptor path has of its own: shifted boxes, planes of two parities, dilation, channels past a block.
 DESCRIPTORS = {
     "tails": a_case("2 24 6 13 20 37 3 2", padding=(0, 2, 3, 1), dilation=(2, 1), activation="relu6"),
@@ -87,10 +98,10 @@ def test_descriptors(interpreter, name):
 
 # The wide ones, 16-bit: each differs in its tap loop, its blocks or its arithmetic. All the others in the long run.
 SHORT_ROWS = {
-    "descriptors half 128×128×64×128 8 warps 3 stages",
-    "descriptors2 half 128×128×64×128 8 warps 3 stages",
-    "descriptors half 64×256×64×32 4 warps 3 stages",
-    "descriptors tf32 64×64×32×64 4 warps 4 stages",
+    "descriptors half 128×128×64×64 8 warps 4 stages",
+    "descriptors2 half 128×128×64×64 8 warps 4 stages",
+    "descriptors half 16×256×64×64 4 warps 5 stages",
+    "descriptors tf32 64×64×32×32 4 warps 4 stages",
     "pointers float32 32×64×16×32 4 warps 2 stages",
 }
 
@@ -105,6 +116,22 @@ def test_every_row_of_the_tile_table(interpreter, row):
 
 def test_the_short_rows_are_rows():
     assert {str(row) for row in rows.ROWS} >= SHORT_ROWS
+
+
+@pytest.mark.parametrize("name", ["tails", "stride 2"])
+def test_calls_of_one_kind_share_a_plan_that_keeps_no_tensor(interpreter, name):
+    assert interpreter(interpreted.kept_by_plans, DESCRIPTORS[name].at(dtype=HALF)) == (1, 0)
+    assert interpreter(interpreted.kept_by_plans, testing.case("whole_epilogue").at(dtype=FULL)) == (1, 0)
+
+
+def test_the_sweep_of_tiles_times_what_is_right(interpreter):
+    layer = interpreted.Float16(64, 64, 4, 1, 1)
+    found = interpreter(interpreted.sweep_of_tiles, layer, False)
+    assert found["chosen"] in found["us"]
+    assert len(found["us"]) >= 6
+    assert found["refused"] == {}
+    with pytest.raises(AssertionError, match=r"wrong: .*µs of all: "):
+        interpreter(interpreted.sweep_of_tiles, layer, True)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,6 @@ if importlib.util.find_spec("triton") is None:
 from basisconv_kernels.triton_kernels import configs
 from tests.triton import rows
 
-OURS = {"input": "triton", "basis_weight": "triton", "coefficients": "triton"}
 kernel = functools.partial(basis_conv2d, backend="triton")
 gpu = pytest.mark.gpu
 
@@ -72,8 +71,29 @@ def a_case(dtype=torch.bfloat16, **sizes):
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_gradients_by_our_own_kernels(monkeypatch, dtype, stride):
-    monkeypatch.setattr(configs, "gradient_route", lambda *_: OURS)
+    monkeypatch.setattr(configs, "own_gradients", lambda *_: True)
     testing.check_gradients(a_case(dtype, H=14, W=12).at(stride=(stride, stride)), kernel, tf32=True)
+
+
+@gpu
+@pytest.mark.parametrize("sizes", [(24, 16, 40), (24, 13, 40), (13, 21, 35), (64, 16, 64), (8, 64, 130)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gradients_of_odd_sizes_by_our_own_kernels(monkeypatch, dtype, sizes):
+    """The check's upstream gradient is in NCHW: with C or K no multiple of 16 the most addresses of all."""
+    monkeypatch.setattr(configs, "own_gradients", lambda *_: True)
+    C, Q, K = sizes
+    testing.check_gradients(a_case(dtype, N=2, H=9, W=11, C=C, Q=Q, K=K), kernel)
+
+
+@gpu
+def test_gradients_where_cudnn_is_off():
+    with torch.backends.cudnn.flags(enabled=False):
+        testing.check_gradients(a_case(H=9, W=11), kernel)
+
+
+@gpu
+def test_gradients_by_cudnn():
+    testing.check_gradients(a_case(H=14, W=12), kernel)
 
 
 def call(inputs):
@@ -82,7 +102,7 @@ def call(inputs):
 
 @gpu
 def test_twenty_runs_give_the_same_bits(monkeypatch):
-    monkeypatch.setattr(configs, "gradient_route", lambda *_: OURS)
+    monkeypatch.setattr(configs, "own_gradients", lambda *_: True)
     inputs = testing.make_inputs(a_case())
     leaves = [t.detach().requires_grad_() for t in inputs.tensors]
     runs = []
