@@ -143,8 +143,8 @@ def _work(asked: argparse.Namespace) -> int:
         meter = timing.meter(asked.device)
         rows = layers.steps(about, asked.device, meter)
         beyond = networks.steps(about, asked.device, meter)
-        # The first layers, then a taste of all, then the rest.
-        steps = [*rows[:56], *beyond, *rows[56:]]
+        # The layers that count, then a taste of all, then the rest.
+        steps = [*rows[: layers.FIRST], *beyond, *rows[layers.FIRST :]]
     elif asked.what == "probe":
         from bench.gpu import probe
 

@@ -34,6 +34,7 @@ COMPILED = ("two_step_compiled", "dense_compiled")
 # Automatic choice, and what it falls back to: a convolution and a product of the library.
 CHOSEN = ("auto", "reference")
 ROWS_COMPILED = 3  # layers whose baselines are compiled too: seconds each
+FIRST = (len(BASELINES) + len(OURS)) * len(SHARES) * (3 * len(RESNET) + 3)  # rows at Q = K/4 and K/2
 SEED = 20190412
 
 
@@ -75,18 +76,16 @@ def by_priority() -> Iterator[tuple[Layer, tuple[str, ...]]]:
     for C, K, side in (*RESNET, *VGG[:3]):
         for share in SHARES:
             yield Layer(C, K, side, 32, share), engines
-    for C, K, side in RESNET:
-        for share in SHARES:
-            yield Layer(C, K, side, 1, share), engines
+    for N in (1, 128):
+        for C, K, side in RESNET:
+            for share in SHARES:
+                yield Layer(C, K, side, N, share), engines
     for C, K, side in RESNET:
         yield Layer(C, K, side, 32, 4, tucker=True), engines
     for C, K, side in RESNET:
         yield Layer(C, K, side, 32, 4), CHOSEN
     for C, K, side in RESNET[:ROWS_COMPILED]:
         yield Layer(C, K, side, 32, 4), COMPILED
-    for C, K, side in RESNET:
-        for share in SHARES:
-            yield Layer(C, K, side, 128, share), engines
     for C, K, side in (*VGG[3:], *DENSENET):
         yield Layer(C, K, side, 32, 4), engines
     for C, K, side in VGG[:3]:
