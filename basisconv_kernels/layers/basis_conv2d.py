@@ -236,26 +236,27 @@ class BasisConv2d(Convertible):
     def _weights(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """(basis, coefficients, bias, packed) for the op, remembered in eager calls that need no gradient of them."""
         sources = self._sources()
-        if torch.is_grad_enabled() and any(t.requires_grad for t in sources):
+        if torch.is_grad_enabled() and any([t.requires_grad for t in sources]):  # noqa: C419, for its time
             return self.basis_weight, *self.folded_coefficients(), None
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if torch.compiler.is_compiling() or torch._C._is_tracing():
             # In the graph, where freezing folds it: a remembered tensor would become a constant of that moment.
             coefficients, bias = self.folded_coefficients()
             return self.basis_weight, coefficients, bias, self._pack(coefficients)
-        norm, bias = self._modules.get("basis_norm"), self._tensor("bias")
-        eps = None if norm is None else norm.eps
-        settings = (self.stride, self.dilation, self.groups, self.precise, bias is None, eps)
+        bias = self._tensor("bias")
+        settings: tuple[Any, ...] = (self.stride, self.dilation, self.groups, self.precise)
+        norm = self._modules.get("basis_norm")
+        if norm is not None:
+            settings = (*settings, bias is None, norm.eps)
         kept = self._prepared.get(sources, settings, self._prepare)
         if kept.coefficients is None:
-            return *sources[:2], bias, kept.packed
+            return sources[0], sources[1], bias, kept.packed
         return sources[0], kept.coefficients, kept.bias, kept.packed
 
     def _tensor(self, name: str) -> Any:
         """``getattr(self, name)`` of a parameter or buffer, without the search that makes a small layer slow."""
-        for held in (self._parameters, self._buffers):
-            if name in held:
-                return held[name]
-        return getattr(self, name)
+        if name in self._parameters:
+            return self._parameters[name]
+        return self._buffers[name] if name in self._buffers else getattr(self, name)
 
     def _sources(self) -> tuple[Tensor, ...]:
         """Every tensor that the prepared weights depend on, the basis and the coefficients first."""

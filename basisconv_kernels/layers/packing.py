@@ -97,12 +97,14 @@ def _as_it_is(tensor: Tensor) -> _Source:
 def _unchanged(sources: tuple[Tensor, ...], known: tuple[_Source, ...]) -> bool:
     if len(sources) != len(known):
         return False
-    for tensor, (same, kept, address, version, shape, strides) in zip(sources, known, strict=True):
-        if tensor is not same or tensor.data_ptr() != address:
-            return False
-        if tensor.shape != shape or tensor.stride() != strides:
-            return False
-        if not torch.equal(tensor, kept) if version is None else tensor._version != version:
+    for tensor, (same, kept, address, version, shape, strides) in zip(sources, known):  # noqa: B905, for its time
+        if (
+            tensor is not same
+            or tensor.data_ptr() != address
+            or tensor.shape != shape
+            or tensor.stride() != strides
+            or (not torch.equal(tensor, kept) if version is None else tensor._version != version)
+        ):
             return False
     return True
 
