@@ -1,4 +1,11 @@
-"""What every op asks before it takes the short way of a repeated eager call."""
+"""The short way of a repeated eager call, which all ops with packed weights share.
+
+The first call of its kind is checked, planned and run like every other one. What it was is then remembered under the
+address of its packed weights and the arguments that are no tensors, as a plan: bytes that the native op
+``<op>_planned`` reads. A later call hands plan and tensors to that op, which checks the tensors against the plan and
+against each other, as it does for every caller. Where it refuses, nobody is told: the call goes the long way, which has
+the words for what is wrong, if anything is. So an address that was given out again does no harm.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ORDINARY = frozenset((Tensor, torch.nn.Parameter))
+from basisconv_kernels.core import registry
+
+KEPT = 4096
+LASTING = (int, str, tuple, bool, type(None))  # kinds of arguments that hash and stay what they are
+ORDINARY = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 
 def undisturbed() -> bool:
@@ -26,6 +37,64 @@ def undisturbed() -> bool:
     )
 
 
+def plain(*tensors: Any) -> bool:
+    """Whether a native op may be called on these tensors, or None, without anybody noticing: no gradient is needed."""
+    if not ORDINARY.issuperset(map(type, tensors)) or not undisturbed():
+        return False
+    return not torch.is_grad_enabled() or not any([t.requires_grad for t in tensors if t is not None])  # noqa: C419
+
+
 def kinds(value: Any) -> Any:
     """Types of an argument and its elements: 1, 1.0 and True are equal, but not all of them are good strides."""
     return tuple(map(type, value)) if isinstance(value, tuple) else type(value)
+
+
+Key = tuple[Any, ...]
+
+
+class Plans:
+    """The remembered plans of one op.
+
+    ``arguments`` are those of a call that are no tensors, as the user gave them, the numbers first; ``rest`` is what
+    else the native op does not see.
+    """
+
+    def __init__(self) -> None:
+        self.known: dict[Key, tuple[tuple[Any, ...], Tensor]] = {}
+
+    def find(self, packed: Any, arguments: tuple[Any, ...], rest: Any = None) -> tuple[Key, Tensor] | None:
+        """The plan of a call like this one, and the key under which to drop it should the native op refuse."""
+        key = (id(packed), registry.wish(), arguments, rest)
+        try:
+            found = self.known.get(key)
+        except TypeError:  # a list for a tuple
+            return None
+        if found is None:
+            return None
+        same, plan = found
+        if (
+            same[0] is arguments[0]
+            and same[1] is arguments[1]
+            and same[2] is arguments[2]
+            and same[3] is arguments[3]
+            and same[4] is arguments[4]
+        ) or all(kinds(a) == kinds(b) for a, b in zip(same, arguments, strict=True)):
+            return key, plan
+        return None
+
+    def wants(self, packed: Any, arguments: tuple[Any, ...], rest: Any = None) -> Key | None:
+        """The key of a plan that is worth making; None where there is one, or where arguments may change."""
+        if any(type(argument) not in LASTING for argument in arguments):
+            return None
+        key = (id(packed), registry.wish(), arguments, rest)
+        return None if key in self.known else key
+
+    def keep(self, key: Key, plan: Tensor) -> None:
+        """Remember a plan."""
+        if len(self.known) >= KEPT:
+            self.known.clear()
+        self.known[key] = (key[2], plan)
+
+    def drop(self, key: Key) -> None:
+        """Forget a plan that the native op refused."""
+        self.known.pop(key, None)

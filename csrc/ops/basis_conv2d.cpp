@@ -39,11 +39,6 @@ CpuBasisConv2d kernels_for(const BasisConv2dWeights& weights) {
   return cpu_basis_conv2d_base();
 }
 
-Tensor as_float(const Tensor& t) {
-  const Tensor dense = t.is_contiguous() ? t : torch::stable::contiguous(t);
-  return dense.scalar_type() == ScalarType::Float ? dense : torch::stable::to(dense, ScalarType::Float);
-}
-
 void pack_into(const BasisConv2dWeights& w, const Tensor& basis_weight, const Tensor& coefficients, char* bytes) {
   const Isa isa = isa_in_use();
   const CpuPackHeader header = cpu_pack_header(w, isa);
@@ -195,19 +190,13 @@ Tensor plan(const Tensor& input, const Tensor& basis_weight, const Tensor& coeff
   made.dtype = static_cast<int64_t>(dtype_of(input, "input"));
   made.channels_last = any_layout ? kAnyLayout : is_channels_last(input);
   made.packed_bytes = cpu_packed_bytes(w);
-  Tensor bytes = torch::stable::empty({sizeof(made)}, ScalarType::Byte);
-  std::memcpy(bytes.mutable_data_ptr(), &made, sizeof(made));
-  return bytes;
+  return bytes_of(made);
 }
 
 Tensor planned(const Tensor& input, const Tensor& basis_weight, const Tensor& coefficients,
                const std::optional<Tensor>& bias, const std::optional<Tensor>& residual, const Tensor& packed,
                const Tensor& plan) {
-  BasisConv2dPlan p;
-  STD_TORCH_CHECK(
-      plan.is_cpu() && plan.scalar_type() == ScalarType::Byte && plan.is_contiguous() && plan.numel() == sizeof(p),
-      "basis_conv2d_planned: plan must be what basis_conv2d_plan gives");
-  std::memcpy(&p, plan.const_data_ptr(), sizeof(p));
+  const BasisConv2dPlan p = from_bytes<BasisConv2dPlan>(plan, "basis_conv2d");
   bool same = input.dim() == 4 && basis_weight.dim() == 4 && coefficients.dim() == 2;
   for (int i = 0; i < 4 && same; ++i) same = p.filters[i] == basis_weight.size(i);
   for (int i = 0; i < 2 && same; ++i) same = p.coefficients[i] == coefficients.size(i);

@@ -3,26 +3,15 @@
 #pragma once
 #include "basis_conv2d.h"
 #include "glue.h"
-
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/MemoryFormat.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
+#include "torch_glue.h"
 
 #include <algorithm>
-#include <array>
 #include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
 namespace basisconv {
-
-using torch::headeronly::MemoryFormat;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 inline DType dtype_of(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {
@@ -103,45 +92,6 @@ inline BasisConv2dWeights describe(const Tensor& basis_weight, const Tensor& coe
   return w;
 }
 
-// Strides of a dense tensor [N, C, H, W].
-inline std::array<int64_t, 4> dense_strides(const std::array<int64_t, 4>& sizes, bool channels_last) {
-  const int64_t C = sizes[1], H = sizes[2], W = sizes[3];
-  if (channels_last) return {C * H * W, 1, C * W, C};
-  return {C * H * W, H * W, W, 1};
-}
-
-enum class Memory { by_torch, raw };
-
-// Uninitialised maps of input's dtype, beside it. torch::stable::empty looks its op up by name and boxes every
-// argument; the C function, for raw memory, takes half the time, but does not fill the memory in torch's deterministic
-// mode.
-inline Tensor empty_maps(const Tensor& input, const std::array<int64_t, 4>& sizes, bool channels_last, Memory memory) {
-  if (memory == Memory::by_torch) {
-    return torch::stable::empty({sizes.data(), sizes.size()}, input.scalar_type(), std::nullopt, input.device(),
-                                std::nullopt, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
-  }
-  const std::array<int64_t, 4> strides = dense_strides(sizes, channels_last);
-  int32_t dtype = 0, device = 0;
-  AtenTensorHandle made = nullptr;
-  STD_TORCH_CHECK(aoti_torch_get_dtype(input.get(), &dtype) == AOTI_TORCH_SUCCESS &&
-                      aoti_torch_get_device_type(input.get(), &device) == AOTI_TORCH_SUCCESS &&
-                      aoti_torch_empty_strided(4, sizes.data(), strides.data(), dtype, device, input.get_device_index(),
-                                               &made) == AOTI_TORCH_SUCCESS,
-                  "basis_conv2d: no memory for a result of [", sizes[0], ", ", sizes[1], ", ", sizes[2], ", ", sizes[3],
-                  "]");
-  return Tensor(made);
-}
-
-// `maps` themselves where they are dense in that layout already.
-inline Tensor dense_maps(const Tensor& maps, bool channels_last) {
-  const std::array<int64_t, 4> strides =
-      dense_strides({maps.size(0), maps.size(1), maps.size(2), maps.size(3)}, channels_last);
-  bool same = true;
-  for (int i = 0; i < 4; ++i) same = same && maps.stride(i) == strides[i];
-  if (same) return maps;
-  return torch::stable::contiguous(maps, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
-}
-
 // The tensors and settings of a call, as torch hands them over.
 struct BasisConv2dCall {
   const Tensor& input;
@@ -210,10 +160,10 @@ inline FilledBasisConv2d fill(const BasisConv2dCall& call, bool keep_maps, Memor
   }
   std::optional<Tensor> maps;
   if (keep_maps) {
-    maps = empty_maps(input, {p.N, w.Q, p.OH, p.OW}, p.channels_last, memory);
+    maps = empty_maps(input, input.scalar_type(), {p.N, w.Q, p.OH, p.OW}, p.channels_last, memory);
     p.maps = maps->mutable_data_ptr();
   }
-  Tensor output = empty_maps(input, {p.N, w.K, p.OH, p.OW}, p.channels_last, memory);
+  Tensor output = empty_maps(input, input.scalar_type(), {p.N, w.K, p.OH, p.OW}, p.channels_last, memory);
   p.output = output.mutable_data_ptr();
   return {p, std::move(output), std::move(maps), std::move(kept)};
 }

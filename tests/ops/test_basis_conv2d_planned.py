@@ -173,9 +173,9 @@ def test_an_address_that_was_given_out_again_does_no_harm(short):
     second["basis_weight"], second["coefficients"] = torch.randn(7, 6, 3, 2), torch.randn(12, 7)
     packed = packed_of(second)
     known(first, packed_of(first))
-    (((_, wish, arguments), stale),) = planned._known.items()
-    planned._known.clear()
-    planned._known[(id(packed), wish, arguments)] = stale
+    ((key, stale),) = planned.plans.known.items()
+    planned.plans.known.clear()
+    planned.plans.known[(id(packed), *key[1:])] = stale
     expected = basis_conv2d(**second)
     for _ in range(3):
         assert torch.equal(basis_conv2d(**second, packed=packed), expected)
@@ -193,7 +193,7 @@ def test_lists_and_odd_kinds_of_arguments_go_the_long_way(short):
             basis_conv2d(**given, packed=packed, stride=stride)
     basis_conv2d(**given, packed=packed, precise=[])
     assert short.calls == 0
-    assert not planned._known
+    assert not planned.plans.known
 
 
 def test_equal_arguments_of_the_same_kinds_share_a_plan(short):
