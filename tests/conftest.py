@@ -19,7 +19,7 @@ from basisconv_kernels import testing
 from basisconv_kernels.core import registry, tuning
 from basisconv_kernels.core.eager import Plans
 from basisconv_kernels.ops import basis_conv2d as op
-from basisconv_kernels.ops import basis_conv2d_planned, binary_conv2d_planned
+from basisconv_kernels.ops import basis_conv2d_planned, binary_conv2d_planned, stacked_binary_conv2d_planned
 from basisconv_kernels.testing import Case
 from basisconv_kernels.testing.candidates import SIGNATURES
 
@@ -148,8 +148,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("BASISCONV_CACHE", str(folder))
     monkeypatch.setattr(tuning, "PACKAGED", tmp_path / "packaged")
     monkeypatch.setattr(op, "_plans", {})
-    monkeypatch.setattr(basis_conv2d_planned, "plans", Plans())
-    monkeypatch.setattr(binary_conv2d_planned, "plans", Plans())
+    for module in (basis_conv2d_planned, binary_conv2d_planned, stacked_binary_conv2d_planned):
+        monkeypatch.setattr(module, "plans", Plans())
     tuning.forget()
     yield folder
     tuning.forget()
