@@ -19,7 +19,12 @@ from basisconv_kernels import testing
 from basisconv_kernels.core import registry, tuning
 from basisconv_kernels.core.eager import Plans
 from basisconv_kernels.ops import basis_conv2d as op
-from basisconv_kernels.ops import basis_conv2d_planned, binary_conv2d_planned, stacked_binary_conv2d_planned
+from basisconv_kernels.ops import (
+    basis_conv2d_planned,
+    binary_conv2d_planned,
+    stacked_binary_conv2d_planned,
+    ternary_conv2d_planned,
+)
 from basisconv_kernels.testing import Case
 from basisconv_kernels.testing.candidates import SIGNATURES
 
@@ -141,6 +146,9 @@ def threads() -> Any:
     torch.set_num_threads(before)
 
 
+PLANNED = (basis_conv2d_planned, binary_conv2d_planned, stacked_binary_conv2d_planned, ternary_conv2d_planned)
+
+
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """An empty cache folder, no tuned table and no remembered choice; all of them are as before after the test."""
@@ -148,8 +156,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("BASISCONV_CACHE", str(folder))
     monkeypatch.setattr(tuning, "PACKAGED", tmp_path / "packaged")
     monkeypatch.setattr(op, "_plans", {})
-    for module in (basis_conv2d_planned, binary_conv2d_planned, stacked_binary_conv2d_planned):
-        monkeypatch.setattr(module, "plans", Plans())
+    for module in PLANNED:
+        monkeypatch.setattr(module, "plans", Plans(module.__name__.rpartition(".")[2].removesuffix("_planned")))
     tuning.forget()
     yield folder
     tuning.forget()

@@ -9,12 +9,13 @@ the words for what is wrong, if anything is. So an address that was given out ag
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from basisconv_kernels.core import registry
+from basisconv_kernels.core import extension, registry
 
 KEPT = 4096
 LASTING = (int, str, tuple, bool, type(None))  # kinds of arguments that hash and stay what they are
@@ -57,9 +58,21 @@ class Plans:
 
     ``arguments`` are those of a call that are no tensors, as the user gave them, the numbers first; ``rest`` is what
     else the native op does not see.
+
+    Attributes:
+        native: the torch op ``<op>_planned``, without the Python around it; None where the library is not built, or was
+            built before there was such an op.
+        make: the torch op ``<op>_plan``.
+        known: the plans.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, op: str) -> None:
+        built = extension.load() is None and hasattr(torch.ops.basisconv, f"{op}_planned")
+        self.native: Callable[..., Tensor] | None = None
+        self.make: Callable[..., Tensor] | None = None
+        if built:
+            self.native = getattr(torch.ops.basisconv, f"{op}_planned").default._op
+            self.make = getattr(torch.ops.basisconv, f"{op}_plan").default
         self.known: dict[Key, tuple[tuple[Any, ...], Tensor]] = {}
 
     def find(self, packed: Any, arguments: tuple[Any, ...], rest: Any = None) -> tuple[Key, Tensor] | None:
@@ -82,19 +95,21 @@ class Plans:
             return key, plan
         return None
 
-    def wants(self, packed: Any, arguments: tuple[Any, ...], rest: Any = None) -> Key | None:
-        """The key of a plan that is worth making; None where there is one, or where arguments may change."""
-        if any(type(argument) not in LASTING for argument in arguments):
+    def run(self, found: tuple[Key, Tensor], *tensors: Any) -> Tensor | None:
+        """The result of the native op by a plan that ``find`` gave; None, and the plan forgotten, where it refuses."""
+        try:
+            return self.native(*tensors, found[1])  # type: ignore[misc]  # there are no plans without it
+        except RuntimeError:
+            self.known.pop(found[0], None)
             return None
-        key = (id(packed), registry.wish(), arguments, rest)
-        return None if key in self.known else key
 
-    def keep(self, key: Key, plan: Tensor) -> None:
-        """Remember a plan."""
+    def keep(self, packed: Any, arguments: tuple[Any, ...], rest: Any, plan: Callable[[], tuple[Any, ...]]) -> None:
+        """Remember a call, unless its arguments may change; ``plan`` gives what ``make`` takes."""
+        if self.make is None or any(type(argument) not in LASTING for argument in arguments):
+            return
+        key = (id(packed), registry.wish(), arguments, rest)
+        if key in self.known:
+            return
         if len(self.known) >= KEPT:
             self.known.clear()
-        self.known[key] = (key[2], plan)
-
-    def drop(self, key: Key) -> None:
-        """Forget a plan that the native op refused."""
-        self.known.pop(key, None)
+        self.known[key] = (arguments, self.make(*plan()))

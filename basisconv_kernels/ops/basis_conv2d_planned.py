@@ -5,15 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from basisconv_kernels.core.eager import Plans, plain
-from basisconv_kernels.ops.basis_conv2d_native import PRESENT
 
-plans = Plans()
-if PRESENT:
-    _planned = torch.ops.basisconv.basis_conv2d_planned.default._op
+plans = Plans("basis_conv2d")
 
 
 def run(
@@ -34,11 +30,7 @@ def run(
     found = plans.find(packed, arguments)
     if found is None or not plain(input, basis_weight, coefficients, bias, residual, packed):
         return None
-    try:
-        return _planned(input, basis_weight, coefficients, bias, residual, packed, found[1])
-    except RuntimeError:
-        plans.drop(found[0])
-        return None
+    return plans.run(found, input, basis_weight, coefficients, bias, residual, packed)
 
 
 def remember(
@@ -56,7 +48,5 @@ def remember(
         settings: what the arguments came to, the backend last: the native one for the CPU.
         any_layout: tells whether the backend is the same for inputs of the other memory format.
     """
-    key = plans.wants(packed, arguments)
-    if key is not None and plain(*tensors, packed):
-        plan = torch.ops.basisconv.basis_conv2d_plan.default
-        plans.keep(key, plan(*tensors[:3], *settings[:-1], any_layout()))
+    if plain(*tensors, packed):
+        plans.keep(packed, arguments, None, lambda: (*tensors[:3], *settings[:-1], any_layout()))

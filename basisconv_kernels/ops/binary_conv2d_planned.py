@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from basisconv_kernels.core.eager import Plans, plain
 from basisconv_kernels.core.packed import PackedTensor, Threshold
-from basisconv_kernels.ops.binary_conv2d_native import PRESENT, numbers
+from basisconv_kernels.ops.binary_conv2d_native import numbers
 from basisconv_kernels.reference.binary_conv2d import Settings
 
 OUTPUT = 6  # place of ``output`` among the arguments
 
-plans = Plans()
-if PRESENT:
-    _planned = torch.ops.basisconv.binary_conv2d_planned.default._op
+plans = Plans("binary_conv2d")
 
 
 def run(tensors: tuple[Any, ...], packed: Tensor, arguments: tuple[Any, ...]) -> Any:
@@ -31,14 +28,10 @@ def run(tensors: tuple[Any, ...], packed: Tensor, arguments: tuple[Any, ...]) ->
     if found is None:
         return None
     operands = _operands(tensors)
-    if not plain(*operands, packed):
-        return None
-    try:
-        made = _planned(*operands, packed, found[1])
-    except RuntimeError:
-        plans.drop(found[0])
-        return None
-    return PackedTensor.of_kernel(made, operands[1].shape[0]) if arguments[OUTPUT] == "packed" else made
+    made = plans.run(found, *operands, packed) if plain(*operands, packed) else None
+    if made is None or arguments[OUTPUT] != "packed":
+        return made
+    return PackedTensor.of_kernel(made, operands[1].shape[0])
 
 
 def _formats(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -74,7 +67,6 @@ def remember(tensors: tuple[Any, ...], packed: Tensor, arguments: tuple[Any, ...
     """
     if tensors[-1] is not None or type(tensors[-2]) not in (Threshold, type(None)):
         return
-    key = plans.wants(packed, arguments, _formats(tensors))
     operands = _operands(tensors)
-    if key is not None and plain(*operands, packed):
-        plans.keep(key, torch.ops.basisconv.binary_conv2d_plan.default(*operands, *numbers(settings)))
+    if plain(*operands, packed):
+        plans.keep(packed, arguments, _formats(tensors), lambda: (*operands, *numbers(settings)))

@@ -12,12 +12,10 @@ from torch import Tensor
 
 from basisconv_kernels.core.eager import Plans, plain
 from basisconv_kernels.core.packed import PackedTensor
-from basisconv_kernels.ops.stacked_binary_conv2d_native import PRESENT, by_popcount, numbers
+from basisconv_kernels.ops.stacked_binary_conv2d_native import by_popcount, numbers
 from basisconv_kernels.reference.stacked_binary_conv2d import Settings
 
-plans = Plans()
-if PRESENT:
-    _planned = torch.ops.basisconv.stacked_binary_conv2d_planned.default._op
+plans = Plans("stacked_binary_conv2d")
 
 
 def run(tensors: tuple[Any, ...], packed: Tensor, arguments: tuple[Any, ...]) -> Tensor | None:
@@ -32,13 +30,7 @@ def run(tensors: tuple[Any, ...], packed: Tensor, arguments: tuple[Any, ...]) ->
     if found is None:
         return None
     operands = _operands(tensors)
-    if not plain(*operands, packed):
-        return None
-    try:
-        return _planned(*operands, packed, found[1])
-    except RuntimeError:
-        plans.drop(found[0])
-        return None
+    return plans.run(found, *operands, packed) if plain(*operands, packed) else None
 
 
 def _formats(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -71,9 +63,5 @@ def remember(tensors: tuple[Any, ...], packed: Tensor, arguments: tuple[Any, ...
     bank, index = operands[1:3]
     popcounts = settings.binarize and by_popcount(bank.shape[0], index.shape[0], settings.groups)
     rounded = settings.encoding is not None and settings.dtype != torch.float32  # the op gives float32
-    if popcounts or rounded or index.dim() != 2:
-        return
-    key = plans.wants(packed, arguments, _formats(tensors))
-    if key is not None and plain(*operands, packed):
-        plan = torch.ops.basisconv.stacked_binary_conv2d_plan.default
-        plans.keep(key, plan(*operands, *numbers(bank, index, settings)))
+    if not (popcounts or rounded or index.dim() != 2) and plain(*operands, packed):
+        plans.keep(packed, arguments, _formats(tensors), lambda: (*operands, *numbers(bank, index, settings)))

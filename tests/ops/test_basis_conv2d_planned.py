@@ -42,8 +42,8 @@ class Counter:
 @pytest.fixture
 def short(monkeypatch):
     """What went the short way."""
-    counter = Counter(planned._planned)
-    monkeypatch.setattr(planned, "_planned", counter)
+    counter = Counter(planned.plans.native)
+    monkeypatch.setattr(planned.plans, "native", counter)
     return counter
 
 

@@ -36,7 +36,7 @@ ONES = torch.ones(4)
 @pytest.fixture
 def short(monkeypatch):
     """Calls of the planned op, as [calls, of them refused]."""
-    native, count = planned._planned, [0, 0]
+    native, count = planned.plans.native, [0, 0]
 
     def counting(*tensors):
         count[0] += 1
@@ -46,7 +46,7 @@ def short(monkeypatch):
             count[1] += 1
             raise
 
-    monkeypatch.setattr(planned, "_planned", counting)
+    monkeypatch.setattr(planned.plans, "native", counting)
     return count
 
 

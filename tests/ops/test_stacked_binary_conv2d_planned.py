@@ -27,7 +27,7 @@ SCALE = torch.rand(13, generator=DRAWN)
 @pytest.fixture
 def short(monkeypatch):
     """Calls of the planned op, as [calls, of them refused]."""
-    native, count = planned._planned, [0, 0]
+    native, count = planned.plans.native, [0, 0]
 
     def counting(*tensors):
         count[0] += 1
@@ -37,7 +37,7 @@ def short(monkeypatch):
             count[1] += 1
             raise
 
-    monkeypatch.setattr(planned, "_planned", counting)
+    monkeypatch.setattr(planned.plans, "native", counting)
     return count
 
 
