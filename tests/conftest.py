@@ -17,13 +17,13 @@ import torch
 
 from basisconv_kernels import testing
 from basisconv_kernels.core import registry, tuning
-from basisconv_kernels.core.eager import Plans
 from basisconv_kernels.ops import basis_conv2d as op
 from basisconv_kernels.ops import (
     basis_conv2d_planned,
     binary_conv2d_planned,
     stacked_binary_conv2d_planned,
     ternary_conv2d_planned,
+    tucker_conv2d_planned,
 )
 from basisconv_kernels.testing import Case
 from basisconv_kernels.testing.candidates import SIGNATURES
@@ -146,7 +146,13 @@ def threads() -> Any:
     torch.set_num_threads(before)
 
 
-PLANNED = (basis_conv2d_planned, binary_conv2d_planned, stacked_binary_conv2d_planned, ternary_conv2d_planned)
+PLANNED = (
+    basis_conv2d_planned,
+    binary_conv2d_planned,
+    stacked_binary_conv2d_planned,
+    ternary_conv2d_planned,
+    tucker_conv2d_planned,
+)
 
 
 @pytest.fixture
@@ -157,7 +163,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(tuning, "PACKAGED", tmp_path / "packaged")
     monkeypatch.setattr(op, "_plans", {})
     for module in PLANNED:
-        monkeypatch.setattr(module, "plans", Plans(module.__name__.rpartition(".")[2].removesuffix("_planned")))
+        monkeypatch.setattr(module.plans, "known", {})
     tuning.forget()
     yield folder
     tuning.forget()
