@@ -13,7 +13,7 @@ from basisconv_kernels.core.checks import Pair, Quad
 from basisconv_kernels.layers import bases, folding
 from basisconv_kernels.layers.basis_conv2d_conversion import NAME, Convertible
 from basisconv_kernels.layers.conversion import PADDING_MODES
-from basisconv_kernels.layers.packing import Prepared, PreparedWeights
+from basisconv_kernels.layers.packing import Prepared, PreparedWeights, held
 from basisconv_kernels.ops.basis_conv2d import basis_conv2d
 from basisconv_kernels.ops.basis_conv2d_native import basis_conv2d_pack
 from basisconv_kernels.reference.basis_conv2d import laid_out, memory_format
@@ -242,7 +242,7 @@ class BasisConv2d(Convertible):
             # In the graph, where freezing folds it: a remembered tensor would become a constant of that moment.
             coefficients, bias = self.folded_coefficients()
             return self.basis_weight, coefficients, bias, self._pack(coefficients)
-        bias = self._tensor("bias")
+        bias = held(self, "bias")
         settings: tuple[Any, ...] = (self.stride, self.dilation, self.groups, self.precise)
         norm = self._modules.get("basis_norm")
         if norm is not None:
@@ -252,19 +252,13 @@ class BasisConv2d(Convertible):
             return sources[0], sources[1], bias, kept.packed
         return sources[0], kept.coefficients, kept.bias, kept.packed
 
-    def _tensor(self, name: str) -> Any:
-        """``getattr(self, name)`` of a parameter or buffer, without the search that makes a small layer slow."""
-        if name in self._parameters:
-            return self._parameters[name]
-        return self._buffers[name] if name in self._buffers else getattr(self, name)
-
     def _sources(self) -> tuple[Tensor, ...]:
         """Every tensor that the prepared weights depend on, the basis and the coefficients first."""
-        basis, coefficients = self._tensor("basis_weight"), self._tensor("coefficients")
+        basis, coefficients = held(self, "basis_weight"), held(self, "coefficients")
         norm = self._modules.get("basis_norm")
         if norm is None:
             return basis, coefficients
-        found = (self._tensor("bias"), norm.running_mean, norm.running_var, norm.weight, norm.bias)
+        found = (held(self, "bias"), norm.running_mean, norm.running_var, norm.weight, norm.bias)
         return basis, coefficients, *(t for t in found if t is not None)
 
     def _prepare(self) -> Prepared:
