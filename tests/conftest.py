@@ -20,6 +20,13 @@ import torch
 from basisconv_kernels import testing
 from basisconv_kernels.core import registry, tuning
 from basisconv_kernels.ops import basis_conv2d as op
+from basisconv_kernels.ops import (
+    basis_conv2d_planned,
+    binary_conv2d_planned,
+    stacked_binary_conv2d_planned,
+    ternary_conv2d_planned,
+    tucker_conv2d_planned,
+)
 from basisconv_kernels.ops import basis_conv2d_unfused as unfused
 from basisconv_kernels.testing import Case
 from basisconv_kernels.testing.candidates import SIGNATURES
@@ -142,6 +149,15 @@ def threads() -> Any:
     torch.set_num_threads(before)
 
 
+PLANNED = (
+    basis_conv2d_planned,
+    binary_conv2d_planned,
+    stacked_binary_conv2d_planned,
+    ternary_conv2d_planned,
+    tucker_conv2d_planned,
+)
+
+
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """An empty cache folder, no tuned table and no remembered choice; all of them are as before after the test."""
@@ -150,6 +166,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(tuning, "PACKAGED", tmp_path / "packaged")
     monkeypatch.setattr(op, "_plans", {})
     monkeypatch.setattr(unfused, "_decisions", {})
+    for module in PLANNED:
+        monkeypatch.setattr(module.plans, "known", {})
     tuning.forget()
     yield folder
     tuning.forget()

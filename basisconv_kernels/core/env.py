@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,26 @@ VARIABLES = (
 )
 
 
+_encode: Any = getattr(os.environ, "encodekey", lambda name: name)
+_ENCODED_BACKEND = _encode("BASISCONV_BACKEND")
+
+
 def _get(name: str) -> str | None:
     value = os.environ.get(name, "").strip()
     return value or None
 
 
 def backend() -> str | None:
-    """The backend named by ``BASISCONV_BACKEND``, or None."""
+    """The backend named by ``BASISCONV_BACKEND``, or None.
+
+    Every call of an op asks. ``os.environ.get`` answers that a variable is not set by catching an error, ten times as
+    slowly as the dict that it keeps its values in; where Python has no such dict it is asked itself.
+    """
+    try:
+        if os.environ._data.get(_ENCODED_BACKEND) is None:  # type: ignore[attr-defined]
+            return None
+    except AttributeError:
+        pass
     return _get("BASISCONV_BACKEND")
 
 

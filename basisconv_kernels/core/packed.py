@@ -52,6 +52,26 @@ class PackedTensor:
     def __post_init__(self) -> None:
         check(self)
 
+    @classmethod
+    def of_kernel(cls, words: Tensor, channels: int, planes: int = 1, encoding: str = "sign") -> PackedTensor:
+        """What one of our kernels made, without the checks, which take longer than a small kernel."""
+        made = object.__new__(cls)
+        made.__dict__.update(
+            words=words,
+            channels=channels,
+            planes=planes,
+            encoding=encoding,
+            word_bits=WORD_BITS,
+            bit_order=BIT_ORDER,
+            version=VERSION,
+        )
+        return made
+
+    @property
+    def format(self) -> tuple[int, int, str, int, str, int]:
+        """Everything but the words."""
+        return (self.channels, self.planes, self.encoding, self.word_bits, self.bit_order, self.version)
+
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """(N, C, H, W) of what was packed."""

@@ -13,7 +13,7 @@ from basisconv_kernels.core.checks import Pair, Quad
 from basisconv_kernels.layers import bases, folding
 from basisconv_kernels.layers.basis_conv2d_conversion import NAME, Convertible
 from basisconv_kernels.layers.conversion import PADDING_MODES
-from basisconv_kernels.layers.packing import Prepared, PreparedWeights
+from basisconv_kernels.layers.packing import Prepared, PreparedWeights, held
 from basisconv_kernels.ops.basis_conv2d import basis_conv2d
 from basisconv_kernels.ops.basis_conv2d_native import basis_conv2d_pack
 from basisconv_kernels.reference.basis_conv2d import laid_out, memory_format
@@ -236,34 +236,29 @@ class BasisConv2d(Convertible):
     def _weights(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """(basis, coefficients, bias, packed) for the op, remembered in eager calls that need no gradient of them."""
         sources = self._sources()
-        if torch.is_grad_enabled() and any(t.requires_grad for t in sources):
+        if torch.is_grad_enabled() and any([t.requires_grad for t in sources]):  # noqa: C419, for its time
             return self.basis_weight, *self.folded_coefficients(), None
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if torch.compiler.is_compiling() or torch._C._is_tracing():
             # In the graph, where freezing folds it: a remembered tensor would become a constant of that moment.
             coefficients, bias = self.folded_coefficients()
             return self.basis_weight, coefficients, bias, self._pack(coefficients)
-        norm, bias = self._modules.get("basis_norm"), self._tensor("bias")
-        eps = None if norm is None else norm.eps
-        settings = (self.stride, self.dilation, self.groups, self.precise, bias is None, eps)
+        bias = held(self, "bias")
+        settings: tuple[Any, ...] = (self.stride, self.dilation, self.groups, self.precise)
+        norm = self._modules.get("basis_norm")
+        if norm is not None:
+            settings = (*settings, bias is None, norm.eps)
         kept = self._prepared.get(sources, settings, self._prepare)
         if kept.coefficients is None:
-            return *sources[:2], bias, kept.packed
+            return sources[0], sources[1], bias, kept.packed
         return sources[0], kept.coefficients, kept.bias, kept.packed
-
-    def _tensor(self, name: str) -> Any:
-        """``getattr(self, name)`` of a parameter or buffer, without the search that makes a small layer slow."""
-        for held in (self._parameters, self._buffers):
-            if name in held:
-                return held[name]
-        return getattr(self, name)
 
     def _sources(self) -> tuple[Tensor, ...]:
         """Every tensor that the prepared weights depend on, the basis and the coefficients first."""
-        basis, coefficients = self._tensor("basis_weight"), self._tensor("coefficients")
+        basis, coefficients = held(self, "basis_weight"), held(self, "coefficients")
         norm = self._modules.get("basis_norm")
         if norm is None:
             return basis, coefficients
-        found = (self._tensor("bias"), norm.running_mean, norm.running_var, norm.weight, norm.bias)
+        found = (held(self, "bias"), norm.running_mean, norm.running_var, norm.weight, norm.bias)
         return basis, coefficients, *(t for t in found if t is not None)
 
     def _prepare(self) -> Prepared:

@@ -12,7 +12,7 @@ from basisconv_kernels.core.checks import Pair, Quad
 from basisconv_kernels.core.layout import laid_out, memory_format
 from basisconv_kernels.core.packed import PackedTensor, Threshold, words_for
 from basisconv_kernels.layers.binary_conv2d_conversion import NAME, THRESHOLDS, Convertible
-from basisconv_kernels.layers.packing import Prepared, PreparedWeights
+from basisconv_kernels.layers.packing import Prepared, PreparedWeights, held
 from basisconv_kernels.ops.binary_conv2d import binary_conv2d
 from basisconv_kernels.ops.binary_conv2d_native import binary_conv2d_pack
 from basisconv_kernels.ops.binary_conv2d_scaling import filter_scale, magnitude_map
@@ -166,25 +166,26 @@ class BinaryConv2d(Convertible):
         Returns:
             Tensor[N, K, OH, OW] or PackedTensor.
         """
-        threshold = None
+        threshold, value = None, held(self, "threshold_value")
         if output is None:
-            output = "float" if self.threshold_value is None else "packed"
-        if output == "float" and self.threshold_value is not None and self.frozen:
+            output = "float" if value is None else "packed"
+        if output == "float" and value is not None and self.frozen:
             raise ValueError(
                 f"{NAME}: output must be 'packed' or 'int32', for the layer gives bits and keeps no scales, got 'float'"
             )
-        if output == "packed" and self.threshold_value is not None and self.threshold_flip is not None:
-            threshold = Threshold(self.threshold_value, self.threshold_flip)
-        input = self._normalised(input)
+        if output == "packed" and value is not None and self.threshold_flip is not None:
+            threshold = Threshold(value, self.threshold_flip)
+        bits_of_input = held(self, "input_threshold_value") is not None
+        input = self._normalised(input, bits_of_input)
         weight, scale, packed = self._weights()
         settings: dict[str, Any] = {}
         if output == "float":
-            settings = {"scale": scale, "bias": self.bias, "activation": self.activation}
-            settings["scale_group"] = None if scale is None else self.scale_group
+            settings = {"scale": scale, "bias": held(self, "bias"), "activation": self.activation}
+            settings["scale_group"] = None if scale is None else held(self, "scale_group")
             if self.input_scale:
                 settings["pixel_scale"] = self._magnitudes(input)
         result = binary_conv2d(
-            self._signs(input),
+            self._signs(input) if bits_of_input else input,
             weight,
             stride=self.stride,
             padding=self.padding,
@@ -200,18 +201,19 @@ class BinaryConv2d(Convertible):
         )
         if isinstance(result, PackedTensor):
             return result
-        if isinstance(input, Tensor) and self.input_threshold_value is not None:  # its bits do not tell its layout
+        if bits_of_input and isinstance(input, Tensor):  # its bits do not tell its layout
             return laid_out(result, memory_format(input))
         return result.contiguous() if self.contiguous and isinstance(input, PackedTensor) else result
 
-    def _normalised(self, input: Any) -> Any:
+    def _normalised(self, input: Any, bits_of_input: bool) -> Any:
         """The input behind ``input_norm``."""
-        if isinstance(input, PackedTensor) and (self.input_norm or self.input_threshold_value is not None):
+        norm = self._modules.get("input_norm")
+        if isinstance(input, PackedTensor) and (norm is not None or bits_of_input):
             raise TypeError(f"{NAME}: input_norm needs a real input, got a PackedTensor; see pack_activations")
-        return input if self.input_norm is None else self.input_norm(input)
+        return input if norm is None else norm(input)
 
     def _signs(self, input: Any) -> Any:
-        """Bits where a threshold stands for ``input_norm``."""
+        """Bits, where a threshold stands for ``input_norm``."""
         if self.input_threshold_value is None or self.input_threshold_flip is None:
             return input
         return bitpack(input, threshold=Threshold(self.input_threshold_value, self.input_threshold_flip))
@@ -226,22 +228,23 @@ class BinaryConv2d(Convertible):
     def _weights(self) -> tuple[Tensor | PackedTensor, Tensor | None, Tensor | None]:
         """(weight, scale, packed for the kernel); the last two remembered in eager calls that need no gradient."""
         weight: Tensor | PackedTensor
-        if self.weight is None:
+        real = held(self, "weight")
+        if real is None:
             weight = PackedTensor(self.words, self.in_channels // self.groups)
             sources: tuple[Tensor, ...] = (self.words,)
         else:
-            weight, sources = self.weight, (self.weight,)
+            weight, sources = real, (real,)
         training = torch.is_grad_enabled() and any(t.requires_grad for t in sources)
         if training or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return weight, self._scale(), None
         # ``Prepared.coefficients`` is the one place for numbers made of weights: here the scales.
-        mean = self.scaling == "mean" and self.weight is not None
+        mean = self.scaling == "mean" and real is not None
 
         def build() -> Prepared:
             return Prepared(self._scale() if mean else None, None, binary_conv2d_pack(weight, groups=self.groups))
 
         kept = self._prepared.get(sources, (mean, self.groups), build)
-        return weight, kept.coefficients if mean else self.scale, kept.packed
+        return weight, kept.coefficients if mean else held(self, "scale"), kept.packed
 
     def repack(self) -> BinaryConv2d:
         """Forget what was derived from the weights; after edits that PyTorch does not see. Returns the layer."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from basisconv_kernels.layers import ternary_code, ternary_weights
-from basisconv_kernels.layers.packing import PreparedWeights
+from basisconv_kernels.layers.packing import PreparedWeights, held
 from basisconv_kernels.ops.ternary_conv2d_native import ternary_conv2d_pack
 from basisconv_kernels.reference.ternary_conv2d import pack_planes, unpack_weight
 
@@ -21,6 +21,9 @@ class Operands(NamedTuple):
     scale: Tensor
     negative_scale: Tensor | None
     packed: Tensor | None
+
+
+SOURCES = ("weight", "mask", "scale", "negative_scale", "planes")  # what the operands of the op are made of
 
 
 class TernaryLayer(nn.Module):
@@ -192,7 +195,7 @@ class TernaryLayer(nn.Module):
 
     def _needs_shadow_gradients(self) -> bool:
         """Whether this call trains the shadow weight, which the op itself has no gradient for."""
-        if self.weight is None or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or self.weight is None:
             return False
         return any(t is not None and t.requires_grad for t in (self.weight, self.scale, self.negative_scale))
 
@@ -200,12 +203,11 @@ class TernaryLayer(nn.Module):
         """The op's arguments; remembered in eager calls, as in ``BasisConv2d``."""
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return self._prepare(pack=False)
-        if self.weight is None and torch.is_grad_enabled():
+        if torch.is_grad_enabled() and self.weight is None:
             planes, scale, second = self._planes(), self.scale, self.negative_scale
             if scale is not None and (scale.requires_grad or (second is not None and second.requires_grad)):
                 return Operands(planes, scale, second, None)
-        held = (self.weight, self.mask, self.scale, self.negative_scale, self.planes)
-        sources = tuple(t for t in held if t is not None)
+        sources = tuple([t for name in SOURCES if (t := held(self, name)) is not None])
         return self._prepared.get(sources, (self.rule, self.threshold, self.groups), self._prepare)
 
     def _prepare(self, pack: bool = True) -> Operands:

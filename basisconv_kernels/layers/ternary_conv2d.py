@@ -12,6 +12,7 @@ from basisconv_kernels.core import checks
 from basisconv_kernels.core.checks import Pair, Quad
 from basisconv_kernels.core.layout import laid_out, memory_format
 from basisconv_kernels.layers import conversion, folding
+from basisconv_kernels.layers.packing import held
 from basisconv_kernels.layers.ternary import TernaryLayer
 from basisconv_kernels.ops.ternary_conv2d import ternary_conv2d
 
@@ -215,7 +216,7 @@ class TernaryConv2d(TernaryLayer):
             input,
             planes,
             scale,
-            self.bias,
+            held(self, "bias"),
             negative_scale=second,
             stride=self.stride,
             padding=padding,

@@ -12,7 +12,7 @@ from basisconv_kernels.core import checks
 from basisconv_kernels.core.checks import Pair, Quad
 from basisconv_kernels.core.layout import laid_out, memory_format
 from basisconv_kernels.layers import bases, folding
-from basisconv_kernels.layers.packing import Prepared, PreparedWeights
+from basisconv_kernels.layers.packing import Prepared, PreparedWeights, held
 from basisconv_kernels.layers.tucker_conv2d_conversion import NAME, TuckerConvertible
 from basisconv_kernels.ops.tucker_conv2d import tucker_conv2d
 from basisconv_kernels.ops.tucker_conv2d_native import tucker_conv2d_pack
@@ -146,12 +146,13 @@ class TuckerConv2d(TuckerConvertible):
         if isinstance(input, Tensor) and input.dim() == 3:
             return self.forward(input[None], None if residual is None else residual[None])[0]
         padded, padding = self._pad(input)
+        core, u_out = held(self, "core"), held(self, "u_out")
         return tucker_conv2d(
             padded,
-            self.u_in,
-            self.core,
-            self.u_out,
-            self.bias,
+            held(self, "u_in"),
+            core,
+            u_out,
+            held(self, "bias"),
             stride=self.stride,
             padding=padding,
             dilation=self.dilation,
@@ -159,7 +160,7 @@ class TuckerConv2d(TuckerConvertible):
             residual=residual,
             precise=self.precise,
             backend=self.backend,
-            packed=self._packed(),
+            packed=self._packed(core, u_out),
         )
 
     def _pad(self, input: Tensor) -> tuple[Tensor, Quad]:
@@ -173,9 +174,8 @@ class TuckerConv2d(TuckerConvertible):
 
     # --- packed weights -----------------------------------------------------------------------------------------------
 
-    def _packed(self) -> Tensor | None:
+    def _packed(self, core: Tensor, u_out: Tensor) -> Tensor | None:
         """Packed weights for the op, remembered in eager calls that need no gradient of them."""
-        core, u_out = self.core, self.u_out
         if torch.is_grad_enabled() and (core.requires_grad or u_out.requires_grad):
             return None
         if torch.compiler.is_compiling() or torch.jit.is_tracing():

@@ -13,9 +13,11 @@ from torch import Tensor
 from basisconv_kernels.core import env, registry, selfcheck
 from basisconv_kernels.core.autograd import refuse_double_backward
 from basisconv_kernels.core.checks import Pair, Quad
+from basisconv_kernels.core.eager import kinds
 from basisconv_kernels.core.problem import Conv2dProblem
 from basisconv_kernels.core.registry import Candidate
 from basisconv_kernels.ops import basis_conv2d_native as native
+from basisconv_kernels.ops import basis_conv2d_planned as planned
 from basisconv_kernels.ops import basis_conv2d_triton as triton
 from basisconv_kernels.ops import basis_conv2d_unfused as unfused
 from basisconv_kernels.ops.basis_conv2d_arguments import normal_form
@@ -254,16 +256,11 @@ _PLANS_KEPT = 4096
 _plans: dict[tuple[Any, ...], Settings] = {}
 
 
-def _kinds(value: Any) -> Any:
-    """Types of an argument and its elements: 1, 1.0 and True are equal, but not all of them are good strides."""
-    return tuple(map(type, value)) if isinstance(value, tuple) else type(value)
-
-
 def _plan(tensors: tuple[Any, ...], arguments: tuple[Any, ...]) -> Settings:
     """``_normal_form``, remembered by shapes, strides, dtypes and arguments: what makes a repeated call cheap."""
     try:
         signature = [(t.shape, t.dtype, t.device, t.layout) if t is not None else None for t in tensors]
-        key = (*signature, tensors[0].stride(), *arguments, *map(_kinds, arguments[:4]), registry.wish())
+        key = (*signature, tensors[0].stride(), *arguments, *map(kinds, arguments[:4]), registry.wish())
         found = _plans.get(key)
     except (AttributeError, TypeError, RuntimeError):  # no dense tensor, or a list for a tuple: the checks know
         return _normal_form(*tensors, *arguments)
@@ -368,12 +365,17 @@ def basis_conv2d(
         >>> basis_conv2d(torch.randn(1, 64, 56, 56), basis, mixing, padding=1, activation="relu").shape
         torch.Size([1, 128, 56, 56])
     """
+    arguments = (stride, padding, dilation, groups, activation, precise, backend)
+    if packed is not None and not torch.compiler.is_compiling():
+        result = planned.run(input, basis_weight, coefficients, bias, residual, packed, arguments)
+        if result is not None:
+            return result
     tensors: tuple[Any, ...] = (input, basis_weight, coefficients, bias, residual)
     if isinstance(input, Tensor) and (cast := _autocast(input, tensors[1:], packed)) is not None:
         tensors, packed = cast
         with torch.autocast(input.device.type, enabled=False):
-            return _run(tensors, packed, (stride, padding, dilation, groups, activation, precise, backend))
-    return _run(tensors, packed, (stride, padding, dilation, groups, activation, precise, backend))
+            return _run(tensors, packed, arguments)
+    return _run(tensors, packed, arguments)
 
 
 def _run(tensors: tuple[Any, ...], packed: Tensor | None, arguments: tuple[Any, ...]) -> Tensor:
@@ -388,4 +390,17 @@ def _run(tensors: tuple[Any, ...], packed: Tensor | None, arguments: tuple[Any, 
             settings = _to_train(settings, *tensors[:3])
         keep_maps = needs_gradient and tensors[2].requires_grad
         return _apply(*tensors, packed, settings, keep_maps)[0]
-    return _targets_of(settings.backend)[0](*tensors, packed, settings)[0]
+    result = _targets_of(settings.backend)[0](*tensors, packed, settings)[0]
+    if packed is not None and settings.backend == "cpu" and not torch.compiler.is_compiling():
+        planned.remember(tensors, packed, arguments, settings, lambda: _serves_any_layout(tensors, settings, arguments))
+    return result
+
+
+def _serves_any_layout(tensors: tuple[Any, ...], settings: Settings, arguments: tuple[Any, ...]) -> bool:
+    """Whether the CPU's kernels are right for inputs of the other memory format as well."""
+    input, basis_weight, coefficients = tensors[:3]
+    (Q, taps_in, R, S), (K, mixed) = basis_weight.shape, coefficients.shape
+    layouts = {torch.channels_last: torch.contiguous_format, torch.contiguous_format: torch.channels_last}
+    other = layouts[reference.memory_format(input)]
+    problem = problem_of("cpu", input.dtype, other, (taps_in, Q, K, R, S, mixed), settings)
+    return bool(arguments[-1] or registry.wish()) or "cpu" not in slower_than_plain(problem)

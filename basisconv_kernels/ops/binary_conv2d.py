@@ -12,9 +12,11 @@ from torch import Tensor
 from basisconv_kernels.core import registry, tuning
 from basisconv_kernels.core.autograd import refuse_double_backward
 from basisconv_kernels.core.checks import Pair, Quad
+from basisconv_kernels.core.eager import kinds
 from basisconv_kernels.core.packed import PackedTensor, Threshold
 from basisconv_kernels.core.registry import Candidate
 from basisconv_kernels.ops import binary_conv2d_native as native
+from basisconv_kernels.ops import binary_conv2d_planned as planned
 from basisconv_kernels.ops.binary_conv2d_arguments import Sizes, check_scale_group, normal_form
 from basisconv_kernels.reference import binary_conv2d as reference
 from basisconv_kernels.reference.binary_conv2d import Settings
@@ -211,11 +213,6 @@ def _signature(value: Any) -> Any:
     return (value.shape, value.dtype, value.device, value.layout)
 
 
-def _kinds(value: Any) -> Any:
-    """Types of an argument and its elements: 1, 1.0 and True are equal, but not all of them are good strides."""
-    return tuple(map(type, value)) if isinstance(value, tuple) else type(value)
-
-
 def _plan(tensors: tuple[Any, ...], arguments: tuple[Any, ...], asked: str | None) -> tuple[Settings, Sizes]:
     """``_normal_form``, remembered by shapes, strides, dtypes and arguments: what makes a repeated call cheap."""
     try:
@@ -223,7 +220,7 @@ def _plan(tensors: tuple[Any, ...], arguments: tuple[Any, ...], asked: str | Non
         device = tensors[0].device.type
         cast = device != "meta" and torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
         wish = (asked, registry.wish(), cast)
-        key = (*map(_signature, tensors), strides, *arguments, *map(_kinds, arguments[:5]), *wish)
+        key = (*map(_signature, tensors), strides, *arguments, *map(kinds, arguments[:5]), *wish)
         found = _plans.get(key)
     except (AttributeError, TypeError, RuntimeError):  # no dense tensor, or a list for a tuple: the checks know
         return _normal_form(tensors, arguments, asked)
@@ -316,12 +313,17 @@ def binary_conv2d(
     """
     tensors = (input, weight, scale, bias, pixel_scale, threshold, scale_group)
     arguments = (stride, padding, padding_value, dilation, groups, activation, output, estimator)
-    if torch.compiler.is_compiling():
+    eager = not torch.compiler.is_compiling()
+    if packed is not None and eager:
+        result = planned.run(tensors, packed, (*arguments, backend))
+        if result is not None:
+            return result
+    if not eager:
         settings, sizes = _normal_form(tensors, arguments, backend)
     else:
         settings, sizes = _plan(tensors, arguments, backend)
     if scale_group is not None:
-        if scale_group.device.type == "cpu" and not torch.compiler.is_compiling():
+        if scale_group.device.type == "cpu" and eager:
             check_scale_group(scale, scale_group)  # type: ignore[arg-type]
         scale = _OneOf.apply(scale, scale_group)
     operands = (
@@ -332,6 +334,8 @@ def binary_conv2d(
         pixel_scale,
     )
     found = _run(operands, threshold, packed, settings)
+    if packed is not None and settings.backend == "cpu" and eager:
+        planned.remember(tensors, packed, (*arguments, backend), settings)
     return PackedTensor(found, sizes.K) if output == "packed" else found
 
 

@@ -40,16 +40,21 @@ def forward(
             f"got {packed.dtype} on {packed.device}; pack the weights again"
         )
     value, flip = (None, None) if threshold is None else (threshold.value, threshold.flip)
-    s = settings
-    output = dtype_name(s.dtype) if s.output == "float" else s.output
-    arguments = (
-        input, weight, scale, bias, pixel_scale, value, flip, packed, s.stride, s.padding, s.padding_value, s.dilation,
-        s.groups, s.activation, output, s.channels, s.encoding, s.packed_weight,
-    )  # fmt: skip
+    arguments = (input, weight, scale, bias, pixel_scale, value, flip, packed, *numbers(settings))
     if torch.compiler.is_compiling():
         return torch.ops.basisconv.binary_conv2d.default(*arguments)
     with torch._C._AutoDispatchBelowAutograd():  # gradients are our Function's; asking autograd costs 5 us a call
         return torch.ops.basisconv.binary_conv2d.default(*arguments)
+
+
+def numbers(settings: Settings) -> tuple[Any, ...]:
+    """The arguments of the torch op that are no tensors."""
+    s = settings
+    output = dtype_name(s.dtype) if s.output == "float" else s.output
+    return (
+        s.stride, s.padding, s.padding_value, s.dilation, s.groups, s.activation, output, s.channels, s.encoding,
+        s.packed_weight,
+    )  # fmt: skip
 
 
 def binary_conv2d_pack(weight: Tensor | PackedTensor, *, groups: int = 1) -> Tensor | None:

@@ -109,7 +109,8 @@ def bitpack(
     encoding = check_arguments(OP, input, threshold, bits, unsigned)
     chosen = _choose(input.dtype, input.device.type, backend)
     words = _targets[chosen](input.detach(), threshold, bits, encoding)
-    return PackedTensor(words, int(input.shape[1]), bits, encoding)
+    made = PackedTensor if torch.compiler.is_compiling() else PackedTensor.of_kernel
+    return made(words, int(input.shape[1]), bits, encoding)
 
 
 def check_arguments(op: str, input: Any, threshold: Any, bits: Any, unsigned: Any) -> str:

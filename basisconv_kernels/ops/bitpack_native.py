@@ -17,7 +17,11 @@ PRESENT = extension.load() is None
 def forward(input: Tensor, threshold: Threshold | None, planes: int, encoding: str) -> Tensor:
     """The torch op that C++ registers for the CPU."""
     value, flip = (None, None) if threshold is None else (threshold.value, threshold.flip)
-    return torch.ops.basisconv.bitpack.default(input, value, flip, planes, encoding == "unsigned")
+    arguments = (input, value, flip, planes, encoding == "unsigned")
+    if torch.compiler.is_compiling():
+        return torch.ops.basisconv.bitpack.default(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():  # bits have no gradient; asking autograd costs 4 us a call
+        return torch.ops.basisconv.bitpack.default(*arguments)
 
 
 def _fake(input: Tensor, threshold: Tensor | None, flip: Tensor | None, bits: int, codes: bool) -> Tensor:

@@ -12,10 +12,12 @@ from torch import Tensor
 from basisconv_kernels.core import log, registry, tuning
 from basisconv_kernels.core.autograd import refuse_double_backward
 from basisconv_kernels.core.checks import Pair, Quad
+from basisconv_kernels.core.eager import kinds
 from basisconv_kernels.core.layout import memory_format
 from basisconv_kernels.core.packed import PackedTensor
 from basisconv_kernels.core.registry import Candidate
 from basisconv_kernels.ops import stacked_binary_conv2d_native as native
+from basisconv_kernels.ops import stacked_binary_conv2d_planned as planned
 from basisconv_kernels.ops.stacked_binary_conv2d_arguments import OP, Sizes, check_values, normal_form
 from basisconv_kernels.reference import stacked_binary_conv2d as reference
 from basisconv_kernels.reference.stacked_binary_conv2d import Settings
@@ -186,17 +188,12 @@ def _signature(value: Any) -> Any:
     return (value.shape, value.dtype, value.device, value.layout)
 
 
-def _kinds(value: Any) -> Any:
-    """Types of an argument and its elements: 1, 1.0 and True are equal, but not all of them are good strides."""
-    return tuple(map(type, value)) if isinstance(value, tuple) else type(value)
-
-
 def _plan(tensors: tuple[Any, ...], arguments: tuple[Any, ...], asked: str | None) -> tuple[Settings, Sizes]:
     """``_normal_form``, remembered by shapes, strides, dtypes and arguments: what makes a repeated call cheap."""
     try:
         strides = tensors[0].stride() if isinstance(tensors[0], Tensor) else None
         wish = (asked, registry.wish())
-        key = (*map(_signature, tensors), strides, *arguments, *map(_kinds, arguments[:5]), *wish)
+        key = (*map(_signature, tensors), strides, *arguments, *map(kinds, arguments[:5]), *wish)
         found = _plans.get(key)
     except (AttributeError, TypeError, RuntimeError):  # no dense tensor, or a list for a tuple: the checks know
         return _normal_form(tensors, arguments, asked)
@@ -277,14 +274,16 @@ def stacked_binary_conv2d(
         >>> stacked_binary_conv2d(torch.randn(1, 64, 28, 28), bank, index, padding=1).shape
         torch.Size([1, 64, 28, 28])
     """
+    arguments = (stride, padding, dilation, groups, binarize_input, activation, estimator)
+    tensors: tuple[Any, ...] = (input, bank, index, scale, bias)
+    if packed is not None and not torch.compiler.is_compiling():
+        result = planned.run(tensors, packed, (*arguments, backend))
+        if result is not None:
+            return result
     if isinstance(input, Tensor) and input.is_floating_point() and (cast := _autocast(input)) is not None:
         with torch.autocast(input.device.type, enabled=False):
-            tensors: tuple[Any, ...] = (cast, bank, index, scale, bias)
-            return _run(
-                tensors, packed, (stride, padding, dilation, groups, binarize_input, activation, estimator), backend
-            )
-    tensors = (input, bank, index, scale, bias)
-    return _run(tensors, packed, (stride, padding, dilation, groups, binarize_input, activation, estimator), backend)
+            return _run((cast, *tensors[1:]), packed, arguments, backend)
+    return _run(tensors, packed, arguments, backend)
 
 
 def _autocast(input: Tensor) -> Tensor | None:
@@ -317,4 +316,7 @@ def _run(tensors: tuple[Any, ...], packed: Tensor | None, arguments: tuple[Any, 
     index = index.to(torch.int64)
     if needs_gradient or torch._C._are_functorch_transforms_active():
         return _apply(*operands, index, packed, settings)
-    return _forward(settings.backend)(*operands[:2], index, scale, bias, packed, settings)
+    result = _forward(settings.backend)(*operands[:2], index, scale, bias, packed, settings)
+    if packed is not None and settings.backend == "cpu" and not traced:
+        planned.remember(tensors, packed, (*arguments, asked), settings)
+    return result

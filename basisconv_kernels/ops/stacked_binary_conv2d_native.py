@@ -46,22 +46,27 @@ def forward(
             f"{OP}: packed must be what stacked_binary_conv2d_pack gives, uint8 on {input.device}, "
             f"got {packed.dtype} on {packed.device}; pack the filters again"
         )
-    mode = "signs" if settings.binarize and settings.encoding is None else "real"
-    if settings.encoding is not None:
-        mode = "packed_signs" if settings.encoding == "sign" else "packed_codes"
-    # Words are [n, 1, R, S, words], values [n, cs, R, S].
-    n, R, S = bank.shape[0], bank.shape[2], bank.shape[3]
-    low = settings.channels // settings.groups // index.shape[1]
-    arguments = (
-        input, packed, scale, bias, (n, low, R, S), tuple(index.shape), settings.stride, settings.padding,
-        settings.dilation, settings.groups, mode, settings.activation,
-    )  # fmt: skip
+    arguments = (input, packed, scale, bias, *numbers(bank, index, settings))
     if torch.compiler.is_compiling():
         out = torch.ops.basisconv.stacked_binary_conv2d.default(*arguments)
     else:
         with torch._C._AutoDispatchBelowAutograd():  # gradients are our Function's; asking autograd costs 5 us a call
             out = torch.ops.basisconv.stacked_binary_conv2d.default(*arguments)
     return out if out.dtype == settings.dtype else out.to(settings.dtype)  # packed input: one rounding of a float32
+
+
+def numbers(bank: Tensor, index: Tensor, settings: Settings) -> tuple[Any, ...]:
+    """The arguments of the torch op that are no tensors."""
+    mode = "signs" if settings.binarize and settings.encoding is None else "real"
+    if settings.encoding is not None:
+        mode = "packed_signs" if settings.encoding == "sign" else "packed_codes"
+    # Words are [n, 1, R, S, words], values [n, cs, R, S].
+    n, R, S = bank.shape[0], bank.shape[2], bank.shape[3]
+    low = settings.channels // settings.groups // index.shape[1]
+    return (
+        (n, low, R, S), tuple(index.shape), settings.stride, settings.padding, settings.dilation, settings.groups, mode,
+        settings.activation,
+    )  # fmt: skip
 
 
 def by_popcount(n: int, K: int, groups: int) -> bool:
@@ -82,7 +87,12 @@ def _popcounts(
     packed: Tensor | None,
     settings: Settings,
 ) -> Tensor:
-    filters = _full_filters(bank, index, settings.packed_bank, settings.channels // settings.groups // index.shape[1])
+    low = settings.channels // settings.groups // index.shape[1]
+    if packed is None:
+        filters = _full_filters(bank, index, settings.packed_bank, low)
+    else:  # of which the op reads the sizes alone
+        shape = (index.shape[0], low * index.shape[1], bank.shape[2], bank.shape[3])
+        filters = torch.empty((), device=bank.device).expand(shape)
     dtype = dtype_name(settings.dtype)
     arguments = (
         input, filters, scale, bias, None, None, None, packed, settings.stride, settings.padding, 0, settings.dilation,

@@ -15,6 +15,7 @@ from basisconv_kernels.core.layout import laid_out, memory_format
 from basisconv_kernels.core.packed import PackedTensor
 from basisconv_kernels.core.registry import Candidate
 from basisconv_kernels.ops import ternary_conv2d_native as native
+from basisconv_kernels.ops import ternary_conv2d_planned as planned
 from basisconv_kernels.ops.ternary_conv2d_arguments import OP, Sizes, check_planes, normal_form
 from basisconv_kernels.reference import ternary_conv2d as reference
 from basisconv_kernels.reference.bitpack import unpack as unpack_bits
@@ -281,6 +282,10 @@ def ternary_conv2d(
             return done
         input = _unpacked(input, _dtype_of(scale))
     tensors: tuple[Any, ...] = (input, planes, scale, negative_scale, bias)
+    if packed is not None and not torch.compiler.is_compiling():
+        result = planned.run(tensors, packed, arguments)
+        if result is not None:
+            return result
     if isinstance(input, Tensor) and (cast := _autocast(tensors)) is not None:
         with torch.autocast(input.device.type, enabled=False):
             return _run(cast, packed, arguments)
@@ -374,8 +379,11 @@ def _run(tensors: tuple[Any, ...], packed: Tensor | None, arguments: tuple[Any, 
     settings = _checked(tensors, arguments) if torch.compiler.is_compiling() else _plan(tensors, arguments)
     input, planes, scale, negative_scale, bias = tensors
     K = planes.shape[0]
-    tensors = (input, planes, _per_output(scale, K), _per_output(negative_scale, K), bias)
-    needs_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    operands = (input, planes, _per_output(scale, K), _per_output(negative_scale, K), bias)
+    needs_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
     if needs_gradient or torch._C._are_functorch_transforms_active():
-        return TernaryConv2dFunction.apply(*tensors, packed, settings)
-    return _forward(settings.backend)(*tensors, packed, settings)
+        return TernaryConv2dFunction.apply(*operands, packed, settings)
+    result = _forward(settings.backend)(*operands, packed, settings)
+    if packed is not None and settings.backend == "cpu" and not torch.compiler.is_compiling():
+        planned.remember(tensors, packed, arguments, settings)
+    return result

@@ -12,10 +12,12 @@ from torch import Tensor
 from basisconv_kernels.core import env, registry, selfcheck
 from basisconv_kernels.core.autograd import refuse_double_backward
 from basisconv_kernels.core.checks import Pair, Quad
+from basisconv_kernels.core.eager import kinds
 from basisconv_kernels.core.layout import memory_format
 from basisconv_kernels.core.problem import TuckerConv2dProblem
 from basisconv_kernels.core.registry import Candidate
 from basisconv_kernels.ops import tucker_conv2d_native as native
+from basisconv_kernels.ops import tucker_conv2d_planned as planned
 from basisconv_kernels.ops import tucker_conv2d_triton as triton
 from basisconv_kernels.ops import tucker_conv2d_unfused as unfused
 from basisconv_kernels.ops.tucker_conv2d_arguments import normal_form
@@ -233,16 +235,11 @@ _PLANS_KEPT = 4096
 _plans: dict[tuple[Any, ...], Settings] = {}
 
 
-def _kinds(value: Any) -> Any:
-    """Types of an argument and its elements: 1, 1.0 and True are equal, but not all of them are good strides."""
-    return tuple(map(type, value)) if isinstance(value, tuple) else type(value)
-
-
 def _plan(tensors: tuple[Any, ...], arguments: tuple[Any, ...]) -> Settings:
     """``_normal_form``, remembered by shapes, strides, dtypes and arguments: what makes a repeated call cheap."""
     try:
         signature = [(t.shape, t.dtype, t.device, t.layout) if t is not None else None for t in tensors]
-        key = (*signature, tensors[0].stride(), *arguments, *map(_kinds, arguments[:3]), registry.wish())
+        key = (*signature, tensors[0].stride(), *arguments, *map(kinds, arguments[:3]), registry.wish())
         found = _plans.get(key)
     except (AttributeError, TypeError, RuntimeError):  # no dense tensor, or a list for a tuple: the checks know
         return _normal_form(*tensors, *arguments)
@@ -348,11 +345,16 @@ def tucker_conv2d(
         torch.Size([1, 128, 56, 56])
     """
     tensors: tuple[Any, ...] = (input, u_in, core, u_out, bias, residual)
+    arguments = (stride, padding, dilation, activation, precise, backend)
+    if packed is not None and not torch.compiler.is_compiling():
+        result = planned.run(tensors, packed, arguments)
+        if result is not None:
+            return result
     if isinstance(input, Tensor) and (cast := _autocast(input, tensors[1:], packed)) is not None:
         tensors, packed = cast
         with torch.autocast(input.device.type, enabled=False):
-            return _run(tensors, packed, (stride, padding, dilation, activation, precise, backend))
-    return _run(tensors, packed, (stride, padding, dilation, activation, precise, backend))
+            return _run(tensors, packed, arguments)
+    return _run(tensors, packed, arguments)
 
 
 def _run(tensors: tuple[Any, ...], packed: Tensor | None, arguments: tuple[Any, ...]) -> Tensor:
@@ -366,4 +368,7 @@ def _run(tensors: tuple[Any, ...], packed: Tensor | None, arguments: tuple[Any, 
             return unfused.run(tensors, settings)
         keep_stages = needs_gradient and (tensors[2].requires_grad or tensors[3].requires_grad)
         return _apply(*tensors, packed, settings, keep_stages)[0]
-    return _targets_of(settings.backend)[0](*tensors, packed, settings)[0]
+    result = _targets_of(settings.backend)[0](*tensors, packed, settings)[0]
+    if packed is not None and settings.backend == "cpu" and not torch.compiler.is_compiling():
+        planned.remember(tensors, packed, arguments, settings)
+    return result

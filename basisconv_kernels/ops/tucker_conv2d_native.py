@@ -37,7 +37,7 @@ def forward(
     """The result, and M and Z if asked."""
     stride, padding, dilation, activation, precise, backend = settings
     layout, dtype = memory_format(input), between(input.dtype, precise)
-    reduced = laid_out(_reduce(input, u_in, layout, precise).to(dtype), layout)
+    reduced = laid_out(first_stage(input, u_in, layout, precise).to(dtype), layout)
     tensors = (core, u_out, bias, residual)
     if dtype != input.dtype:
         tensors = tuple(None if t is None else t.to(dtype) for t in tensors)  # type: ignore[assignment]
@@ -65,7 +65,7 @@ def reduced_maps(input: Tensor, u_in: Tensor, precise: bool) -> Tensor:
     return reduce_channels(input, u_in)
 
 
-def _reduce(input: Tensor, u_in: Tensor, layout: torch.memory_format, precise: bool) -> Tensor:
+def first_stage(input: Tensor, u_in: Tensor, layout: torch.memory_format, precise: bool) -> Tensor:
     """M = u_inᵀ · input in the dtype that it has between the stages, rounded once."""
     if 0 in input.shape[2:] or input.device.type == "cuda":  # no pixel, though the padding around may have some
         return reduced_maps(input, u_in, precise)

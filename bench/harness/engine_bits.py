@@ -22,16 +22,12 @@ def ours(layer: BitLayer, x: Tensor) -> Method:
     """Our op on a layer, channels_last."""
     call, detail = _CALLS[layer.op](layer, placed(x, "channels_last"))
 
-    @torch.inference_mode()
-    def run() -> Any:
-        return call()
-
     def output() -> Any:
-        made = run()
+        made = call()
         made = basisconv_kernels.unpack(made) if isinstance(made, basisconv_kernels.PackedTensor) else made
         return [made.float().contiguous().numpy()]
 
-    return Method("fused", "channels_last", run, output, f"{machine.isa()}{detail}, packed")
+    return Method("fused", "channels_last", call, output, f"{machine.isa()}{detail}, packed", torch.inference_mode)
 
 
 def _binary(layer: BitLayer, x: Tensor, packed_maps: bool) -> tuple[Callable[[], Any], str]:
@@ -99,8 +95,9 @@ class TorchInt8:
             layer.scale, layer.zero_point = module.output_step, CENTRE
             codes = placed(torch.quantize_per_tensor(x, STEP, CENTRE, torch.quint8), "channels_last")
 
-        @torch.inference_mode()
-        def run() -> Any:
-            return layer(codes)
+        call = functools.partial(layer, codes)
 
-        return [Method("int8", "channels_last", run, lambda: [run().dequantize().contiguous().numpy()], "oneDNN")]
+        def output() -> Any:
+            return [call().dequantize().contiguous().numpy()]
+
+        return [Method("int8", "channels_last", call, output, "oneDNN", torch.inference_mode)]

@@ -36,13 +36,8 @@ def placed(x: Tensor, layout: str) -> Tensor:
 
 
 def inference(form: str, layout: str, call: Callable[[], Tensor], detail: str = "") -> Method:
-    """A method without gradients."""
-
-    @torch.no_grad()
-    def run() -> Tensor:
-        return call()
-
-    return Method(form, layout, run, lambda: arrays([run()]), detail)
+    """A method without gradients, which are switched off once for many calls, as programs do it."""
+    return Method(form, layout, call, lambda: arrays([call()]), detail, torch.no_grad)
 
 
 def training(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +28,7 @@ class Method:
         call: runs it once; this is what is timed.
         output: the results of one fresh call, float32, as [N, K, OH, OW] whatever the layout.
         detail: more about who computes.
+        mode: the context that a program enters once around many calls, such as ``torch.no_grad``; it is not timed.
     """
 
     form: str
@@ -34,6 +36,7 @@ class Method:
     call: Callable[[], object]
     output: Callable[[], list[Array]]
     detail: str = ""
+    mode: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 @dataclass(frozen=True)

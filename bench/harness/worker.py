@@ -68,28 +68,33 @@ class Worker:
     def output(self, method: int, prefix: str) -> dict[str, Any]:
         """Write the results of one call for the parent to check."""
         paths = []
-        for number, array in enumerate(self.methods[method].output()):
+        with self.methods[method].mode():
+            arrays = self.methods[method].output()
+        for number, array in enumerate(arrays):
             paths.append(f"{prefix}-{number}.npy")
             np.save(paths[-1], array)
         return {"outputs": paths}
 
     def calibrate(self, method: int, seconds: float) -> dict[str, Any]:
         """How many calls fill a sample of this length."""
-        once = _time(self.methods[method].call, 3)
+        with self.methods[method].mode():
+            once = _time(self.methods[method].call, 3)
         return {"calls": max(1, min(MAX_CALLS, round(seconds / once)))}
 
     def sample(self, method: int, calls: int, patience_s: float, best_probe: float) -> dict[str, Any]:
         """One sample, taken while the core has its full speed, or as it is once patience ends."""
         gc.disable()
-        seconds, probe = self.watch.during(
-            lambda: _time(self.methods[method].call, calls), patience_s, best_probe or float("inf")
-        )
+        with self.methods[method].mode():
+            seconds, probe = self.watch.during(
+                lambda: _time(self.methods[method].call, calls), patience_s, best_probe or float("inf")
+            )
         gc.enable()
         return {"seconds": seconds, "probe": probe, "best_probe": self.watch.best}
 
     def memory(self, method: int) -> dict[str, Any]:
         """Peak resident bytes that one call adds."""
-        return memory.added_by(self.methods[method].call)
+        with self.methods[method].mode():
+            return memory.added_by(self.methods[method].call)
 
     def release(self) -> dict[str, Any]:
         """Drop everything of the case."""

@@ -290,13 +290,16 @@ CpuPackHeader cpu_pack_header(const BasisConv2dWeights& w, Isa isa) {
   return h;
 }
 
+int64_t cpu_packed_bytes(const CpuPack& p) {
+  return kCpuPackHeaderBytes + 4 * (p.filters_size + p.coefficients_size + p.planar_size);
+}
+
 int64_t cpu_packed_bytes(const BasisConv2dWeights& w) {
   int64_t most = 0;
   for (Isa isa : {Isa::base, Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx}) {
-    const CpuPack p = pack_for(w, isa);
-    most = std::max(most, p.filters_size + p.coefficients_size + p.planar_size);
+    most = std::max(most, cpu_packed_bytes(pack_for(w, isa)));
   }
-  return kCpuPackHeaderBytes + 4 * most;
+  return most;
 }
 
 }  // namespace basisconv

@@ -104,5 +104,6 @@ CpuPackHeader cpu_pack_header(const BasisConv2dWeights& weights, Isa isa);
 // Bytes of the packed tensor: the most that any instruction set needs, so that a traced graph keeps its sizes on
 // another processor, where the header then makes the op refuse the foreign bytes.
 int64_t cpu_packed_bytes(const BasisConv2dWeights& weights);
+int64_t cpu_packed_bytes(const CpuPack& pack);  // what the kernels read in this layout: at most so many
 
 }  // namespace basisconv

@@ -39,11 +39,6 @@ CpuBasisConv2d kernels_for(const BasisConv2dWeights& weights) {
   return cpu_basis_conv2d_base();
 }
 
-Tensor as_float(const Tensor& t) {
-  const Tensor dense = torch::stable::contiguous(t);
-  return dense.scalar_type() == ScalarType::Float ? dense : torch::stable::to(dense, ScalarType::Float);
-}
-
 void pack_into(const BasisConv2dWeights& w, const Tensor& basis_weight, const Tensor& coefficients, char* bytes) {
   const Isa isa = isa_in_use();
   const CpuPackHeader header = cpu_pack_header(w, isa);
@@ -55,13 +50,13 @@ void pack_into(const BasisConv2dWeights& w, const Tensor& basis_weight, const Te
                       reinterpret_cast<float*>(bytes + kCpuPackHeaderBytes));
 }
 
-Tensor pack(Tensor basis_weight, Tensor coefficients, std::vector<int64_t> stride, std::vector<int64_t> dilation,
-            int64_t groups, bool precise, int64_t format) {
+Tensor pack(const Tensor& basis_weight, const Tensor& coefficients, const std::vector<int64_t>& stride,
+            const std::vector<int64_t>& dilation, int64_t groups, bool precise, int64_t format) {
   STD_TORCH_CHECK(format == kCpuPackVersion, "basis_conv2d_pack: this library packs format ", kCpuPackVersion,
                   ", the caller expects format ", format,
                   "; a program traced with another version must be traced again");
   STD_TORCH_CHECK(basis_weight.is_cpu() && coefficients.is_cpu(), "basis_conv2d: the weights must be on the CPU");
-  const BasisConv2dWeights w = describe(basis_weight, coefficients, stride, dilation, groups, precise);
+  const BasisConv2dWeights w = describe(basis_weight, coefficients, settings_of(stride, dilation, groups, precise));
   Tensor packed = torch::stable::empty({cpu_packed_bytes(w)}, ScalarType::Byte);
   char* bytes = static_cast<char*>(packed.mutable_data_ptr());
   std::memset(bytes, 0, packed.numel());
@@ -69,8 +64,9 @@ Tensor pack(Tensor basis_weight, Tensor coefficients, std::vector<int64_t> strid
   return packed;
 }
 
-int64_t packed_bytes(std::vector<int64_t> basis_weight_shape, std::vector<int64_t> coefficients_shape,
-                     std::vector<int64_t> stride, std::vector<int64_t> dilation, int64_t groups, bool precise) {
+int64_t packed_bytes(const std::vector<int64_t>& basis_weight_shape, const std::vector<int64_t>& coefficients_shape,
+                     const std::vector<int64_t>& stride, const std::vector<int64_t>& dilation, int64_t groups,
+                     bool precise) {
   STD_TORCH_CHECK(basis_weight_shape.size() == 4 && coefficients_shape.size() == 2 && stride.size() == 2 &&
                       dilation.size() == 2 && groups > 0,
                   "basis_conv2d_packed_bytes: two shapes, stride and dilation pairs and groups expected");
@@ -90,37 +86,39 @@ int64_t packed_bytes(std::vector<int64_t> basis_weight_shape, std::vector<int64_
   return cpu_packed_bytes(w);
 }
 
-// The result and, if `keep_maps`, z, both in the dtype and the layout of input.
-std::tuple<Tensor, Tensor> run(const Tensor& input, const Tensor& basis_weight, const Tensor& coefficients,
-                               const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
-                               const std::optional<Tensor>& packed, const std::vector<int64_t>& stride,
-                               const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
-                               int64_t groups, const std::optional<std::string>& activation, bool precise,
-                               bool keep_maps) {
+// The result and, if `keep_maps`, z, both in the dtype and the layout of input. A planned call knows the size that
+// packed must have.
+FilledBasisConv2d run(const BasisConv2dCall& call, const Tensor* packed, bool keep_maps,
+                      std::optional<int64_t> planned_bytes = std::nullopt) {
   const auto on_cpu = [](const std::optional<Tensor>& t) { return !t || t->is_cpu(); };
-  STD_TORCH_CHECK(input.is_cpu() && basis_weight.is_cpu() && coefficients.is_cpu() && on_cpu(bias) && on_cpu(residual),
+  STD_TORCH_CHECK(call.input.is_cpu() && call.basis_weight.is_cpu() && call.coefficients.is_cpu() &&
+                      on_cpu(call.bias) && on_cpu(call.residual),
                   "basis_conv2d: all tensors must be on the CPU");
-  FilledBasisConv2d filled =
-      fill({input, basis_weight, coefficients, bias, residual, stride, padding, dilation, groups, activation, precise},
-           keep_maps);
+  FilledBasisConv2d filled = fill(call, keep_maps, planned_bytes ? Memory::raw : Memory::by_torch);
   BasisConv2dParams& p = filled.params;
   const BasisConv2dWeights& w = p.weights;
-  if (p.N == 0) return {filled.output, filled.maps};
-  std::vector<float> offset(w.K, 0.0f);
-  if (bias) {
-    const Tensor dense = as_float(*bias);
-    std::memcpy(offset.data(), dense.const_data_ptr(), w.K * sizeof(float));
+  if (p.N == 0) return filled;
+  std::optional<Tensor> bias;
+  std::vector<float> zeros;
+  if (call.bias) {
+    bias = as_float(*call.bias);
+    p.bias = static_cast<const float*>(bias->const_data_ptr());
+  } else {
+    zeros.assign(w.K, 0.0f);
+    p.bias = zeros.data();
   }
-  p.bias = offset.data();
 
   const Isa isa = isa_in_use();
+  const CpuPack layout = cpu_pack(w, isa);
   std::vector<char> own;
   const char* bytes;
   if (packed) {
     STD_TORCH_CHECK(packed->is_cpu() && packed->scalar_type() == ScalarType::Byte && packed->is_contiguous(),
                     "basis_conv2d: packed must be a contiguous uint8 tensor on the CPU");
-    STD_TORCH_CHECK(packed->numel() == cpu_packed_bytes(w), "basis_conv2d: packed has ", packed->numel(),
-                    " bytes, these weights pack to ", cpu_packed_bytes(w));
+    const int64_t expected_bytes = planned_bytes ? *planned_bytes : cpu_packed_bytes(w);
+    STD_TORCH_CHECK(packed->numel() == expected_bytes && expected_bytes >= cpu_packed_bytes(layout),
+                    "basis_conv2d: packed has ", packed->numel(), " bytes, these weights pack to ",
+                    cpu_packed_bytes(w));
     bytes = static_cast<const char*>(packed->const_data_ptr());
     const CpuPackHeader expected = cpu_pack_header(w, isa);
     STD_TORCH_CHECK(std::memcmp(bytes, &expected, sizeof(expected)) == 0,
@@ -128,7 +126,7 @@ std::tuple<Tensor, Tensor> run(const Tensor& input, const Tensor& basis_weight, 
                     "call basis_conv2d_pack again");
   } else {
     own.resize(cpu_packed_bytes(w));
-    pack_into(w, basis_weight, coefficients, own.data());
+    pack_into(w, call.basis_weight, call.coefficients, own.data());
     bytes = own.data();
   }
   p.packed = bytes + kCpuPackHeaderBytes;
@@ -137,29 +135,75 @@ std::tuple<Tensor, Tensor> run(const Tensor& input, const Tensor& basis_weight, 
   const int64_t most = static_cast<int64_t>(torch::stable::get_num_threads());
   const int64_t wanted = macs / kMacsWorthAThread;
   const int64_t threads = wanted < 1 ? 1 : wanted < most ? wanted : most;
-  const CpuPlan plan = cpu_plan(p, cpu_pack(w, isa), threads);
+  const CpuPlan plan = cpu_plan(p, layout, threads);
   const CpuBasisConv2d kernels = kernels_for(w);
   torch::stable::parallel_for(0, plan.units, (plan.units + threads - 1) / threads, [&](int64_t begin, int64_t end) {
     kernels.run(p, plan, static_cast<float*>(thread_memory(plan.scratch() * 4)), begin, end);
   });
-  return {filled.output, filled.maps};
+  return filled;
 }
 
-Tensor forward(Tensor input, Tensor basis_weight, Tensor coefficients, std::optional<Tensor> bias,
-               std::optional<Tensor> residual, std::optional<Tensor> packed, std::vector<int64_t> stride,
-               std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
-               std::optional<std::string> activation, bool precise) {
-  return std::get<0>(run(input, basis_weight, coefficients, bias, residual, packed, stride, padding, dilation, groups,
-                         activation, precise, false));
+const Tensor* address(const std::optional<Tensor>& t) { return t ? &*t : nullptr; }
+
+Tensor forward(const Tensor& input, const Tensor& basis_weight, const Tensor& coefficients,
+               const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+               const std::optional<Tensor>& packed, const std::vector<int64_t>& stride,
+               const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups,
+               const std::optional<std::string>& activation, bool precise) {
+  const BasisConv2dSettings settings = settings_of(stride, padding, dilation, groups, activation, precise);
+  const BasisConv2dCall call{input, basis_weight, coefficients, bias, residual, settings};
+  return run(call, address(packed), false).output;
 }
 
-std::tuple<Tensor, Tensor> forward_maps(Tensor input, Tensor basis_weight, Tensor coefficients,
-                                        std::optional<Tensor> bias, std::optional<Tensor> residual,
-                                        std::optional<Tensor> packed, std::vector<int64_t> stride,
-                                        std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
-                                        std::optional<std::string> activation, bool precise) {
-  return run(input, basis_weight, coefficients, bias, residual, packed, stride, padding, dilation, groups, activation,
-             precise, true);
+std::tuple<Tensor, Tensor> forward_maps(const Tensor& input, const Tensor& basis_weight, const Tensor& coefficients,
+                                        const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+                                        const std::optional<Tensor>& packed, const std::vector<int64_t>& stride,
+                                        const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
+                                        int64_t groups, const std::optional<std::string>& activation, bool precise) {
+  const BasisConv2dSettings settings = settings_of(stride, padding, dilation, groups, activation, precise);
+  const BasisConv2dCall call{input, basis_weight, coefficients, bias, residual, settings};
+  const FilledBasisConv2d filled = run(call, address(packed), true);
+  return {filled.output, *filled.maps};
+}
+
+// A call in one tensor of bytes. Torch takes half a microsecond to hand over a list or a string and a tenth for a
+// tensor: a repeated call of a small layer is as fast again so. It states what its maker saw, beside the settings; a
+// call that looks different is refused, since another backend might be the right one for it.
+constexpr int64_t kAnyLayout = -1;
+struct BasisConv2dPlan {
+  BasisConv2dSettings settings;
+  int64_t filters[4], coefficients[2];  // sizes
+  int64_t dtype, channels_last;         // of input; channels_last is kAnyLayout where it does not matter
+  int64_t packed_bytes;
+};
+
+Tensor plan(const Tensor& input, const Tensor& basis_weight, const Tensor& coefficients,
+            const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+            const std::vector<int64_t>& dilation, int64_t groups, const std::optional<std::string>& activation,
+            bool precise, bool any_layout) {
+  BasisConv2dPlan made{};
+  made.settings = settings_of(stride, padding, dilation, groups, activation, precise);
+  const BasisConv2dWeights w = describe(basis_weight, coefficients, made.settings);
+  STD_TORCH_CHECK(input.dim() == 4, "basis_conv2d: input must be [N, C, H, W]");
+  for (int i = 0; i < 4; ++i) made.filters[i] = basis_weight.size(i);
+  for (int i = 0; i < 2; ++i) made.coefficients[i] = coefficients.size(i);
+  made.dtype = static_cast<int64_t>(dtype_of(input, "input"));
+  made.channels_last = any_layout ? kAnyLayout : is_channels_last(input);
+  made.packed_bytes = cpu_packed_bytes(w);
+  return bytes_of(made);
+}
+
+Tensor planned(const Tensor& input, const Tensor& basis_weight, const Tensor& coefficients,
+               const std::optional<Tensor>& bias, const std::optional<Tensor>& residual, const Tensor& packed,
+               const Tensor& plan) {
+  const BasisConv2dPlan p = from_bytes<BasisConv2dPlan>(plan, "basis_conv2d");
+  bool same = input.dim() == 4 && basis_weight.dim() == 4 && coefficients.dim() == 2;
+  for (int i = 0; i < 4 && same; ++i) same = p.filters[i] == basis_weight.size(i);
+  for (int i = 0; i < 2 && same; ++i) same = p.coefficients[i] == coefficients.size(i);
+  STD_TORCH_CHECK(same && p.dtype == static_cast<int64_t>(dtype_of(input, "input")) &&
+                      (p.channels_last == kAnyLayout || p.channels_last == is_channels_last(input)),
+                  "basis_conv2d_planned: plan was made for another dtype, layout or other weights");
+  return run({input, basis_weight, coefficients, bias, residual, p.settings}, &packed, false, p.packed_bytes).output;
 }
 
 #if defined(__GNUC__) && !defined(__clang__)
@@ -200,6 +244,12 @@ STABLE_TORCH_LIBRARY(basisconv, m) {
       "Tensor? packed, int[] stride, int[] padding, int[] dilation, int groups, str? activation, bool precise) "
       "-> (Tensor, Tensor)");
   m.def(
+      "basis_conv2d_plan(Tensor input, Tensor basis_weight, Tensor coefficients, int[] stride, int[] padding, "
+      "int[] dilation, int groups, str? activation, bool precise, bool any_layout) -> Tensor");
+  m.def(
+      "basis_conv2d_planned(Tensor input, Tensor basis_weight, Tensor coefficients, Tensor? bias, Tensor? residual, "
+      "Tensor packed, Tensor plan) -> Tensor");
+  m.def(
       "basis_conv2d_pack(Tensor basis_weight, Tensor coefficients, int[] stride, int[] dilation, int groups, "
       "bool precise, int format) -> Tensor");
   m.def(
@@ -211,6 +261,8 @@ STABLE_TORCH_LIBRARY(basisconv, m) {
 STABLE_TORCH_LIBRARY_IMPL(basisconv, CPU, m) {
   m.impl("basis_conv2d", TORCH_BOX(&basisconv::forward));
   m.impl("basis_conv2d_maps", TORCH_BOX(&basisconv::forward_maps));
+  m.impl("basis_conv2d_plan", TORCH_BOX(&basisconv::plan));
+  m.impl("basis_conv2d_planned", TORCH_BOX(&basisconv::planned));
   m.impl("basis_conv2d_pack", TORCH_BOX(&basisconv::pack));
 }
 

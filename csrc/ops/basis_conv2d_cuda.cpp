@@ -37,17 +37,18 @@ void check_weights(const BasisConv2dWeights& w) {
                   "basis_conv2d on CUDA: bfloat16 and float16 only, and groups with coefficients [K, Q/groups] only");
 }
 
-Tensor pack(Tensor basis_weight, Tensor coefficients, std::vector<int64_t> stride, std::vector<int64_t> dilation,
-            int64_t groups, bool precise, int64_t /*format*/) {
+Tensor pack(const Tensor& basis_weight, const Tensor& coefficients, const std::vector<int64_t>& stride,
+            const std::vector<int64_t>& dilation, int64_t groups, bool precise, int64_t /*format*/) {
   STD_TORCH_CHECK(coefficients.device() == basis_weight.device(), "basis_conv2d_pack: the weights lie on two devices");
-  const BasisConv2dWeights w = describe(basis_weight, coefficients, stride, dilation, groups, precise);
+  const BasisConv2dWeights w = describe(basis_weight, coefficients, settings_of(stride, dilation, groups, precise));
   check_weights(w);
   const int32_t device = basis_weight.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   return pack_on(w, basis_weight, coefficients, current_cuda_stream(device));
 }
 
-int64_t packed_bytes(std::vector<int64_t> basis_weight_shape, std::vector<int64_t> coefficients_shape, int64_t groups) {
+int64_t packed_bytes(const std::vector<int64_t>& basis_weight_shape, const std::vector<int64_t>& coefficients_shape,
+                     int64_t groups) {
   STD_TORCH_CHECK(basis_weight_shape.size() == 4 && coefficients_shape.size() == 2 && groups > 0,
                   "basis_conv2d_cuda_packed_bytes: two shapes and groups expected");
   BasisConv2dWeights w{};
@@ -61,19 +62,13 @@ int64_t packed_bytes(std::vector<int64_t> basis_weight_shape, std::vector<int64_
   return cuda_packed_bytes(w);
 }
 
-std::tuple<Tensor, Tensor> run(const Tensor& input, const Tensor& basis_weight, const Tensor& coefficients,
-                               const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
-                               const std::optional<Tensor>& packed, const std::vector<int64_t>& stride,
-                               const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
-                               int64_t groups, const std::optional<std::string>& activation, bool precise,
-                               bool keep_maps) {
-  STD_TORCH_CHECK(beside(input, basis_weight) && beside(input, coefficients) && beside(input, bias) &&
-                      beside(input, residual) && beside(input, packed),
+FilledBasisConv2d run(const BasisConv2dCall& call, const std::optional<Tensor>& packed, bool keep_maps) {
+  const Tensor& input = call.input;
+  STD_TORCH_CHECK(beside(input, call.basis_weight) && beside(input, call.coefficients) && beside(input, call.bias) &&
+                      beside(input, call.residual) && beside(input, packed),
                   "basis_conv2d: all tensors must be on one device");
-  FilledBasisConv2d filled =
-      fill({input, basis_weight, coefficients, bias, residual, stride, padding, dilation, groups, activation, precise},
-           keep_maps);
-  if (filled.params.N == 0) return {filled.output, filled.maps};
+  FilledBasisConv2d filled = fill(call, keep_maps, Memory::by_torch);
+  if (filled.params.N == 0) return filled;
   const BasisConv2dWeights& w = filled.params.weights;
   check_weights(w);
   const int32_t index = input.get_device_index();
@@ -81,11 +76,11 @@ std::tuple<Tensor, Tensor> run(const Tensor& input, const Tensor& basis_weight, 
   void* stream = current_cuda_stream(index);
   CudaDevice device{};
   launched(cuda_device(index, &device));
-  CudaBasisConv2d call{};
-  Tensor offsets, own;
-  if (bias) {
-    offsets = torch::stable::contiguous(*bias);
-    call.bias = offsets.const_data_ptr();
+  CudaBasisConv2d launch{};
+  std::optional<Tensor> offsets, own;
+  if (call.bias) {
+    offsets = torch::stable::contiguous(*call.bias);
+    launch.bias = offsets->const_data_ptr();
   }
   if (packed) {
     STD_TORCH_CHECK(
@@ -94,29 +89,31 @@ std::tuple<Tensor, Tensor> run(const Tensor& input, const Tensor& basis_weight, 
         " on CUDA; call basis_conv2d_pack again");
     filled.params.packed = packed->const_data_ptr();
   } else {
-    own = pack_on(w, basis_weight, coefficients, stream);
-    filled.params.packed = own.const_data_ptr();
+    own = pack_on(w, call.basis_weight, call.coefficients, stream);
+    filled.params.packed = own->const_data_ptr();
   }
-  call.params = filled.params;
-  launched(cuda_basis_conv2d(call, device, stream));
-  return {filled.output, filled.maps};
+  launch.params = filled.params;
+  launched(cuda_basis_conv2d(launch, device, stream));
+  return filled;
 }
 
-Tensor forward(Tensor input, Tensor basis_weight, Tensor coefficients, std::optional<Tensor> bias,
-               std::optional<Tensor> residual, std::optional<Tensor> packed, std::vector<int64_t> stride,
-               std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
-               std::optional<std::string> activation, bool precise) {
-  return std::get<0>(run(input, basis_weight, coefficients, bias, residual, packed, stride, padding, dilation, groups,
-                         activation, precise, false));
+Tensor forward(const Tensor& input, const Tensor& basis_weight, const Tensor& coefficients,
+               const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+               const std::optional<Tensor>& packed, const std::vector<int64_t>& stride,
+               const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups,
+               const std::optional<std::string>& activation, bool precise) {
+  const BasisConv2dSettings settings = settings_of(stride, padding, dilation, groups, activation, precise);
+  return run({input, basis_weight, coefficients, bias, residual, settings}, packed, false).output;
 }
 
-std::tuple<Tensor, Tensor> forward_maps(Tensor input, Tensor basis_weight, Tensor coefficients,
-                                        std::optional<Tensor> bias, std::optional<Tensor> residual,
-                                        std::optional<Tensor> packed, std::vector<int64_t> stride,
-                                        std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
-                                        std::optional<std::string> activation, bool precise) {
-  return run(input, basis_weight, coefficients, bias, residual, packed, stride, padding, dilation, groups, activation,
-             precise, true);
+std::tuple<Tensor, Tensor> forward_maps(const Tensor& input, const Tensor& basis_weight, const Tensor& coefficients,
+                                        const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+                                        const std::optional<Tensor>& packed, const std::vector<int64_t>& stride,
+                                        const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
+                                        int64_t groups, const std::optional<std::string>& activation, bool precise) {
+  const BasisConv2dSettings settings = settings_of(stride, padding, dilation, groups, activation, precise);
+  const FilledBasisConv2d filled = run({input, basis_weight, coefficients, bias, residual, settings}, packed, true);
+  return {filled.output, *filled.maps};
 }
 
 }  // namespace

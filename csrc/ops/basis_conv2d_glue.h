@@ -3,22 +3,15 @@
 #pragma once
 #include "basis_conv2d.h"
 #include "glue.h"
+#include "torch_glue.h"
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/MemoryFormat.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
+#include <algorithm>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace basisconv {
-
-using torch::headeronly::MemoryFormat;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 inline DType dtype_of(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {
@@ -33,12 +26,47 @@ inline DType dtype_of(const Tensor& t, const char* name) {
   }
 }
 
+// The arguments of a call that are no tensors, as numbers alone.
+struct BasisConv2dSettings {
+  int64_t stride[2], padding[4], dilation[2];  // padding: top, bottom, left, right
+  int64_t groups, activation, precise;
+};
+
+inline void fill_pair(int64_t (&to)[2], const std::vector<int64_t>& from, const char* name) {
+  STD_TORCH_CHECK(from.size() == 2, "basis_conv2d: ", name, " must have two values");
+  to[0] = from[0];
+  to[1] = from[1];
+}
+
+// Of the weights alone: padding and activation belong to a call.
+inline BasisConv2dSettings settings_of(const std::vector<int64_t>& stride, const std::vector<int64_t>& dilation,
+                                       int64_t groups, bool precise) {
+  BasisConv2dSettings s{};
+  fill_pair(s.stride, stride, "stride");
+  fill_pair(s.dilation, dilation, "dilation");
+  s.groups = groups;
+  s.precise = precise;
+  return s;
+}
+
+inline BasisConv2dSettings settings_of(const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                                       const std::vector<int64_t>& dilation, int64_t groups,
+                                       const std::optional<std::string>& activation, bool precise) {
+  BasisConv2dSettings s = settings_of(stride, dilation, groups, precise);
+  STD_TORCH_CHECK(padding.size() == 4, "basis_conv2d: padding must be (top, bottom, left, right)");
+  std::copy(padding.begin(), padding.end(), s.padding);
+  STD_TORCH_CHECK(!activation || *activation == "relu" || *activation == "relu6",
+                  "basis_conv2d: activation must be None, 'relu' or 'relu6'");
+  const Activation code = !activation ? Activation::none : *activation == "relu" ? Activation::relu : Activation::relu6;
+  s.activation = static_cast<int64_t>(code);
+  return s;
+}
+
 inline BasisConv2dWeights describe(const Tensor& basis_weight, const Tensor& coefficients,
-                                   const std::vector<int64_t>& stride, const std::vector<int64_t>& dilation,
-                                   int64_t groups, bool precise) {
+                                   const BasisConv2dSettings& settings) {
+  const auto& [stride, padding, dilation, groups, activation, precise] = settings;
   STD_TORCH_CHECK(basis_weight.dim() == 4, "basis_conv2d: basis_weight must be [Q, C/groups, R, S]");
   STD_TORCH_CHECK(coefficients.dim() == 2, "basis_conv2d: coefficients must be [K, Q] or [K, Q/groups]");
-  STD_TORCH_CHECK(stride.size() == 2 && dilation.size() == 2, "basis_conv2d: stride and dilation must have two values");
   STD_TORCH_CHECK(stride[0] > 0 && stride[1] > 0 && dilation[0] > 0 && dilation[1] > 0 && groups > 0,
                   "basis_conv2d: stride, dilation and groups must be at least 1");
   BasisConv2dWeights w{};
@@ -60,7 +88,7 @@ inline BasisConv2dWeights describe(const Tensor& basis_weight, const Tensor& coe
   w.stride_w = stride[1];
   w.dilation_h = dilation[0];
   w.dilation_w = dilation[1];
-  w.precise = precise;
+  w.precise = precise != 0;
   return w;
 }
 
@@ -71,33 +99,28 @@ struct BasisConv2dCall {
   const Tensor& coefficients;
   const std::optional<Tensor>& bias;
   const std::optional<Tensor>& residual;
-  const std::vector<int64_t>& stride;
-  const std::vector<int64_t>& padding;
-  const std::vector<int64_t>& dilation;
-  int64_t groups;
-  const std::optional<std::string>& activation;
-  bool precise;
+  const BasisConv2dSettings& settings;
 };
 
-// Params with the results that they point to.
+// Params with the tensors that they point to.
 struct FilledBasisConv2d {
   BasisConv2dParams params;  // without `packed` and `bias`
-  Tensor output, maps, residual;
+  Tensor output;
+  std::optional<Tensor> maps, residual;
 };
 
 // Checks everything but where the tensors are, allocates the results beside input and fills the params.
-inline FilledBasisConv2d fill(const BasisConv2dCall& call, bool keep_maps) {
+inline FilledBasisConv2d fill(const BasisConv2dCall& call, bool keep_maps, Memory memory) {
   const Tensor& input = call.input;
-  const std::vector<int64_t>& padding = call.padding;
-  FilledBasisConv2d filled;
-  BasisConv2dParams& p = filled.params = {};
-  p.weights = describe(call.basis_weight, call.coefficients, call.stride, call.dilation, call.groups, call.precise);
+  const int64_t(&padding)[4] = call.settings.padding;
+  BasisConv2dParams p{};
+  p.weights = describe(call.basis_weight, call.coefficients, call.settings);
   const BasisConv2dWeights& w = p.weights;
   STD_TORCH_CHECK(input.dim() == 4, "basis_conv2d: input must be [N, C, H, W]");
   STD_TORCH_CHECK(input.scalar_type() == call.basis_weight.scalar_type(),
                   "basis_conv2d: input must have the dtype of basis_weight");
   STD_TORCH_CHECK(input.size(1) == w.C, "basis_conv2d: input has ", input.size(1), " channels, the basis takes ", w.C);
-  STD_TORCH_CHECK(padding.size() == 4 && padding[0] >= 0 && padding[1] >= 0 && padding[2] >= 0 && padding[3] >= 0,
+  STD_TORCH_CHECK(padding[0] >= 0 && padding[1] >= 0 && padding[2] >= 0 && padding[3] >= 0,
                   "basis_conv2d: padding must be (top, bottom, left, right), none negative");
   p.N = input.size(0);
   p.H = input.size(2);
@@ -109,25 +132,11 @@ inline FilledBasisConv2d fill(const BasisConv2dCall& call, bool keep_maps) {
   STD_TORCH_CHECK(free_h >= 0 && free_w >= 0, "basis_conv2d: the padded input is smaller than the dilated kernel");
   p.OH = free_h / w.stride_h + 1;
   p.OW = free_w / w.stride_w + 1;
-  p.activation = !call.activation              ? Activation::none
-                 : *call.activation == "relu"  ? Activation::relu
-                 : *call.activation == "relu6" ? Activation::relu6
-                                               : Activation::none;
-  STD_TORCH_CHECK(!call.activation || p.activation != Activation::none,
-                  "basis_conv2d: activation must be None, 'relu' or 'relu6'");
+  STD_TORCH_CHECK(call.settings.activation >= 0 && call.settings.activation <= static_cast<int64_t>(Activation::relu6),
+                  "basis_conv2d: no activation has the number ", call.settings.activation);
+  p.activation = static_cast<Activation>(call.settings.activation);
 
   p.channels_last = is_channels_last(input);
-  const MemoryFormat format = p.channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
-  const auto fresh = [&](int64_t channels) {
-    return torch::stable::empty({p.N, channels, p.OH, p.OW}, input.scalar_type(), std::nullopt, input.device(),
-                                std::nullopt, format);
-  };
-  filled.output = fresh(w.K);
-  p.output = filled.output.mutable_data_ptr();
-  if (keep_maps) {
-    filled.maps = fresh(w.Q);
-    p.maps = filled.maps.mutable_data_ptr();
-  }
   p.input = input.const_data_ptr();
   p.input_stride_n = input.stride(0);
   p.input_stride_c = input.stride(1);
@@ -139,16 +148,24 @@ inline FilledBasisConv2d fill(const BasisConv2dCall& call, bool keep_maps) {
         call.bias->dim() == 1 && call.bias->size(0) == w.K && call.bias->scalar_type() == input.scalar_type(),
         "basis_conv2d: bias must be [K] in the dtype of input");
   }
+  std::optional<Tensor> kept;
   if (call.residual) {
     const Tensor& residual = *call.residual;
     STD_TORCH_CHECK(residual.dim() == 4 && residual.size(0) == p.N && residual.size(1) == w.K &&
                         residual.size(2) == p.OH && residual.size(3) == p.OW &&
                         residual.scalar_type() == input.scalar_type(),
                     "basis_conv2d: residual must be [N, K, OH, OW] in the dtype of input");
-    filled.residual = torch::stable::contiguous(residual, format);
-    p.residual = filled.residual.const_data_ptr();
+    kept = dense_maps(residual, p.channels_last);
+    p.residual = kept->const_data_ptr();
   }
-  return filled;
+  std::optional<Tensor> maps;
+  if (keep_maps) {
+    maps = empty_maps(input, input.scalar_type(), {p.N, w.Q, p.OH, p.OW}, p.channels_last, memory);
+    p.maps = maps->mutable_data_ptr();
+  }
+  Tensor output = empty_maps(input, input.scalar_type(), {p.N, w.K, p.OH, p.OW}, p.channels_last, memory);
+  p.output = output.mutable_data_ptr();
+  return {p, std::move(output), std::move(maps), std::move(kept)};
 }
 
 }  // namespace basisconv

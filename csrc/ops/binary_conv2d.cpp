@@ -2,15 +2,10 @@
 //
 // Python has checked already with better words; these checks protect memory where torch.ops, export or AOTInductor
 // bypass Python.
-#include "binary_conv2d.h"
-
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/MemoryFormat.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
+#include <array>
 #include <cstring>
 #include <optional>
 #include <string>
@@ -19,14 +14,10 @@
 #include "../cpu/binary_conv2d.h"
 #include "../cpu/binary_conv2d_table.h"
 #include "../cpu/bitpack.h"
-#include "glue.h"
+#include "binary_conv2d_glue.h"
 
 namespace basisconv {
 namespace {
-
-using torch::headeronly::MemoryFormat;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 constexpr int64_t kMacsWorthAThread = 1 << 22;
 
@@ -43,34 +34,6 @@ CpuBinaryConv2d kernels_in_use() {
     if (isa == Isa::avx2) return cpu_binary_conv2d_avx2();
   }
   return cpu_binary_conv2d_base();
-}
-
-// `weight` is real filters [K, C/groups, R, S], or words [K, 1, R, S, words_for(C/groups)].
-BinaryConv2dWeights describe(const Tensor& weight, bool words, int64_t channels, int64_t groups) {
-  STD_TORCH_CHECK(weight.is_cpu() && weight.dim() == (words ? 5 : 4),
-                  "binary_conv2d: weight must be [K, C/groups, R, S], or words [K, 1, R, S, n], on the CPU");
-  STD_TORCH_CHECK(groups > 0 && channels > 0 && channels % groups == 0 && weight.size(0) % groups == 0,
-                  "binary_conv2d: channels and K must be divisible by groups");
-  BinaryConv2dWeights w{};
-  w.C = channels;
-  w.K = weight.size(0);
-  w.R = weight.size(2);
-  w.S = weight.size(3);
-  w.groups = groups;
-  STD_TORCH_CHECK(w.K > 0 && w.R > 0 && w.S > 0, "binary_conv2d: weight must not be empty");
-  if (words) {
-    STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Int && weight.is_contiguous() && weight.size(1) == 1 &&
-                        weight.size(4) == words_for(channels / groups),
-                    "binary_conv2d: packed weight must be dense int32 words of one plane of C/groups channels");
-  } else {
-    STD_TORCH_CHECK(weight.size(1) == channels / groups, "binary_conv2d: weight has ", weight.size(1),
-                    " channels a filter, input and groups ask for ", channels / groups);
-    const ScalarType type = weight.scalar_type();
-    STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half ||
-                        type == ScalarType::Double,
-                    "binary_conv2d: weight must be real numbers or words");
-  }
-  return w;
 }
 
 // The signs of the filters as words [K, R, S, words_for(C/groups)].
@@ -124,7 +87,7 @@ void pack_into(const BinaryConv2dWeights& w, const Tensor& weight, bool words, c
                         reinterpret_cast<uint8_t*>(counts + layout.counts_bytes));
 }
 
-Tensor pack(Tensor weight, bool words, int64_t channels, int64_t groups, int64_t format) {
+Tensor pack(const Tensor& weight, bool words, int64_t channels, int64_t groups, int64_t format) {
   STD_TORCH_CHECK(format == kBinaryPackVersion, "binary_conv2d_pack: this library packs format ", kBinaryPackVersion,
                   ", the caller expects format ", format,
                   "; a program traced with another version must be traced again");
@@ -141,92 +104,6 @@ int64_t packed_bytes(int64_t K, int64_t R, int64_t S, int64_t channels, int64_t 
   return binary_packed_bytes(BinaryConv2dWeights{channels, K, R, S, groups});
 }
 
-Tensor as_float(const Tensor& t) {
-  const Tensor dense = torch::stable::contiguous(t);
-  return dense.scalar_type() == ScalarType::Float ? dense : torch::stable::to(dense, ScalarType::Float);
-}
-
-std::vector<float> factors(const std::optional<Tensor>& given, int64_t K, float otherwise, const char* name) {
-  std::vector<float> values(K, otherwise);
-  if (given) {
-    STD_TORCH_CHECK(given->dim() == 1 && given->size(0) == K && given->is_cpu(), "binary_conv2d: ", name,
-                    " must be [K] on the CPU");
-    const Tensor dense = as_float(*given);
-    std::memcpy(values.data(), dense.const_data_ptr(), K * sizeof(float));
-  }
-  return values;
-}
-
-struct OutputKind {
-  BinaryOutput type;
-  ScalarType scalar;
-};
-
-OutputKind output_kind(const std::string& name) {
-  if (name == "int32") return {BinaryOutput::i32, ScalarType::Int};
-  if (name == "packed") return {BinaryOutput::packed, ScalarType::Int};
-  if (name == "float32") return {BinaryOutput::f32, ScalarType::Float};
-  if (name == "bfloat16") return {BinaryOutput::bf16, ScalarType::BFloat16};
-  STD_TORCH_CHECK(name == "float16", "binary_conv2d: output must be int32, packed, float32, bfloat16 or float16");
-  return {BinaryOutput::f16, ScalarType::Half};
-}
-
-void fill_input(BinaryConv2dParams& p, const Tensor& input, const std::optional<std::string>& encoding) {
-  p.planes = 1;
-  if (encoding) {
-    STD_TORCH_CHECK(*encoding == "sign" || *encoding == "unsigned", "binary_conv2d: encoding must be sign or unsigned");
-    p.codes = *encoding == "unsigned";
-    STD_TORCH_CHECK(input.dim() == 5 && input.is_cpu() && input.is_contiguous() &&
-                        input.scalar_type() == ScalarType::Int && input.size(1) >= 1 &&
-                        input.size(1) <= (p.codes ? 4 : 1) && input.size(4) == words_for(p.weights.C),
-                    "binary_conv2d: packed input must be dense int32 words [N, planes, H, W, words] on the CPU");
-    p.input_type = BinaryInput::packed;
-    p.planes = static_cast<int32_t>(input.size(1));
-    p.H = input.size(2);
-    p.W = input.size(3);
-  } else {
-    STD_TORCH_CHECK(input.dim() == 4 && input.is_cpu() && input.size(1) == p.weights.C,
-                    "binary_conv2d: input must be [N, C, H, W] on the CPU, with the channels of weight");
-    const ScalarType type = input.scalar_type();
-    STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
-                    "binary_conv2d: a real input must be float32, bfloat16 or float16 in the native op");
-    p.input_type = type == ScalarType::Float      ? BinaryInput::f32
-                   : type == ScalarType::BFloat16 ? BinaryInput::bf16
-                                                  : BinaryInput::f16;
-    p.H = input.size(2);
-    p.W = input.size(3);
-    p.input_stride_n = input.stride(0);
-    p.input_stride_c = input.stride(1);
-    p.input_stride_h = input.stride(2);
-    p.input_stride_w = input.stride(3);
-  }
-  p.N = input.size(0);
-  p.input = input.const_data_ptr();
-}
-
-void fill_geometry(BinaryConv2dParams& p, const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                   int64_t padding_value, const std::vector<int64_t>& dilation) {
-  STD_TORCH_CHECK(stride.size() == 2 && dilation.size() == 2 && stride[0] > 0 && stride[1] > 0 && dilation[0] > 0 &&
-                      dilation[1] > 0,
-                  "binary_conv2d: stride and dilation must be pairs of at least 1");
-  STD_TORCH_CHECK(padding.size() == 4 && padding[0] >= 0 && padding[1] >= 0 && padding[2] >= 0 && padding[3] >= 0,
-                  "binary_conv2d: padding must be (top, bottom, left, right), none negative");
-  STD_TORCH_CHECK(padding_value >= -1 && padding_value <= 1 && !(p.codes && padding_value != 0),
-                  "binary_conv2d: padding_value must be 0, 1 or -1, and 0 for codes");
-  p.stride_h = stride[0];
-  p.stride_w = stride[1];
-  p.dilation_h = dilation[0];
-  p.dilation_w = dilation[1];
-  p.pad_top = padding[0];
-  p.pad_left = padding[2];
-  p.padding_value = static_cast<int32_t>(padding_value);
-  const int64_t free_h = p.H + padding[0] + padding[1] - p.dilation_h * (p.weights.R - 1) - 1;
-  const int64_t free_w = p.W + padding[2] + padding[3] - p.dilation_w * (p.weights.S - 1) - 1;
-  STD_TORCH_CHECK(free_h >= 0 && free_w >= 0, "binary_conv2d: the padded input is smaller than the dilated kernel");
-  p.OH = free_h / p.stride_h + 1;
-  p.OW = free_w / p.stride_w + 1;
-}
-
 // A threshold [K] spread over the padded filters of all groups; what is behind a group's last filter is never stored.
 template <typename T>
 std::vector<int32_t> spread(const Tensor& values, const BinaryConv2dWeights& w, const BinaryPack& layout, int32_t set) {
@@ -240,47 +117,50 @@ std::vector<int32_t> spread(const Tensor& values, const BinaryConv2dWeights& w, 
   return to;
 }
 
-Tensor forward(Tensor input, Tensor weight, std::optional<Tensor> scale, std::optional<Tensor> bias,
-               std::optional<Tensor> pixel_scale, std::optional<Tensor> threshold, std::optional<Tensor> flip,
-               std::optional<Tensor> packed, std::vector<int64_t> stride, std::vector<int64_t> padding,
-               int64_t padding_value, std::vector<int64_t> dilation, int64_t groups,
-               std::optional<std::string> activation, std::string output, int64_t channels,
-               std::optional<std::string> encoding, bool packed_weight) {
+// The tensors of a call, as torch hands them over.
+struct BinaryCall {
+  const Tensor& input;
+  const Tensor& weight;
+  const std::optional<Tensor>& scale;
+  const std::optional<Tensor>& bias;
+  const std::optional<Tensor>& pixel_scale;
+  const std::optional<Tensor>& threshold;
+  const std::optional<Tensor>& flip;
+};
+
+Tensor run(const BinaryCall& call, const Tensor* packed, const BinarySettings& settings, Memory memory) {
+  const auto& [input, weight, scale, bias, pixel_scale, threshold, flip] = call;
   BinaryConv2dParams p{};
-  p.weights = describe(weight, packed_weight, channels, groups);
+  p.weights = describe(weight, settings.packed_weight != 0, settings.channels, settings.groups);
   const BinaryConv2dWeights& w = p.weights;
-  fill_input(p, input, encoding);
-  fill_geometry(p, stride, padding, padding_value, dilation);
+  fill_input(p, input, settings.encoding);
+  fill_settings(p, settings);
   const int64_t most_sum = w.C / w.groups * w.R * w.S * (p.codes ? (1 << p.planes) - 1 : 1);
   STD_TORCH_CHECK(most_sum <= 0x1fffffff, "binary_conv2d: sums and their tables do not fit into int32");
-  p.activation = !activation              ? BinaryActivation::none
-                 : *activation == "relu"  ? BinaryActivation::relu
-                 : *activation == "relu6" ? BinaryActivation::relu6
-                                          : BinaryActivation::none;
-  STD_TORCH_CHECK(!activation || p.activation != BinaryActivation::none,
-                  "binary_conv2d: activation must be None, 'relu' or 'relu6'");
-  const OutputKind kind = output_kind(output);
-  p.output_type = kind.type;
-  p.channels_last = encoding || is_channels_last(input);
-  Tensor result =
-      kind.type == BinaryOutput::packed
-          ? torch::stable::empty({p.N, 1, p.OH, p.OW, words_for(w.K)}, kind.scalar)
-          : torch::stable::empty({p.N, w.K, p.OH, p.OW}, kind.scalar, std::nullopt, std::nullopt, std::nullopt,
-                                 p.channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  p.channels_last = settings.encoding != 0 || is_channels_last(input);
+  const ScalarType type = scalar_of(p.output_type);
+  std::optional<Tensor> made;
+  if (p.output_type != BinaryOutput::packed) {
+    made = empty_maps(input, type, {p.N, w.K, p.OH, p.OW}, p.channels_last, memory);
+  } else if (const int64_t words = words_for(w.K); memory == Memory::raw) {
+    const std::array<int64_t, 5> strides{p.OH * p.OW * words, p.OH * p.OW * words, p.OW * words, words, 1};
+    made = raw_tensor<5>(input, type, {p.N, 1, p.OH, p.OW, words}, strides);
+  } else {
+    made = torch::stable::empty({p.N, 1, p.OH, p.OW, words}, type);
+  }
+  Tensor& result = *made;
   p.output = result.mutable_data_ptr();
-  std::vector<float> scales, biases;
-  Tensor pixels;
-  if (kind.type != BinaryOutput::i32 && kind.type != BinaryOutput::packed) {
-    scales = factors(scale, w.K, 1.0f, "scale");
-    biases = factors(bias, w.K, 0.0f, "bias");
-    p.scale = scales.data();
-    p.bias = biases.data();
+  std::optional<Factors> scales, biases;
+  std::optional<Tensor> pixels;
+  if (p.output_type != BinaryOutput::i32 && p.output_type != BinaryOutput::packed) {
+    p.scale = scales.emplace(scale, w.K, 1.0f, "scale").values;
+    p.bias = biases.emplace(bias, w.K, 0.0f, "bias").values;
     if (pixel_scale) {
       STD_TORCH_CHECK(pixel_scale->dim() == 4 && pixel_scale->size(0) == p.N && pixel_scale->size(1) == 1 &&
                           pixel_scale->size(2) == p.OH && pixel_scale->size(3) == p.OW && pixel_scale->is_cpu(),
                       "binary_conv2d: pixel_scale must be [N, 1, OH, OW] on the CPU");
       pixels = as_float(*pixel_scale);
-      p.pixel_scale = static_cast<const float*>(pixels.const_data_ptr());
+      p.pixel_scale = static_cast<const float*>(pixels->const_data_ptr());
     }
   }
   STD_TORCH_CHECK(
@@ -306,7 +186,7 @@ Tensor forward(Tensor input, Tensor weight, std::optional<Tensor> scale, std::op
                     "call binary_conv2d_pack again");
   } else {
     own.resize(binary_packed_bytes(w, isa));
-    pack_into(w, weight, packed_weight, own.data());
+    pack_into(w, weight, settings.packed_weight != 0, own.data());
     bytes = own.data();
   }
   p.packed = bytes + sizeof(BinaryPackHeader);
@@ -314,15 +194,15 @@ Tensor forward(Tensor input, Tensor weight, std::optional<Tensor> scale, std::op
   const BinaryClasses rows = binary_classes(p.OH, p.stride_h, p.pad_top, p.dilation_h, w.R, p.H);
   const BinaryClasses columns = binary_classes(p.OW, p.stride_w, p.pad_left, p.dilation_w, w.S, p.W);
   const int64_t classes = static_cast<int64_t>(rows.lo.size() * columns.lo.size());
-  std::vector<int32_t> table(classes * groups * layout.padded), flipped(groups * layout.padded, 0);
+  std::vector<int32_t> table(classes * w.groups * layout.padded), flipped(w.groups * layout.padded, 0);
   binary_table(p, layout, rows, columns, static_cast<const int32_t*>(p.packed), table.data());
-  if (kind.type == BinaryOutput::packed) {
-    std::vector<int32_t> bounds(groups * layout.padded, 0);
+  if (p.output_type == BinaryOutput::packed) {
+    std::vector<int32_t> bounds(w.groups * layout.padded, 0);
     if (threshold) {
       bounds = spread<int32_t>(*threshold, w, layout, 1);
       flipped = spread<bool>(*flip, w, layout, -1);
     }
-    binary_limits(layout, classes, groups, p.codes ? 1 : 2, bounds.data(), flipped.data(), table.data());
+    binary_limits(layout, classes, w.groups, p.codes ? 1 : 2, bounds.data(), flipped.data(), table.data());
   }
   p.table = table.data();
   p.flip = flipped.data();
@@ -342,6 +222,70 @@ Tensor forward(Tensor input, Tensor weight, std::optional<Tensor> scale, std::op
   return result;
 }
 
+Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& scale,
+               const std::optional<Tensor>& bias, const std::optional<Tensor>& pixel_scale,
+               const std::optional<Tensor>& threshold, const std::optional<Tensor>& flip,
+               const std::optional<Tensor>& packed, const std::vector<int64_t>& stride,
+               const std::vector<int64_t>& padding, int64_t padding_value, const std::vector<int64_t>& dilation,
+               int64_t groups, const std::optional<std::string>& activation, const std::string& output,
+               int64_t channels, const std::optional<std::string>& encoding, bool packed_weight) {
+  const BinarySettings settings = settings_of(stride, padding, padding_value, dilation, groups, activation, output,
+                                              channels, encoding, packed_weight);
+  return run({input, weight, scale, bias, pixel_scale, threshold, flip}, packed ? &*packed : nullptr, settings,
+             Memory::by_torch);
+}
+
+// A call in one tensor of bytes, as in basis_conv2d.cpp: the settings, and what its maker saw of the tensors.
+struct BinaryPlanned {
+  BinarySettings settings;
+  int64_t weight[5], planes, channels_last;
+  int64_t types[7];  // of the tensors in the order of BinaryCall, -1 where there is none
+};
+
+BinaryPlanned seen(const BinaryCall& call, const BinarySettings& settings) {
+  BinaryPlanned s{};
+  s.settings = settings;
+  const int64_t dims = settings.packed_weight ? 5 : 4, input_dims = settings.encoding ? 5 : 4;
+  STD_TORCH_CHECK(call.weight.dim() == dims && call.input.dim() == input_dims,
+                  "binary_conv2d_planned: input or weight has another number of dimensions");
+  for (int64_t i = 0; i < dims; ++i) s.weight[i] = call.weight.size(i);
+  s.planes = settings.encoding ? call.input.size(1) : 0;
+  s.channels_last = settings.encoding || is_channels_last(call.input);
+  const auto type = [](const std::optional<Tensor>& t) { return t ? static_cast<int64_t>(t->scalar_type()) : -1; };
+  s.types[0] = static_cast<int64_t>(call.input.scalar_type());
+  s.types[1] = static_cast<int64_t>(call.weight.scalar_type());
+  s.types[2] = type(call.scale);
+  s.types[3] = type(call.bias);
+  s.types[4] = type(call.pixel_scale);
+  s.types[5] = type(call.threshold);
+  s.types[6] = type(call.flip);
+  return s;
+}
+
+Tensor plan(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& scale,
+            const std::optional<Tensor>& bias, const std::optional<Tensor>& pixel_scale,
+            const std::optional<Tensor>& threshold, const std::optional<Tensor>& flip,
+            const std::vector<int64_t>& stride, const std::vector<int64_t>& padding, int64_t padding_value,
+            const std::vector<int64_t>& dilation, int64_t groups, const std::optional<std::string>& activation,
+            const std::string& output, int64_t channels, const std::optional<std::string>& encoding,
+            bool packed_weight) {
+  const BinarySettings settings = settings_of(stride, padding, padding_value, dilation, groups, activation, output,
+                                              channels, encoding, packed_weight);
+  return bytes_of(seen({input, weight, scale, bias, pixel_scale, threshold, flip}, settings));
+}
+
+Tensor planned(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& scale,
+               const std::optional<Tensor>& bias, const std::optional<Tensor>& pixel_scale,
+               const std::optional<Tensor>& threshold, const std::optional<Tensor>& flip, const Tensor& packed,
+               const Tensor& plan) {
+  const BinaryPlanned p = from_bytes<BinaryPlanned>(plan, "binary_conv2d");
+  const BinaryCall call{input, weight, scale, bias, pixel_scale, threshold, flip};
+  const BinaryPlanned now = seen(call, p.settings);
+  STD_TORCH_CHECK(std::memcmp(&now, &p, sizeof(p)) == 0,
+                  "binary_conv2d_planned: plan was made for other dtypes, another layout or other weights");
+  return run(call, &packed, p.settings, Memory::raw);
+}
+
 }  // namespace
 }  // namespace basisconv
 
@@ -350,12 +294,21 @@ STABLE_TORCH_LIBRARY_FRAGMENT(basisconv, m) {
       "binary_conv2d(Tensor input, Tensor weight, Tensor? scale, Tensor? bias, Tensor? pixel_scale, Tensor? threshold, "
       "Tensor? flip, Tensor? packed, int[] stride, int[] padding, int padding_value, int[] dilation, int groups, "
       "str? activation, str output, int channels, str? encoding, bool packed_weight) -> Tensor");
+  m.def(
+      "binary_conv2d_plan(Tensor input, Tensor weight, Tensor? scale, Tensor? bias, Tensor? pixel_scale, "
+      "Tensor? threshold, Tensor? flip, int[] stride, int[] padding, int padding_value, int[] dilation, int groups, "
+      "str? activation, str output, int channels, str? encoding, bool packed_weight) -> Tensor");
+  m.def(
+      "binary_conv2d_planned(Tensor input, Tensor weight, Tensor? scale, Tensor? bias, Tensor? pixel_scale, "
+      "Tensor? threshold, Tensor? flip, Tensor packed, Tensor plan) -> Tensor");
   m.def("binary_conv2d_pack(Tensor weight, bool words, int channels, int groups, int format) -> Tensor");
   m.def("binary_conv2d_packed_bytes(int K, int R, int S, int channels, int groups) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(basisconv, CPU, m) {
   m.impl("binary_conv2d", TORCH_BOX(&basisconv::forward));
+  m.impl("binary_conv2d_plan", TORCH_BOX(&basisconv::plan));
+  m.impl("binary_conv2d_planned", TORCH_BOX(&basisconv::planned));
   m.impl("binary_conv2d_pack", TORCH_BOX(&basisconv::pack));
 }
 

@@ -4,29 +4,20 @@
 // bypass Python.
 #include "stacked_binary_conv2d.h"
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/MemoryFormat.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
-#include <cstdlib>
+#include <algorithm>
 #include <cstring>
-#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "../cpu/stacked_binary_conv2d.h"
+#include "glue.h"
+#include "torch_glue.h"
 
 namespace basisconv {
 namespace stacked {
-
-using torch::headeronly::MemoryFormat;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 constexpr int64_t kAddsWorthAThread = 1 << 20;
 
@@ -41,11 +32,34 @@ CpuStackedBinaryConv2d kernels() {
   return cpu_stacked_binary_conv2d_base();
 }
 
-StackedBinaryWeights describe(const std::vector<int64_t>& bank_shape, const std::vector<int64_t>& index_shape,
-                              int64_t groups) {
-  STD_TORCH_CHECK(
-      bank_shape.size() == 4 && index_shape.size() == 2 && groups > 0,
-      "stacked_binary_conv2d: bank must be [n, C/(groups*splits), R, S], index [K, splits], groups at least 1");
+// The arguments of a call that are no tensors, as numbers alone.
+struct StackedSettings {
+  int64_t bank[4], index[2];                   // shapes of the values
+  int64_t stride[2], padding[4], dilation[2];  // padding: top, bottom, left, right
+  int64_t groups, mode, activation;
+};
+
+template <size_t N>
+void fill(int64_t (&to)[N], const std::vector<int64_t>& from, const char* name) {
+  STD_TORCH_CHECK(from.size() == N, "stacked_binary_conv2d: ", name, " must have ", N, " numbers");
+  std::copy(from.begin(), from.end(), to);
+}
+
+// Of the weights alone.
+StackedSettings settings_of(const std::vector<int64_t>& bank_shape, const std::vector<int64_t>& index_shape,
+                            int64_t groups) {
+  StackedSettings s{};
+  fill(s.bank, bank_shape, "the shape of bank [n, C/(groups*splits), R, S]");
+  fill(s.index, index_shape, "the shape of index [K, splits]");
+  s.groups = groups;
+  return s;
+}
+
+StackedBinaryWeights describe(const StackedSettings& settings) {
+  const auto& bank_shape = settings.bank;
+  const auto& index_shape = settings.index;
+  const int64_t groups = settings.groups;
+  STD_TORCH_CHECK(groups > 0, "stacked_binary_conv2d: groups must be at least 1");
   StackedBinaryWeights w{};
   w.n = bank_shape[0];
   w.R = bank_shape[2];
@@ -60,7 +74,7 @@ StackedBinaryWeights describe(const std::vector<int64_t>& bank_shape, const std:
   return w;
 }
 
-Tensor pack(Tensor bank, Tensor index, int64_t groups, int64_t format) {
+Tensor pack(const Tensor& bank, const Tensor& index, int64_t groups, int64_t format) {
   STD_TORCH_CHECK(format == kStackedPackVersion, "stacked_binary_conv2d_pack: this library packs format ",
                   kStackedPackVersion, ", the caller expects format ", format,
                   "; a program traced with another version must be traced again");
@@ -68,8 +82,8 @@ Tensor pack(Tensor bank, Tensor index, int64_t groups, int64_t format) {
                       index.is_cpu() && index.scalar_type() == ScalarType::Long,
                   "stacked_binary_conv2d_pack: bank must be [n, C/(groups*splits), R, S] in float32 and index "
                   "[K, splits] in int64, both on the CPU");
-  const StackedBinaryWeights w =
-      describe({bank.size(0), bank.size(1), bank.size(2), bank.size(3)}, {index.size(0), index.size(1)}, groups);
+  const StackedBinaryWeights w = describe(
+      settings_of({bank.size(0), bank.size(1), bank.size(2), bank.size(3)}, {index.size(0), index.size(1)}, groups));
   const Tensor filters = torch::stable::contiguous(bank), chosen = torch::stable::contiguous(index);
   const float* values = static_cast<const float*>(filters.const_data_ptr());
   const int64_t* places = static_cast<const int64_t*>(chosen.const_data_ptr());
@@ -91,40 +105,13 @@ Tensor pack(Tensor bank, Tensor index, int64_t groups, int64_t format) {
   return packed;
 }
 
-int64_t packed_bytes(std::vector<int64_t> bank_shape, std::vector<int64_t> index_shape, int64_t groups) {
-  return stacked_packed_bytes(describe(bank_shape, index_shape, groups));
+int64_t packed_bytes(const std::vector<int64_t>& bank_shape, const std::vector<int64_t>& index_shape, int64_t groups) {
+  return stacked_packed_bytes(describe(settings_of(bank_shape, index_shape, groups)));
 }
 
 // Whether the native kernel runs full filters instead of stacking maps, on the instruction set in use.
-bool expanded(std::vector<int64_t> bank_shape, std::vector<int64_t> index_shape, int64_t groups) {
-  return stacked_pack(describe(bank_shape, index_shape, groups), isa_in_use()).expanded;
-}
-
-// A thread's own memory between calls; grows to the largest plan seen.
-float* thread_scratch(int64_t floats) {
-  struct Free {
-    void operator()(void* p) const { std::free(p); }
-  };
-  static thread_local std::unique_ptr<void, Free> memory;
-  static thread_local int64_t held = 0;
-  if (floats > held) {
-    const size_t bytes = (static_cast<size_t>(floats) * 4 + 63) / 64 * 64;
-    memory.reset(std::aligned_alloc(64, bytes));
-    held = memory ? floats : 0;
-    STD_TORCH_CHECK(memory != nullptr, "stacked_binary_conv2d: no memory for ", bytes, " bytes of scratch");
-  }
-  return static_cast<float*>(memory.get());
-}
-
-// The layout rule of PyTorch and of core.layout.memory_format.
-bool is_channels_last(const Tensor& t) {
-  if (t.numel() == 0 || t.stride(1) == 0) return false;
-  int64_t span = 0;
-  for (const int64_t dim : {1, 3, 2, 0}) {
-    if (t.stride(dim) < span || (dim == 0 && t.stride(1) == span)) return false;
-    span = t.size(dim) * t.stride(dim);
-  }
-  return true;
+bool expanded(const std::vector<int64_t>& bank_shape, const std::vector<int64_t>& index_shape, int64_t groups) {
+  return stacked_pack(describe(settings_of(bank_shape, index_shape, groups)), isa_in_use()).expanded;
 }
 
 StackedMode mode_of(const std::string& mode) {
@@ -168,33 +155,61 @@ ScalarType take_input(const Tensor& input, StackedBinaryConv2dParams& p) {
   return type;
 }
 
-// A factor or an offset as [K] floats.
-std::vector<float> per_output(const std::optional<Tensor>& given, int64_t K, float absent, const char* name) {
-  std::vector<float> values(K, absent);
-  if (given) {
+// A factor or an offset an output, as [K] floats: the tensor's own where they are.
+struct PerOutput {
+  std::optional<Tensor> converted;
+  std::vector<float> constant;
+  const float* values;
+
+  PerOutput(const std::optional<Tensor>& given, int64_t K, float absent, const char* name) {
+    if (!given) {
+      constant.assign(K, absent);
+      values = constant.data();
+      return;
+    }
     STD_TORCH_CHECK(given->dim() == 1 && given->size(0) == K && given->is_cpu(), "stacked_binary_conv2d: ", name,
                     " must be [K] on the CPU");
-    const Tensor dense = torch::stable::contiguous(
-        given->scalar_type() == ScalarType::Float ? *given : torch::stable::to(*given, ScalarType::Float));
-    std::memcpy(values.data(), dense.const_data_ptr(), K * sizeof(float));
+    converted = as_float(*given);
+    values = static_cast<const float*>(converted->const_data_ptr());
   }
-  return values;
+  PerOutput(const PerOutput&) = delete;
+};
+
+StackedSettings settings_of(const std::vector<int64_t>& bank_shape, const std::vector<int64_t>& index_shape,
+                            const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                            const std::vector<int64_t>& dilation, int64_t groups, const std::string& mode,
+                            const std::optional<std::string>& activation) {
+  StackedSettings s = settings_of(bank_shape, index_shape, groups);
+  fill(s.stride, stride, "stride");
+  fill(s.padding, padding, "padding (top, bottom, left, right)");
+  fill(s.dilation, dilation, "dilation");
+  s.mode = static_cast<int64_t>(mode_of(mode));
+  STD_TORCH_CHECK(!activation || *activation == "relu" || *activation == "relu6",
+                  "stacked_binary_conv2d: activation must be None, 'relu' or 'relu6'");
+  s.activation = static_cast<int64_t>(!activation             ? Activation::none
+                                      : *activation == "relu" ? Activation::relu
+                                                              : Activation::relu6);
+  return s;
 }
 
-Tensor forward(Tensor input, Tensor packed, std::optional<Tensor> scale, std::optional<Tensor> bias,
-               std::vector<int64_t> bank_shape, std::vector<int64_t> index_shape, std::vector<int64_t> stride,
-               std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups, std::string mode,
-               std::optional<std::string> activation) {
+Tensor run(const Tensor& input, const Tensor& packed, const std::optional<Tensor>& scale,
+           const std::optional<Tensor>& bias, const StackedSettings& settings, Memory memory) {
+  const auto& stride = settings.stride;
+  const auto& padding = settings.padding;
+  const auto& dilation = settings.dilation;
   StackedBinaryConv2dParams p{};
-  p.weights = describe(bank_shape, index_shape, groups);
+  p.weights = describe(settings);
   const StackedBinaryWeights& w = p.weights;
-  p.mode = mode_of(mode);
+  STD_TORCH_CHECK(settings.mode >= 0 && settings.mode <= static_cast<int64_t>(StackedMode::packed_codes) &&
+                      settings.activation >= 0 && settings.activation <= static_cast<int64_t>(Activation::relu6),
+                  "stacked_binary_conv2d: no mode or activation has this number");
+  p.mode = static_cast<StackedMode>(settings.mode);
+  p.activation = static_cast<Activation>(settings.activation);
   STD_TORCH_CHECK(input.dim() >= 4, "stacked_binary_conv2d: input must be [N, C, H, W] or packed words");
   const ScalarType type = take_input(input, p);
-  STD_TORCH_CHECK(stride.size() == 2 && dilation.size() == 2 && stride[0] > 0 && stride[1] > 0 && dilation[0] > 0 &&
-                      dilation[1] > 0,
+  STD_TORCH_CHECK(stride[0] > 0 && stride[1] > 0 && dilation[0] > 0 && dilation[1] > 0,
                   "stacked_binary_conv2d: stride and dilation must be two numbers, at least 1");
-  STD_TORCH_CHECK(padding.size() == 4 && padding[0] >= 0 && padding[1] >= 0 && padding[2] >= 0 && padding[3] >= 0,
+  STD_TORCH_CHECK(padding[0] >= 0 && padding[1] >= 0 && padding[2] >= 0 && padding[3] >= 0,
                   "stacked_binary_conv2d: padding must be (top, bottom, left, right), none negative");
   p.stride_h = stride[0];
   p.stride_w = stride[1];
@@ -208,19 +223,11 @@ Tensor forward(Tensor input, Tensor packed, std::optional<Tensor> scale, std::op
                   "stacked_binary_conv2d: the padded input is smaller than the dilated kernel");
   p.OH = free_h / p.stride_h + 1;
   p.OW = free_w / p.stride_w + 1;
-  p.activation = !activation              ? Activation::none
-                 : *activation == "relu"  ? Activation::relu
-                 : *activation == "relu6" ? Activation::relu6
-                                          : Activation::none;
-  STD_TORCH_CHECK(!activation || p.activation != Activation::none,
-                  "stacked_binary_conv2d: activation must be None, 'relu' or 'relu6'");
-  const MemoryFormat format = p.channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
-  Tensor output = torch::stable::empty({p.N, w.K, p.OH, p.OW}, type, std::nullopt, std::nullopt, std::nullopt, format);
+  Tensor output = empty_maps(input, type, {p.N, w.K, p.OH, p.OW}, p.channels_last, memory);
   p.output = output.mutable_data_ptr();
-  const std::vector<float> factors = per_output(scale, w.K, 1.0f, "scale"),
-                           offsets = per_output(bias, w.K, 0.0f, "bias");
-  p.scale = factors.data();
-  p.bias = offsets.data();
+  const PerOutput factors(scale, w.K, 1.0f, "scale"), offsets(bias, w.K, 0.0f, "bias");
+  p.scale = factors.values;
+  p.bias = offsets.values;
   STD_TORCH_CHECK(
       packed.is_cpu() && packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() &&
           packed.numel() == stacked_packed_bytes(w),
@@ -240,9 +247,67 @@ Tensor forward(Tensor input, Tensor packed, std::optional<Tensor> scale, std::op
   const int64_t threads = wanted < 1 ? 1 : wanted < most ? wanted : most;
   const CpuStackedBinaryConv2d compiled = kernels();
   torch::stable::parallel_for(0, units, (units + threads - 1) / threads, [&](int64_t begin, int64_t end) {
-    compiled.run(p, plan, thread_scratch(plan.scratch()), begin, end);
+    compiled.run(p, plan, static_cast<float*>(thread_memory(plan.scratch() * 4)), begin, end);
   });
   return output;
+}
+
+Tensor forward(const Tensor& input, const Tensor& packed, const std::optional<Tensor>& scale,
+               const std::optional<Tensor>& bias, const std::vector<int64_t>& bank_shape,
+               const std::vector<int64_t>& index_shape, const std::vector<int64_t>& stride,
+               const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups,
+               const std::string& mode, const std::optional<std::string>& activation) {
+  const StackedSettings settings =
+      settings_of(bank_shape, index_shape, stride, padding, dilation, groups, mode, activation);
+  return run(input, packed, scale, bias, settings, Memory::by_torch);
+}
+
+// A call in one tensor of bytes, as in basis_conv2d.cpp: the settings, and what its maker saw of the tensors.
+struct StackedPlanned {
+  StackedSettings settings;
+  int64_t bank[5], index[2];  // sizes as held: words of a packed bank have five
+  int64_t planes, channels_last;
+  int64_t types[5];  // of input, bank, index, scale and bias, -1 where there is none
+};
+
+StackedPlanned seen(const Tensor& input, const Tensor& bank, const Tensor& index, const std::optional<Tensor>& scale,
+                    const std::optional<Tensor>& bias, const StackedSettings& settings) {
+  StackedPlanned s{};
+  s.settings = settings;
+  const bool words = settings.mode >= static_cast<int64_t>(StackedMode::packed_signs);
+  const int64_t dims = bank.dim();
+  STD_TORCH_CHECK(input.dim() == (words ? 5 : 4) && (dims == 4 || dims == 5) && index.dim() == 2,
+                  "stacked_binary_conv2d_planned: input, bank or index has another number of dimensions");
+  for (int64_t i = 0; i < dims; ++i) s.bank[i] = bank.size(i);
+  for (int64_t i = 0; i < 2; ++i) s.index[i] = index.size(i);
+  s.planes = words ? input.size(1) : 0;
+  s.channels_last = words || is_channels_last(input);
+  const auto type = [](const std::optional<Tensor>& t) { return t ? static_cast<int64_t>(t->scalar_type()) : -1; };
+  s.types[0] = static_cast<int64_t>(input.scalar_type());
+  s.types[1] = static_cast<int64_t>(bank.scalar_type());
+  s.types[2] = static_cast<int64_t>(index.scalar_type());
+  s.types[3] = type(scale);
+  s.types[4] = type(bias);
+  return s;
+}
+
+Tensor plan(const Tensor& input, const Tensor& bank, const Tensor& index, const std::optional<Tensor>& scale,
+            const std::optional<Tensor>& bias, const std::vector<int64_t>& bank_shape,
+            const std::vector<int64_t>& index_shape, const std::vector<int64_t>& stride,
+            const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups,
+            const std::string& mode, const std::optional<std::string>& activation) {
+  const StackedSettings settings =
+      settings_of(bank_shape, index_shape, stride, padding, dilation, groups, mode, activation);
+  return bytes_of(seen(input, bank, index, scale, bias, settings));
+}
+
+Tensor planned(const Tensor& input, const Tensor& bank, const Tensor& index, const std::optional<Tensor>& scale,
+               const std::optional<Tensor>& bias, const Tensor& packed, const Tensor& plan) {
+  const StackedPlanned p = from_bytes<StackedPlanned>(plan, "stacked_binary_conv2d");
+  const StackedPlanned now = seen(input, bank, index, scale, bias, p.settings);
+  STD_TORCH_CHECK(std::memcmp(&now, &p, sizeof(p)) == 0,
+                  "stacked_binary_conv2d_planned: plan was made for other dtypes, another layout or other filters");
+  return run(input, packed, scale, bias, p.settings, Memory::raw);
 }
 
 }  // namespace stacked
@@ -253,6 +318,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(basisconv, m) {
       "stacked_binary_conv2d(Tensor input, Tensor packed, Tensor? scale, Tensor? bias, int[] bank_shape, "
       "int[] index_shape, int[] stride, int[] padding, int[] dilation, int groups, str mode, str? activation) "
       "-> Tensor");
+  m.def(
+      "stacked_binary_conv2d_plan(Tensor input, Tensor bank, Tensor index, Tensor? scale, Tensor? bias, "
+      "int[] bank_shape, int[] index_shape, int[] stride, int[] padding, int[] dilation, int groups, str mode, "
+      "str? activation) -> Tensor");
+  m.def(
+      "stacked_binary_conv2d_planned(Tensor input, Tensor bank, Tensor index, Tensor? scale, Tensor? bias, "
+      "Tensor packed, Tensor plan) -> Tensor");
   m.def("stacked_binary_conv2d_pack(Tensor bank, Tensor index, int groups, int format) -> Tensor");
   m.def("stacked_binary_conv2d_packed_bytes(int[] bank_shape, int[] index_shape, int groups) -> int");
   m.def("stacked_binary_conv2d_expanded(int[] bank_shape, int[] index_shape, int groups) -> bool");
@@ -260,6 +332,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(basisconv, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(basisconv, CPU, m) {
   m.impl("stacked_binary_conv2d", TORCH_BOX(&basisconv::stacked::forward));
+  m.impl("stacked_binary_conv2d_plan", TORCH_BOX(&basisconv::stacked::plan));
+  m.impl("stacked_binary_conv2d_planned", TORCH_BOX(&basisconv::stacked::planned));
   m.impl("stacked_binary_conv2d_pack", TORCH_BOX(&basisconv::stacked::pack));
 }
 

@@ -4,30 +4,21 @@
 // bypass Python.
 #include "ternary_conv2d.h"
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/MemoryFormat.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
-#include <cstdlib>
+#include <algorithm>
 #include <cstring>
-#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "../cpu/isa.h"
 #include "../cpu/ternary_conv2d.h"
+#include "glue.h"
+#include "torch_glue.h"
 
 namespace basisconv {
 namespace {
-
-using torch::headeronly::MemoryFormat;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 constexpr int64_t kMacsWorthAThread = 1 << 19;
 
@@ -69,66 +60,85 @@ std::vector<char> packed_lists(const TernaryConv2dWeights& w, const Tensor& plan
   return bytes;
 }
 
-Tensor ternary_pack_op(Tensor planes, int64_t channels, int64_t groups) {
+Tensor ternary_pack_op(const Tensor& planes, int64_t channels, int64_t groups) {
   const std::vector<char> bytes = packed_lists(describe_planes(planes, channels, groups), planes);
   Tensor packed = torch::stable::empty({static_cast<int64_t>(bytes.size())}, ScalarType::Byte);
   std::memcpy(packed.mutable_data_ptr(), bytes.data(), bytes.size());
   return packed;
 }
 
-// A thread's own memory between calls; grows to the largest plan seen.
-float* ternary_scratch(int64_t floats) {
-  struct Free {
-    void operator()(void* p) const { std::free(p); }
-  };
-  static thread_local std::unique_ptr<void, Free> memory;
-  static thread_local int64_t held = 0;
-  if (floats > held) {
-    const size_t bytes = (static_cast<size_t>(floats) * 4 + 63) / 64 * 64;
-    memory.reset(std::aligned_alloc(64, bytes));
-    held = memory ? floats : 0;
-    STD_TORCH_CHECK(memory != nullptr, "ternary_conv2d: no memory for ", bytes, " bytes of scratch");
+// A factor or an offset an output, as [K] floats: the tensor's own where they are. One factor serves all outputs.
+struct Numbers {
+  std::optional<Tensor> converted;
+  std::vector<float> constant;
+  const float* values;
+
+  Numbers(const std::optional<Tensor>& given, ScalarType dtype, int64_t K, float otherwise, bool factor) {
+    if (!given) {
+      constant.assign(K, otherwise);
+      values = constant.data();
+      return;
+    }
+    const bool one = factor && given->numel() == 1 && given->dim() <= 1;
+    STD_TORCH_CHECK(
+        (one || (given->dim() == 1 && given->size(0) == K)) && given->is_cpu() && given->scalar_type() == dtype,
+        "ternary_conv2d: scale, negative_scale and bias must be [K] in the dtype of input");
+    converted = as_float(*given);
+    values = static_cast<const float*>(converted->const_data_ptr());
+    if (one) {
+      constant.assign(K, *values);
+      values = constant.data();
+    }
   }
-  return static_cast<float*>(memory.get());
+  Numbers(const Numbers&) = delete;
+};
+
+// The arguments of a call that are no tensors, as numbers alone.
+struct TernarySettings {
+  int64_t stride[2], padding[4], dilation[2];  // padding: top, bottom, left, right
+  int64_t groups, activation;
+};
+
+TernarySettings settings_of(const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                            const std::vector<int64_t>& dilation, int64_t groups,
+                            const std::optional<std::string>& activation) {
+  STD_TORCH_CHECK(stride.size() == 2 && dilation.size() == 2 && padding.size() == 4,
+                  "ternary_conv2d: stride and dilation must be two numbers, padding (top, bottom, left, right)");
+  STD_TORCH_CHECK(!activation || *activation == "relu" || *activation == "relu6",
+                  "ternary_conv2d: activation must be None, 'relu' or 'relu6'");
+  TernarySettings s{};
+  std::copy(stride.begin(), stride.end(), s.stride);
+  std::copy(padding.begin(), padding.end(), s.padding);
+  std::copy(dilation.begin(), dilation.end(), s.dilation);
+  s.groups = groups;
+  s.activation = static_cast<int64_t>(!activation             ? Activation::none
+                                      : *activation == "relu" ? Activation::relu
+                                                              : Activation::relu6);
+  return s;
 }
 
-// The layout rule of PyTorch and of core.layout.memory_format.
-bool states_channels_last(const Tensor& t) {
-  if (t.numel() == 0 || t.stride(1) == 0) return false;
-  int64_t span = 0;
-  for (const int64_t dim : {1, 3, 2, 0}) {
-    if (t.stride(dim) < span || (dim == 0 && t.stride(1) == span)) return false;
-    span = t.size(dim) * t.stride(dim);
-  }
-  return true;
-}
+// The tensors of a call beside its input.
+struct TernaryOperands {
+  const Tensor& planes;
+  const std::optional<Tensor>& scale;
+  const std::optional<Tensor>& negative_scale;
+  const std::optional<Tensor>& bias;
+};
 
-// [K] as float: the tensor's numbers, or `otherwise` where there is none.
-std::vector<float> numbers(const std::optional<Tensor>& t, ScalarType dtype, int64_t K, float otherwise) {
-  std::vector<float> values(K, otherwise);
-  if (t) {
-    STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == K && t->is_cpu() && t->scalar_type() == dtype,
-                    "ternary_conv2d: scale, negative_scale and bias must be [K] in the dtype of input");
-    const Tensor dense = torch::stable::contiguous(*t);
-    const Tensor wide = dense.scalar_type() == ScalarType::Float ? dense : torch::stable::to(dense, ScalarType::Float);
-    std::memcpy(values.data(), wide.const_data_ptr(), K * sizeof(float));
-  }
-  return values;
-}
-
-using Numbers = std::vector<int64_t>;
-
-// Everything but the input, which `p` holds already with N, H, W and its dtype; the result.
-Tensor run(TernaryConv2dParams p, ScalarType dtype, bool channels_last, const Tensor& planes,
-           const std::optional<Tensor>& scale, const std::optional<Tensor>& negative_scale,
-           const std::optional<Tensor>& bias, const std::optional<Tensor>& packed, const Numbers& stride,
-           const Numbers& padding, const Numbers& dilation, const std::optional<std::string>& activation) {
-  STD_TORCH_CHECK(stride.size() == 2 && dilation.size() == 2 && stride[0] > 0 && stride[1] > 0 && dilation[0] > 0 &&
-                      dilation[1] > 0,
+// Everything but the input, which `p` holds already with N, H, W and its dtype; the result, beside `input`.
+Tensor run(TernaryConv2dParams p, const Tensor& input, ScalarType dtype, bool channels_last,
+           const TernaryOperands& operands, const Tensor* packed, const TernarySettings& settings, Memory memory) {
+  const auto& [planes, scale, negative_scale, bias] = operands;
+  const auto& stride = settings.stride;
+  const auto& padding = settings.padding;
+  const auto& dilation = settings.dilation;
+  STD_TORCH_CHECK(stride[0] > 0 && stride[1] > 0 && dilation[0] > 0 && dilation[1] > 0,
                   "ternary_conv2d: stride and dilation must be two numbers of at least 1");
-  STD_TORCH_CHECK(padding.size() == 4 && padding[0] >= 0 && padding[1] >= 0 && padding[2] >= 0 && padding[3] >= 0,
+  STD_TORCH_CHECK(padding[0] >= 0 && padding[1] >= 0 && padding[2] >= 0 && padding[3] >= 0,
                   "ternary_conv2d: padding must be (top, bottom, left, right), none negative");
   STD_TORCH_CHECK(!negative_scale || scale, "ternary_conv2d: negative_scale needs scale");
+  STD_TORCH_CHECK(settings.activation >= 0 && settings.activation <= static_cast<int64_t>(Activation::relu6),
+                  "ternary_conv2d: no activation has the number ", settings.activation);
   const TernaryConv2dWeights& w = p.weights;
   p.stride_h = stride[0];
   p.stride_w = stride[1];
@@ -141,22 +151,16 @@ Tensor run(TernaryConv2dParams p, ScalarType dtype, bool channels_last, const Te
   STD_TORCH_CHECK(free_h >= 0 && free_w >= 0, "ternary_conv2d: the padded input is smaller than the dilated kernel");
   p.OH = free_h / p.stride_h + 1;
   p.OW = free_w / p.stride_w + 1;
-  p.activation = !activation              ? Activation::none
-                 : *activation == "relu"  ? Activation::relu
-                 : *activation == "relu6" ? Activation::relu6
-                                          : Activation::none;
-  STD_TORCH_CHECK(!activation || p.activation != Activation::none,
-                  "ternary_conv2d: activation must be None, 'relu' or 'relu6'");
+  p.activation = static_cast<Activation>(settings.activation);
 
   p.channels_last = channels_last;
-  const MemoryFormat format = p.channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
-  Tensor output = torch::stable::empty({p.N, w.K, p.OH, p.OW}, dtype, std::nullopt, std::nullopt, std::nullopt, format);
+  Tensor output = empty_maps(input, dtype, {p.N, w.K, p.OH, p.OW}, p.channels_last, memory);
   p.output = output.mutable_data_ptr();
-  const std::vector<float> plus = numbers(scale, dtype, w.K, 1.0f), minus = numbers(negative_scale, dtype, w.K, 1.0f);
-  const std::vector<float> offset = numbers(bias, dtype, w.K, 0.0f);
-  p.scale = plus.data();
-  p.negative_scale = negative_scale ? minus.data() : nullptr;
-  p.bias = offset.data();
+  const Numbers plus(scale, dtype, w.K, 1.0f, true), minus(negative_scale, dtype, w.K, 1.0f, true);
+  const Numbers offset(bias, dtype, w.K, 0.0f, false);
+  p.scale = plus.values;
+  p.negative_scale = negative_scale ? minus.values : nullptr;
+  p.bias = offset.values;
   if (p.N == 0) return output;
 
   std::vector<char> own;
@@ -181,10 +185,12 @@ Tensor run(TernaryConv2dParams p, ScalarType dtype, bool channels_last, const Te
   std::vector<int32_t> offsets(plan.pack.chunk_taps);
   ternary_offsets(p, plan, offsets.data());
   torch::stable::parallel_for(0, plan.units, (plan.units + threads - 1) / threads, [&](int64_t begin, int64_t end) {
-    kernels.run(p, plan, offsets.data(), ternary_scratch(plan.scratch()), begin, end);
+    kernels.run(p, plan, offsets.data(), static_cast<float*>(thread_memory(plan.scratch() * 4)), begin, end);
   });
   return output;
 }
+
+const Tensor* address(const std::optional<Tensor>& t) { return t ? &*t : nullptr; }
 
 void take_size(TernaryConv2dParams& p, int64_t N, int64_t H, int64_t W) {
   p.N = N;
@@ -192,14 +198,13 @@ void take_size(TernaryConv2dParams& p, int64_t N, int64_t H, int64_t W) {
   p.W = W;
 }
 
-Tensor ternary_forward(Tensor input, Tensor planes, std::optional<Tensor> scale, std::optional<Tensor> negative_scale,
-                       std::optional<Tensor> bias, std::optional<Tensor> packed, std::vector<int64_t> stride,
-                       std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
-                       std::optional<std::string> activation) {
+Tensor of_numbers(const Tensor& input, const TernaryOperands& operands, const Tensor* packed,
+                  const TernarySettings& settings, Memory memory) {
+  const int64_t groups = settings.groups;
   STD_TORCH_CHECK(input.dim() == 4 && input.is_cpu(), "ternary_conv2d: input must be [N, C, H, W] on the CPU");
   STD_TORCH_CHECK(groups > 0 && input.size(1) % groups == 0, "ternary_conv2d: C must be divisible by groups");
   TernaryConv2dParams p{};
-  p.weights = describe_planes(planes, input.size(1) / groups, groups);
+  p.weights = describe_planes(operands.planes, input.size(1) / groups, groups);
   switch (input.scalar_type()) {
     case ScalarType::Float:
       p.dtype = DType::f32;
@@ -219,15 +224,69 @@ Tensor ternary_forward(Tensor input, Tensor planes, std::optional<Tensor> scale,
   p.input_stride_c = input.stride(1);
   p.input_stride_h = input.stride(2);
   p.input_stride_w = input.stride(3);
-  return run(p, input.scalar_type(), states_channels_last(input), planes, scale, negative_scale, bias, packed, stride,
-             padding, dilation, activation);
+  return run(p, input, input.scalar_type(), is_channels_last(input), operands, packed, settings, memory);
+}
+
+Tensor ternary_forward(const Tensor& input, const Tensor& planes, const std::optional<Tensor>& scale,
+                       const std::optional<Tensor>& negative_scale, const std::optional<Tensor>& bias,
+                       const std::optional<Tensor>& packed, const std::vector<int64_t>& stride,
+                       const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups,
+                       const std::optional<std::string>& activation) {
+  return of_numbers(input, {planes, scale, negative_scale, bias}, address(packed),
+                    settings_of(stride, padding, dilation, groups, activation), Memory::by_torch);
+}
+
+// A call in one tensor of bytes, as in basis_conv2d.cpp: the settings, and what its maker saw of the tensors.
+struct TernaryPlanned {
+  TernarySettings settings;
+  int64_t planes[5], channels, channels_last;
+  int64_t types[5];  // of input, planes, scale, negative_scale and bias, -1 where there is none
+};
+
+TernaryPlanned seen(const Tensor& input, const TernaryOperands& operands, const TernarySettings& settings) {
+  TernaryPlanned s{};
+  s.settings = settings;
+  STD_TORCH_CHECK(input.dim() == 4 && operands.planes.dim() == 5,
+                  "ternary_conv2d_planned: input or planes have another number of dimensions");
+  for (int64_t i = 0; i < 5; ++i) s.planes[i] = operands.planes.size(i);
+  s.channels = input.size(1);
+  s.channels_last = is_channels_last(input);
+  const auto type = [](const std::optional<Tensor>& t) { return t ? static_cast<int64_t>(t->scalar_type()) : -1; };
+  s.types[0] = static_cast<int64_t>(input.scalar_type());
+  s.types[1] = static_cast<int64_t>(operands.planes.scalar_type());
+  s.types[2] = type(operands.scale);
+  s.types[3] = type(operands.negative_scale);
+  s.types[4] = type(operands.bias);
+  return s;
+}
+
+Tensor ternary_plan_op(const Tensor& input, const Tensor& planes, const std::optional<Tensor>& scale,
+                       const std::optional<Tensor>& negative_scale, const std::optional<Tensor>& bias,
+                       const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                       const std::vector<int64_t>& dilation, int64_t groups,
+                       const std::optional<std::string>& activation) {
+  const TernarySettings settings = settings_of(stride, padding, dilation, groups, activation);
+  return bytes_of(seen(input, {planes, scale, negative_scale, bias}, settings));
+}
+
+Tensor ternary_planned(const Tensor& input, const Tensor& planes, const std::optional<Tensor>& scale,
+                       const std::optional<Tensor>& negative_scale, const std::optional<Tensor>& bias,
+                       const Tensor& packed, const Tensor& plan) {
+  const TernaryPlanned p = from_bytes<TernaryPlanned>(plan, "ternary_conv2d");
+  const TernaryOperands operands{planes, scale, negative_scale, bias};
+  const TernaryPlanned now = seen(input, operands, p.settings);
+  STD_TORCH_CHECK(std::memcmp(&now, &p, sizeof(p)) == 0,
+                  "ternary_conv2d_planned: plan was made for other dtypes, another layout or other planes");
+  return of_numbers(input, operands, &packed, p.settings, Memory::raw);
 }
 
 // words [N, bit planes, H, W, words of C] of packed activations; float32, channels_last.
-Tensor ternary_forward_bits(Tensor words, int64_t channels, bool signs, Tensor planes, std::optional<Tensor> scale,
-                            std::optional<Tensor> negative_scale, std::optional<Tensor> bias,
-                            std::optional<Tensor> packed, std::vector<int64_t> stride, std::vector<int64_t> padding,
-                            std::vector<int64_t> dilation, int64_t groups, std::optional<std::string> activation) {
+Tensor ternary_forward_bits(const Tensor& words, int64_t channels, bool signs, const Tensor& planes,
+                            const std::optional<Tensor>& scale, const std::optional<Tensor>& negative_scale,
+                            const std::optional<Tensor>& bias, const std::optional<Tensor>& packed,
+                            const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                            const std::vector<int64_t>& dilation, int64_t groups,
+                            const std::optional<std::string>& activation) {
   STD_TORCH_CHECK(words.dim() == 5 && words.is_cpu() && words.scalar_type() == ScalarType::Int && words.is_contiguous(),
                   "ternary_conv2d: words must be dense int32 [N, planes, H, W, words] on the CPU");
   STD_TORCH_CHECK(groups > 0 && channels > 0 && channels % groups == 0 && words.size(4) == (channels + 31) / 32,
@@ -241,8 +300,8 @@ Tensor ternary_forward_bits(Tensor words, int64_t channels, bool signs, Tensor p
   STD_TORCH_CHECK(p.bit_planes >= 1 && p.bit_planes <= (signs ? 1 : 4) && ternary_sums_fit(p),
                   "ternary_conv2d: the sums of these packed activations do not fit 16 bits");
   take_size(p, words.size(0), words.size(2), words.size(3));
-  return run(p, ScalarType::Float, true, planes, scale, negative_scale, bias, packed, stride, padding, dilation,
-             activation);
+  return run(p, words, ScalarType::Float, true, {planes, scale, negative_scale, bias}, address(packed),
+             settings_of(stride, padding, dilation, groups, activation), Memory::by_torch);
 }
 
 }  // namespace
@@ -256,11 +315,19 @@ STABLE_TORCH_LIBRARY_FRAGMENT(basisconv, m) {
       "ternary_conv2d_bits(Tensor words, int channels, bool signs, Tensor planes, Tensor? scale, "
       "Tensor? negative_scale, Tensor? bias, Tensor? packed, int[] stride, int[] padding, int[] dilation, int groups, "
       "str? activation) -> Tensor");
+  m.def(
+      "ternary_conv2d_plan(Tensor input, Tensor planes, Tensor? scale, Tensor? negative_scale, Tensor? bias, "
+      "int[] stride, int[] padding, int[] dilation, int groups, str? activation) -> Tensor");
+  m.def(
+      "ternary_conv2d_planned(Tensor input, Tensor planes, Tensor? scale, Tensor? negative_scale, Tensor? bias, "
+      "Tensor packed, Tensor plan) -> Tensor");
   m.def("ternary_conv2d_pack(Tensor planes, int channels, int groups) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(basisconv, CPU, m) {
   m.impl("ternary_conv2d", TORCH_BOX(&basisconv::ternary_forward));
   m.impl("ternary_conv2d_bits", TORCH_BOX(&basisconv::ternary_forward_bits));
+  m.impl("ternary_conv2d_plan", TORCH_BOX(&basisconv::ternary_plan_op));
+  m.impl("ternary_conv2d_planned", TORCH_BOX(&basisconv::ternary_planned));
   m.impl("ternary_conv2d_pack", TORCH_BOX(&basisconv::ternary_pack_op));
 }

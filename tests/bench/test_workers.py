@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -76,6 +77,38 @@ def test_a_user_kernel_is_an_engine(kind: str, tmp_path: Path, monkeypatch: pyte
     assert served.sample(0, 2, patience_s=0.0, best_probe=0.0)["seconds"] > 0
     served.release()
     assert served.methods == []
+
+
+@pytest.mark.parametrize("kind", ["layer", "training"])
+def test_gradients_are_switched_off_around_the_calls_not_within_them(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a program does once is no part of what is timed; PyTorch's engines and ours are called alike."""
+    seen: list[bool] = []
+
+    def noting(input: torch.Tensor, *weights: torch.Tensor, **settings: Any) -> torch.Tensor:
+        seen.append(torch.is_grad_enabled())
+        return kernel(input, *weights, **settings)
+
+    monkeypatch.setattr(engine_ours.candidates, "load", lambda name: noting)
+    payload.build(Case("x", kind, PROBLEM, ("fused", "two_step")), tmp_path)  # type: ignore[arg-type]
+    served = worker.Worker(engine_ours.Candidate("kernels:kernel"))
+    served.prepare(str(tmp_path))
+    requests = (
+        lambda: served.output(0, str(tmp_path / "result")),
+        lambda: served.calibrate(0, 1e-4),
+        lambda: served.sample(0, 2, patience_s=0.0, best_probe=0.0),
+        lambda: served.memory(0),
+    )
+    for request in requests:
+        seen.clear()
+        request()
+        assert set(seen) == {kind == "training"}
+    assert torch.is_grad_enabled()
+    (method,) = served.methods
+    seen.clear()
+    method.call()
+    assert seen == [True]
 
 
 def test_a_kernel_runs_no_networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,13 @@ def test_backend(monkeypatch, value, expected):
     assert env.backend() == expected
 
 
+def test_backend_without_the_dict_behind_the_environment(monkeypatch):
+    monkeypatch.setattr(env.os, "environ", {"BASISCONV_BACKEND": "cpu"})
+    assert env.backend() == "cpu"
+    monkeypatch.setattr(env.os, "environ", {})
+    assert env.backend() is None
+
+
 def test_backend_is_read_when_asked_for(monkeypatch):
     monkeypatch.setenv("BASISCONV_BACKEND", "abacus")
     assert registry.wish() == "abacus"

@@ -50,7 +50,7 @@ def emulated(monkeypatch, module, variant, device):
         return reference.reduce_channels(input, u_in).to(input.dtype)
 
     monkeypatch.setattr(native.basis, "forward", forward)
-    monkeypatch.setattr(native, "_reduce", reduce)
+    monkeypatch.setattr(native, "first_stage", reduce)
     monkeypatch.setattr(op, "_choose", lambda *_: "cuda")
     monkeypatch.setattr(op, "_plans", {})
     return functools.partial(op.tucker_conv2d, backend="cuda")

@@ -1,0 +1,180 @@
+// The torch glue of binary_conv2d up to the params: what torch hands over, checked. Included by binary_conv2d.cpp
+// alone; LibTorch stable ABI only.
+#pragma once
+#include "binary_conv2d.h"
+#include "bitpack.h"
+#include "glue.h"
+#include "torch_glue.h"
+
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace basisconv {
+
+// `weight` is real filters [K, C/groups, R, S], or words [K, 1, R, S, words_for(C/groups)].
+inline BinaryConv2dWeights describe(const Tensor& weight, bool words, int64_t channels, int64_t groups) {
+  STD_TORCH_CHECK(weight.is_cpu() && weight.dim() == (words ? 5 : 4),
+                  "binary_conv2d: weight must be [K, C/groups, R, S], or words [K, 1, R, S, n], on the CPU");
+  STD_TORCH_CHECK(groups > 0 && channels > 0 && channels % groups == 0 && weight.size(0) % groups == 0,
+                  "binary_conv2d: channels and K must be divisible by groups");
+  BinaryConv2dWeights w{};
+  w.C = channels;
+  w.K = weight.size(0);
+  w.R = weight.size(2);
+  w.S = weight.size(3);
+  w.groups = groups;
+  STD_TORCH_CHECK(w.K > 0 && w.R > 0 && w.S > 0, "binary_conv2d: weight must not be empty");
+  if (words) {
+    STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Int && weight.is_contiguous() && weight.size(1) == 1 &&
+                        weight.size(4) == words_for(channels / groups),
+                    "binary_conv2d: packed weight must be dense int32 words of one plane of C/groups channels");
+  } else {
+    STD_TORCH_CHECK(weight.size(1) == channels / groups, "binary_conv2d: weight has ", weight.size(1),
+                    " channels a filter, input and groups ask for ", channels / groups);
+    const ScalarType type = weight.scalar_type();
+    STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half ||
+                        type == ScalarType::Double,
+                    "binary_conv2d: weight must be real numbers or words");
+  }
+  return w;
+}
+
+// A factor or an offset an output, as [K] floats: the tensor's own where they are, else copies in `kept`.
+struct Factors {
+  std::optional<Tensor> converted;
+  std::vector<float> constant;
+  const float* values;
+
+  Factors(const std::optional<Tensor>& given, int64_t K, float otherwise, const char* name) {
+    if (!given) {
+      constant.assign(K, otherwise);
+      values = constant.data();
+      return;
+    }
+    STD_TORCH_CHECK(given->dim() == 1 && given->size(0) == K && given->is_cpu(), "binary_conv2d: ", name,
+                    " must be [K] on the CPU");
+    converted = as_float(*given);
+    values = static_cast<const float*>(converted->const_data_ptr());
+  }
+  Factors(const Factors&) = delete;
+};
+
+// The arguments of a call that are no tensors, as numbers alone.
+struct BinarySettings {
+  int64_t stride[2], padding[4], dilation[2];  // padding: top, bottom, left, right
+  int64_t padding_value, groups, channels;
+  int64_t activation, output;  // numbers of BinaryActivation and BinaryOutput
+  int64_t encoding;            // of the input: 0 real, 1 signs, 2 unsigned codes
+  int64_t packed_weight;
+};
+
+inline BinaryOutput output_type(const std::string& name) {
+  if (name == "int32") return BinaryOutput::i32;
+  if (name == "packed") return BinaryOutput::packed;
+  if (name == "float32") return BinaryOutput::f32;
+  if (name == "bfloat16") return BinaryOutput::bf16;
+  STD_TORCH_CHECK(name == "float16", "binary_conv2d: output must be int32, packed, float32, bfloat16 or float16");
+  return BinaryOutput::f16;
+}
+
+inline ScalarType scalar_of(BinaryOutput type) {
+  switch (type) {
+    case BinaryOutput::f32:
+      return ScalarType::Float;
+    case BinaryOutput::bf16:
+      return ScalarType::BFloat16;
+    case BinaryOutput::f16:
+      return ScalarType::Half;
+    default:
+      return ScalarType::Int;
+  }
+}
+
+inline BinarySettings settings_of(const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                                  int64_t padding_value, const std::vector<int64_t>& dilation, int64_t groups,
+                                  const std::optional<std::string>& activation, const std::string& output,
+                                  int64_t channels, const std::optional<std::string>& encoding, bool packed_weight) {
+  STD_TORCH_CHECK(stride.size() == 2 && dilation.size() == 2 && padding.size() == 4,
+                  "binary_conv2d: stride and dilation must be pairs, padding (top, bottom, left, right)");
+  STD_TORCH_CHECK(!activation || *activation == "relu" || *activation == "relu6",
+                  "binary_conv2d: activation must be None, 'relu' or 'relu6'");
+  STD_TORCH_CHECK(!encoding || *encoding == "sign" || *encoding == "unsigned",
+                  "binary_conv2d: encoding must be sign or unsigned");
+  BinarySettings s{};
+  std::copy(stride.begin(), stride.end(), s.stride);
+  std::copy(padding.begin(), padding.end(), s.padding);
+  std::copy(dilation.begin(), dilation.end(), s.dilation);
+  s.padding_value = padding_value;
+  s.groups = groups;
+  s.channels = channels;
+  s.activation = static_cast<int64_t>(!activation             ? BinaryActivation::none
+                                      : *activation == "relu" ? BinaryActivation::relu
+                                                              : BinaryActivation::relu6);
+  s.output = static_cast<int64_t>(output_type(output));
+  s.encoding = !encoding ? 0 : *encoding == "sign" ? 1 : 2;
+  s.packed_weight = packed_weight;
+  return s;
+}
+
+inline void fill_input(BinaryConv2dParams& p, const Tensor& input, int64_t encoding) {
+  STD_TORCH_CHECK(encoding >= 0 && encoding <= 2, "binary_conv2d: no encoding has the number ", encoding);
+  p.planes = 1;
+  if (encoding != 0) {
+    p.codes = encoding == 2;
+    STD_TORCH_CHECK(input.dim() == 5 && input.is_cpu() && input.is_contiguous() &&
+                        input.scalar_type() == ScalarType::Int && input.size(1) >= 1 &&
+                        input.size(1) <= (p.codes ? 4 : 1) && input.size(4) == words_for(p.weights.C),
+                    "binary_conv2d: packed input must be dense int32 words [N, planes, H, W, words] on the CPU");
+    p.input_type = BinaryInput::packed;
+    p.planes = static_cast<int32_t>(input.size(1));
+    p.H = input.size(2);
+    p.W = input.size(3);
+  } else {
+    STD_TORCH_CHECK(input.dim() == 4 && input.is_cpu() && input.size(1) == p.weights.C,
+                    "binary_conv2d: input must be [N, C, H, W] on the CPU, with the channels of weight");
+    const ScalarType type = input.scalar_type();
+    STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
+                    "binary_conv2d: a real input must be float32, bfloat16 or float16 in the native op");
+    p.input_type = type == ScalarType::Float      ? BinaryInput::f32
+                   : type == ScalarType::BFloat16 ? BinaryInput::bf16
+                                                  : BinaryInput::f16;
+    p.H = input.size(2);
+    p.W = input.size(3);
+    p.input_stride_n = input.stride(0);
+    p.input_stride_c = input.stride(1);
+    p.input_stride_h = input.stride(2);
+    p.input_stride_w = input.stride(3);
+  }
+  p.N = input.size(0);
+  p.input = input.const_data_ptr();
+}
+
+inline void fill_settings(BinaryConv2dParams& p, const BinarySettings& s) {
+  STD_TORCH_CHECK(s.stride[0] > 0 && s.stride[1] > 0 && s.dilation[0] > 0 && s.dilation[1] > 0,
+                  "binary_conv2d: stride and dilation must be pairs of at least 1");
+  STD_TORCH_CHECK(s.padding[0] >= 0 && s.padding[1] >= 0 && s.padding[2] >= 0 && s.padding[3] >= 0,
+                  "binary_conv2d: padding must be (top, bottom, left, right), none negative");
+  STD_TORCH_CHECK(s.padding_value >= -1 && s.padding_value <= 1 && !(p.codes && s.padding_value != 0),
+                  "binary_conv2d: padding_value must be 0, 1 or -1, and 0 for codes");
+  STD_TORCH_CHECK(s.activation >= 0 && s.activation <= static_cast<int64_t>(BinaryActivation::relu6) && s.output >= 0 &&
+                      s.output <= static_cast<int64_t>(BinaryOutput::f16),
+                  "binary_conv2d: no activation or output has this number");
+  p.stride_h = s.stride[0];
+  p.stride_w = s.stride[1];
+  p.dilation_h = s.dilation[0];
+  p.dilation_w = s.dilation[1];
+  p.pad_top = s.padding[0];
+  p.pad_left = s.padding[2];
+  p.padding_value = static_cast<int32_t>(s.padding_value);
+  p.activation = static_cast<BinaryActivation>(s.activation);
+  p.output_type = static_cast<BinaryOutput>(s.output);
+  const int64_t free_h = p.H + s.padding[0] + s.padding[1] - p.dilation_h * (p.weights.R - 1) - 1;
+  const int64_t free_w = p.W + s.padding[2] + s.padding[3] - p.dilation_w * (p.weights.S - 1) - 1;
+  STD_TORCH_CHECK(free_h >= 0 && free_w >= 0, "binary_conv2d: the padded input is smaller than the dilated kernel");
+  p.OH = free_h / p.stride_h + 1;
+  p.OW = free_w / p.stride_w + 1;
+}
+
+}  // namespace basisconv
