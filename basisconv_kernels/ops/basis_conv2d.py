@@ -43,21 +43,8 @@ class Settings(NamedTuple):
 # --- backends ---------------------------------------------------------------------------------------------------------
 
 
-def _cpu_supports(problem: Conv2dProblem) -> list[str]:
-    against = []
-    if problem.device != "cpu":
-        against.append(f"runs on the CPU, the tensors are on {problem.device}")
-    if problem.dtype not in native.DTYPES:
-        against.append(f"has no {problem.dtype} kernel")
-    return against
-
-
-def _reference_supports(problem: Conv2dProblem) -> list[str]:
-    return []
-
-
 CANDIDATES = (
-    Candidate("cpu", "basisconv_kernels.ops.basis_conv2d_native:forward", _cpu_supports),
+    Candidate("cpu", "basisconv_kernels.ops.basis_conv2d_native:forward", native.cpu_supports),
     Candidate(
         "cuda",
         "basisconv_kernels.ops.basis_conv2d_native:forward",
@@ -71,7 +58,7 @@ CANDIDATES = (
         backward="basisconv_kernels.ops.basis_conv2d_triton:backward",
         check="basisconv_kernels.ops.basis_conv2d_selfcheck:triton",
     ),
-    Candidate("reference", "basisconv_kernels.ops.basis_conv2d_unfused:forward", _reference_supports),
+    Candidate("reference", "basisconv_kernels.ops.basis_conv2d_unfused:forward", unfused.supports),
 )
 
 

@@ -48,6 +48,16 @@ def forward(
         return _call(arguments, keep_maps)
 
 
+def cpu_supports(problem: Conv2dProblem) -> list[str]:
+    """Why the CPU kernel cannot do a problem; empty where it can."""
+    against = []
+    if problem.device != "cpu":
+        against.append(f"runs on the CPU, the tensors are on {problem.device}")
+    if problem.dtype not in DTYPES:
+        against.append(f"has no {problem.dtype} kernel")
+    return against
+
+
 def cuda_supports(problem: Conv2dProblem) -> list[str]:
     """The reasons against the CUDA kernels; those of this machine's device count where there is one."""
     against = []

@@ -13,6 +13,7 @@ from basisconv_kernels.core.autograd import refuse_by_name
 from basisconv_kernels.reference import basis_conv2d as reference
 
 if TYPE_CHECKING:
+    from basisconv_kernels.core.problem import Conv2dProblem
     from basisconv_kernels.ops.basis_conv2d import Settings
 
 OP = "basis_conv2d"
@@ -21,6 +22,11 @@ PIXELS_WORTH_PACKING = 1024
 
 
 # --- the backend ------------------------------------------------------------------------------------------------------
+
+
+def supports(problem: Conv2dProblem) -> list[str]:
+    """Everything."""
+    return []
 
 
 def forward(
