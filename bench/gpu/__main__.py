@@ -120,12 +120,12 @@ def _work(asked: argparse.Namespace) -> int:
     if asked.what == "sanitizer":
         steps = check.sanitizer_steps(about)
     elif asked.what == "bench":
-        from bench.gpu import layers, networks, timing
+        from bench.gpu import bits, layers, networks, timing
 
         meter = timing.meter(asked.device)
         rows = layers.steps(about, asked.device, meter)
-        beyond = networks.steps(about, asked.device, meter)
-        # The first layers, then a taste of all, then the rest.
+        beyond = [*bits.steps(about, asked.device, meter), *networks.steps(about, asked.device, meter)]
+        # The first layers, then binary layers and a taste of all, then the rest.
         steps = [*rows[:56], *beyond, *rows[56:]]
     elif asked.what == "probe":
         from bench.gpu import probe

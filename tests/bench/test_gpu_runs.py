@@ -10,8 +10,9 @@ import time
 
 import pytest
 
+from basisconv_kernels import PackedTensor
 from bench.gpu import __main__ as command
-from bench.gpu import check, facts, layers, networks, probe, probe_source, report, small
+from bench.gpu import bits, check, facts, layers, networks, probe, probe_source, report, small
 from bench.gpu.archive import Archive, take_up
 from bench.gpu.journal import DIED, FAILED, HUNG, PASSED, SKIPPED, Journal, Step, Unavailable, work
 from bench.gpu.supervise import REPLACE_ME, supervise
@@ -320,6 +321,35 @@ def test_a_wrong_engine_gets_no_time(monkeypatch):
         layers.measure(layers.Layer(8, 16, 7, 2, 4), "cpu", "cpu", CpuMeter())
 
 
+@pytest.mark.parametrize("engine", bits.ENGINES)
+def test_a_row_of_a_binary_layer_is_checked_and_timed(engine):
+    from bench.gpu.timing import CpuMeter
+
+    data = bits.measure(bits.BinaryLayer(32, 40, 6, 2), engine, "cpu", CpuMeter())
+    assert data["eager"]["median"] > 0
+    assert report.subject(json.loads(json.dumps(data))) == "binary_32to40_at6_n2"
+    keys = [step.key for step in bits.steps(ABOUT, "cuda", None)]
+    assert f"binary_512to512_at7_n32 {engine}" in keys
+
+
+@pytest.mark.parametrize(("engine", "why"), [("dense", "relative error"), ("packed_to_bf16", "off by more")])
+def test_a_wrong_binary_layer_gets_no_time(monkeypatch, engine, why):
+    from bench.gpu.timing import CpuMeter
+
+    right = bits.Prepared.function
+    monkeypatch.setattr(bits.Prepared, "function", lambda self, engine: lambda x: right(self, engine)(x) * 1.05)
+    with pytest.raises(AssertionError, match=why):
+        bits.measure(bits.BinaryLayer(32, 40, 6, 2), engine, "cpu", CpuMeter())
+
+
+def test_wrong_bits_get_no_time(monkeypatch):
+    prepared = bits.Prepared(bits.BinaryLayer(32, 40, 6, 2), "cpu")
+    right = prepared.function("packed_to_packed")
+    monkeypatch.setattr(prepared, "function", lambda engine: lambda x: PackedTensor(right(x).words ^ 1, 40))
+    with pytest.raises(AssertionError, match="wrong bits"):
+        prepared.check("packed_to_packed")
+
+
 def test_a_training_step_is_checked_and_timed():
     from bench.gpu.timing import CpuMeter
 
@@ -351,4 +381,11 @@ def test_the_probe_has_every_size():
     text = probe_source.text()
     for kind, sizes in probe_source.SIZES.items():
         assert all(f"struct {kind}_{N} " in text for N in sizes)
-    assert set(small.CALLS) >= {"cuda", "cuda_sm80", "triton_descriptors", "triton_pointers", "triton_gradients"}
+    assert set(small.CALLS) >= {
+        "cuda",
+        "cuda_sm80",
+        "triton_descriptors",
+        "triton_pointers",
+        "triton_gradients",
+        "binary_cuda",
+    }

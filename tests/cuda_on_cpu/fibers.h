@@ -1,4 +1,5 @@
-// The threads of a block as fibers on one thread of the machine; the blocks of a grid run one after another.
+// The threads of a block as fibers on one thread of the machine; the blocks of a grid run one after another, the last
+// first where the order is reversed.
 //
 // One fiber runs until it has to wait, then the first, the last or a random one that can go on (`Order`). That is
 // further apart than hardware lets threads drift, so what depends on a missing barrier differs between the orders.
@@ -35,8 +36,14 @@
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
 };
+struct alignas(8) int2 {
+  int x, y;
+};
 struct alignas(8) uint2 {
   uint32_t x, y;
+};
+struct alignas(16) int4 {
+  int x, y, z, w;
 };
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
@@ -222,14 +229,13 @@ const char* launch(void (*kernel)(P...), dim3 grid, dim3 threads, int64_t bytes,
   blockDim = threads;
   block.random = 1;
   block.body = [&] { kernel(arguments...); };
-  for (unsigned z = 0; z < grid.z; ++z) {
-    for (unsigned y = 0; y < grid.y; ++y) {
-      for (unsigned x = 0; x < grid.x; ++x) {
-        blockIdx = {x, y, z};
-        memset(shared, 0xFF, shared_bytes);
-        run_block(static_cast<int>(threads.x));
-      }
-    }
+  const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
+  for (uint64_t i = 0; i < blocks; ++i) {
+    const uint64_t at = order == Order::reversed ? blocks - 1 - i : i;
+    blockIdx = {static_cast<unsigned>(at % grid.x), static_cast<unsigned>(at / grid.x % grid.y),
+                static_cast<unsigned>(at / grid.x / grid.y)};
+    memset(shared, 0xFF, shared_bytes);
+    run_block(static_cast<int>(threads.x));
   }
   return nullptr;
 }
