@@ -170,7 +170,6 @@ __global__ void __launch_bounds__(kThreads, 4) binary_conv2d_sm80(const Problem 
     }
     cp_async_commit();
   };
-  for (int i = threadIdx.x; i < L::columns; i += kThreads) filters[i] = filter_of(p, group, first + i);
 
   // ldmatrix.x4 of A: lanes 0-15 address 16 pixels of a step's first unit, lanes 16-31 of its second; of B: lanes 0-7
   // and 8-15 eight filters of both units, the others the next eight.
@@ -192,6 +191,9 @@ __global__ void __launch_bounds__(kThreads, 4) binary_conv2d_sm80(const Problem 
       __syncthreads();  // this chunk has landed for all, and all are done with the slot that is filled next
     }
     fetch();
+    if (done == -1) {  // while the first chunks are under way
+      for (int i = threadIdx.x; i < L::columns; i += kThreads) filters[i] = filter_of(p, group, first + i);
+    }
     if (done < 0) continue;
     if (chunk == 0) {
       at = {0, 0};

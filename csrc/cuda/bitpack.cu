@@ -61,14 +61,14 @@ BASISCONV_DEVICE Row row_of(const BitpackProblem& p) {
 }
 
 // Eight channels a thread: C is a multiple of 8, and every pixel begins at a multiple of 16 bytes.
-template <class T>
+template <class T, int most_planes>
 __global__ void __launch_bounds__(kBitpackThreads) bitpack_bytes(const BitpackProblem p) {
   constexpr int pieces = sizeof(T) / 2;
   const Row row = row_of(p);
   const int bytes = p.words * 4, all = p.W * bytes;
   for (int i = blockIdx.y * kBitpackThreads + threadIdx.x; i < all; i += gridDim.y * kBitpackThreads) {
     const int x = i / bytes, c = i % bytes * 8;
-    uint32_t found[kMostPlanes] = {};
+    uint32_t found[most_planes] = {};
     if (c < p.C) {
       union {
         uint4 loaded[pieces];
@@ -81,11 +81,11 @@ __global__ void __launch_bounds__(kBitpackThreads) bitpack_bytes(const BitpackPr
       for (int j = 0; j < 8; ++j) {
         const uint32_t bits = bits_of_number(p, eight.numbers[j], c + j);
 #pragma unroll
-        for (int plane = 0; plane < kMostPlanes; ++plane) found[plane] |= (bits >> plane & 1) << j;
+        for (int plane = 0; plane < most_planes; ++plane) found[plane] |= (bits >> plane & 1) << j;
       }
     }
 #pragma unroll
-    for (int plane = 0; plane < kMostPlanes; ++plane) {
+    for (int plane = 0; plane < most_planes; ++plane) {
       if (plane >= p.planes) break;
       reinterpret_cast<uint8_t*>(p.output + row.output + plane * row.plane)[i] = static_cast<uint8_t>(found[plane]);
     }
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kBitpackThreads) bitpack_bytes(const BitpackPr
 }
 
 // One word a thread, of any layout.
-template <class T>
+template <class T, int most_planes>
 __global__ void __launch_bounds__(kBitpackThreads) bitpack_words(const BitpackProblem p) {
   const Row row = row_of(p);
   const int all = p.W * p.words;
@@ -101,14 +101,14 @@ __global__ void __launch_bounds__(kBitpackThreads) bitpack_words(const BitpackPr
     const int x = p.pixels_first ? i % p.W : i / p.words, word = p.pixels_first ? i / p.W : i % p.words;
     const int first = word * 32, count = min(32, p.C - first);
     const T* from = static_cast<const T*>(p.input) + row.input + x * p.stride_w + first * p.stride_c;
-    uint32_t found[kMostPlanes] = {};
+    uint32_t found[most_planes] = {};
     for (int c = 0; c < count; ++c) {
       const uint32_t bits = bits_of_number(p, from[c * p.stride_c], first + c);
 #pragma unroll
-      for (int plane = 0; plane < kMostPlanes; ++plane) found[plane] |= (bits >> plane & 1) << c;
+      for (int plane = 0; plane < most_planes; ++plane) found[plane] |= (bits >> plane & 1) << c;
     }
 #pragma unroll
-    for (int plane = 0; plane < kMostPlanes; ++plane) {
+    for (int plane = 0; plane < most_planes; ++plane) {
       if (plane < p.planes) p.output[row.output + plane * row.plane + x * p.words + word] = found[plane];
     }
   }
@@ -136,7 +136,8 @@ const char* launch_bitpack(const CudaBitpack& call, Stream stream) {
   const int64_t items = params.W * p.words * (whole ? 4 : 1);
   const int64_t blocks = (items + kBitpackThreads * each - 1) / (kBitpackThreads * each);
   const dim3 grid{static_cast<unsigned>(params.N * params.H), static_cast<unsigned>(blocks < most ? blocks : most), 1};
-  const auto kernel = whole ? bitpack_bytes<T> : bitpack_words<T>;
+  const auto kernel = p.planes == 1 ? (whole ? bitpack_bytes<T, 1> : bitpack_words<T, 1>)
+                                    : (whole ? bitpack_bytes<T, kMostPlanes> : bitpack_words<T, kMostPlanes>);
   return launch(kernel, grid, dim3{kBitpackThreads, 1, 1}, 0, stream, p);
 }
 

@@ -60,7 +60,7 @@ def short(mangled: str) -> str:
     """``basis_conv2d_sm80 bf16 64 precise`` or ``binary_conv2d_sm80 2 8`` from a mangled name."""
     name = re.search(r"\d((?:basis|binary)_conv2d_(?:sm\d+a?|pack(?:_[a-z]+?)?)|bitpack_[a-z]+?)(?:I|EN)", mangled)
     assert name, mangled
-    dtype = re.search(r"(b?f16)E|_[a-z]+I([fi])E", mangled)
+    dtype = re.search(r"(b?f16)E|_[a-z]+I([fi])L", mangled)
     numbers, precise = re.findall(r"Li(\d+)E", mangled), "Lb1E" in mangled
     words = [name[1], {"f": "f32", "i": "i32"}.get(dtype[2], dtype[1]) if dtype else "", *numbers]
     return " ".join([*filter(None, words), *(["precise"] if precise else [])])
