@@ -15,6 +15,7 @@ from basisconv_kernels.core.selfcheck import Check
 from basisconv_kernels.reference.binary_conv2d_problem import BinaryConv2dProblem
 
 PIXELS_A_CORE = 256  # two tiles of the larger kind
+FILTERS = 64  # in a tile
 
 
 def cuda(problem: BinaryConv2dProblem) -> Check:
@@ -37,9 +38,10 @@ def cuda(problem: BinaryConv2dProblem) -> Check:
 
 
 def sizes(problem: BinaryConv2dProblem) -> list[tuple[int, int, int]]:
-    """N, H, W: odd, even, and pixels enough for the larger tile."""
+    """N, H, W: odd, even, and pixels enough for the larger tile, of which each 64 filters make blocks of their own."""
     cores = torch.cuda.get_device_properties(None).multi_processor_count if torch.cuda.is_available() else 1
-    side = math.isqrt(PIXELS_A_CORE * cores) + 1
+    blocks = problem.groups * math.ceil(problem.K // problem.groups / FILTERS)
+    side = math.isqrt(PIXELS_A_CORE * cores // blocks) + 1
     down, right = ((n - 1) * d for n, d in zip((problem.R, problem.S), problem.dilation, strict=True))
     large = (1, side * problem.stride[0], side * problem.stride[1])
     return [(N, H + down, W + right) for N, H, W in ((2, 9, 13), (3, 8, 10), large)]

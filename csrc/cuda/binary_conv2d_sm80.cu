@@ -88,7 +88,7 @@ BASISCONV_DEVICE void fetch_pixels(const Problem& p, const Layout& layout, char*
     if (p.input_in_16_bytes) {
       const bool inside = row_inside && at_x >= 0 && at_x < p.W && word < p.group_words;
       const uint32_t* from = image + (static_cast<int64_t>(at_y) * p.W + at_x) * p.words + group * (p.C / 32) + word;
-      cp_async16(here, inside ? from : p.input, inside ? kUnitBytes : 0);
+      cp_async16(here, inside ? static_cast<const void*>(from) : p.filters, inside ? kUnitBytes : 0);
       continue;
     }
     uint32_t words[kUnitWords];

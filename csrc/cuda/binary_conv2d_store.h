@@ -156,29 +156,26 @@ struct Lane {
   int every[kAtOnce];
   int group, k;     // the first of them in its group
   int64_t channel;  // and among all
-  float low, high;  // bounds of the activation
 };
 
-// Where a pixel stands in the output.
+// A pixel of a warp, counted through the batch: `behind` pixels behind the first, which image n holds.
 struct Pixel {
   int n;
-  int64_t number;  // counted through the batch
+  int64_t first;
+  int behind;
+
+  BASISCONV_DEVICE int64_t number() const { return first + behind; }
 };
 
-BASISCONV_DEVICE float as_float(const Lane& lane, int i, int sum, float pixel) {
-  float value = static_cast<float>(sum) * float_of(lane.first[i]) * pixel + float_of(lane.second[i]);
-  value = value < lane.low ? lane.low : value;  // NaN stays NaN
-  return value > lane.high ? lane.high : value;
-}
-
-// Eight numbers of `bytes` each, as words: in pieces of 16 bytes, or one by one.
+// Eight numbers as words: in pieces of 16 bytes, or one by one.
 template <class T>
 BASISCONV_DEVICE void store_words(const Problem& p, const Lane& lane, const Pixel& pixel,
                                   const uint32_t (&words)[kAtOnce * sizeof(T) / 4]) {
-  const int64_t filters = static_cast<int64_t>(p.groups) * p.K;
+  const int filters = p.groups * p.K;
   T* output = static_cast<T*>(p.output);
   if (p.output_in_16_bytes) {
-    uint4* to = reinterpret_cast<uint4*>(output + pixel.number * filters + lane.channel);
+    T* first = output + pixel.first * filters + lane.channel;  // the same for all pixels
+    uint4* to = reinterpret_cast<uint4*>(first + static_cast<int64_t>(pixel.behind) * filters);
 #pragma unroll
     for (int i = 0; i < static_cast<int>(sizeof(T)) / 2; ++i) {
       if (lane.k + i * 4 < p.K) to[i] = uint4{words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]};
@@ -187,7 +184,7 @@ BASISCONV_DEVICE void store_words(const Problem& p, const Lane& lane, const Pixe
   }
   const int64_t step = p.channels_last ? 1 : static_cast<int64_t>(p.OH) * p.OW;
   const int64_t image = pixel.n * (filters - 1) * step;  // of NCHW: what the images before have more than pixels
-  T* to = output + (p.channels_last ? pixel.number * filters : pixel.number + image) + lane.channel * step;
+  T* to = output + (p.channels_last ? pixel.number() * filters : pixel.number() + image) + lane.channel * step;
 #pragma unroll
   for (int i = 0; i < kAtOnce; ++i, to += step) {
     if (lane.k + i >= p.K) break;
@@ -196,6 +193,24 @@ BASISCONV_DEVICE void store_words(const Problem& p, const Lane& lane, const Pixe
     } else {
       *reinterpret_cast<uint32_t*>(to) = words[i];
     }
+  }
+}
+
+// Float results. One branch for all eight on the activation, which is the same for the whole grid; NaN stays NaN.
+BASISCONV_DEVICE void to_floats(const Problem& p, const Lane& lane, const Pixel& pixel, const int (&sums)[kAtOnce],
+                                float (&values)[kAtOnce]) {
+  const float factor = p.pixel_scale.values != nullptr ? number(p.pixel_scale, pixel.number()) : 1.0f;
+#pragma unroll
+  for (int i = 0; i < kAtOnce; ++i) {
+    values[i] = static_cast<float>(sums[i]) * float_of(lane.first[i]) * factor + float_of(lane.second[i]);
+  }
+  if (p.activation != BinaryActivation::none) {
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) values[i] = values[i] <= 0.0f ? 0.0f : values[i];
+  }
+  if (p.activation == BinaryActivation::relu6) {
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) values[i] = values[i] > 6.0f ? 6.0f : values[i];
   }
 }
 
@@ -208,16 +223,13 @@ struct WholeNumbers {
   }
 };
 
-BASISCONV_DEVICE float factor_of(const Problem& p, const Pixel& pixel) {
-  return p.pixel_scale.values != nullptr ? number(p.pixel_scale, pixel.number) : 1.0f;
-}
-
 struct WideFloats {
   static BASISCONV_DEVICE void store(const Problem& p, const Lane& lane, const Pixel& pixel, const int (&sums)[8]) {
-    const float factor = factor_of(p, pixel);
+    float values[kAtOnce];
+    to_floats(p, lane, pixel, sums, values);
     uint32_t words[kAtOnce];
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) words[i] = bits_of(as_float(lane, i, sums[i], factor));
+    for (int i = 0; i < kAtOnce; ++i) words[i] = bits_of(values[i]);
     store_words<float>(p, lane, pixel, words);
   }
 };
@@ -225,12 +237,11 @@ struct WideFloats {
 template <class Half>
 struct HalfFloats {
   static BASISCONV_DEVICE void store(const Problem& p, const Lane& lane, const Pixel& pixel, const int (&sums)[8]) {
-    const float factor = factor_of(p, pixel);
+    float values[kAtOnce];
+    to_floats(p, lane, pixel, sums, values);
     uint32_t words[kAtOnce / 2];
 #pragma unroll
-    for (int i = 0; i < kAtOnce; i += 2) {
-      words[i / 2] = round2<Half>(as_float(lane, i, sums[i], factor), as_float(lane, i + 1, sums[i + 1], factor));
-    }
+    for (int i = 0; i < kAtOnce; i += 2) words[i / 2] = round2<Half>(values[i], values[i + 1]);
     store_words<Half>(p, lane, pixel, words);
   }
 };
@@ -246,7 +257,7 @@ struct Bits {
     }
     const int64_t all = (static_cast<int64_t>(p.groups) * p.K + 31) / 32 * 4, at = lane.channel / 8;
     const bool last = lane.group == p.groups - 1;
-    uint8_t* to = static_cast<uint8_t*>(p.output) + pixel.number * all;
+    uint8_t* to = static_cast<uint8_t*>(p.output) + pixel.number() * all;
     if (lane.k < p.K || (last && at < all)) to[at] = static_cast<uint8_t>(byte);
     if (last && lane.k + kAtOnce == p.padded) {
       for (int64_t behind = at + 1; behind < all; ++behind) to[behind] = 0;
@@ -265,26 +276,27 @@ BASISCONV_DEVICE void store_pixels(const Problem& p, const Lane& lane, const Sta
   const bool whole = p.codes || (iy >= 0 && ix >= 0 && iy + down + (p.R - 1) * p.dilation_h < p.H &&
                                  ix + right + (p.S - 1) * p.dilation_w < p.W);
   const int32_t* totals = totals_of(p, lane.group) + lane.k;
+  const int64_t number = (static_cast<int64_t>(n) * p.OH + y) * p.OW + x;
 #pragma unroll 1
   for (int i = threadIdx.x % 32 / N8; i < Staging<MT, N8>::pixels; i += together) {
     const int row = i / kTileX, column = i % kTileX;
     if (y + row >= p.OH || x + column >= p.OW) continue;
-    int sums[kAtOnce], constant[kAtOnce];
+    int sums[kAtOnce];
     staging.get(sums, i, threadIdx.x % N8 * kAtOnce);
+    const int minus = sum.ones_factor * staging.ones(i);
     if (whole) {
 #pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) constant[j] = lane.every[j];
+      for (int j = 0; j < kAtOnce; ++j) sums[j] = sums[j] * sum.factor + (lane.every[j] - minus);
     } else {
-      inside_totals(p, constant, iy + row * p.stride_h, ix + column * p.stride_w, totals);
+      int inside[kAtOnce];
+      inside_totals(p, inside, iy + row * p.stride_h, ix + column * p.stride_w, totals);
 #pragma unroll
       for (int j = 0; j < kAtOnce; ++j) {
-        constant[j] = sum.inside_factor * constant[j] + sum.every_factor * lane.every[j];
+        const int total = sum.inside_factor * inside[j] + sum.every_factor * lane.every[j];
+        sums[j] = sums[j] * sum.factor + (total - minus);
       }
     }
-    const int minus = sum.ones_factor * staging.ones(i);
-#pragma unroll
-    for (int j = 0; j < kAtOnce; ++j) sums[j] = sums[j] * sum.factor + (constant[j] - minus);
-    Kind::store(p, lane, {n, (static_cast<int64_t>(n) * p.OH + y + row) * p.OW + x + column}, sums);
+    Kind::store(p, lane, {n, number, row * p.OW + column}, sums);
   }
 }
 
@@ -302,9 +314,6 @@ BASISCONV_DEVICE void store_tile(const Problem& p, const Filter* filters, const 
   lane.group = group;
   lane.k = first + column;
   lane.channel = static_cast<int64_t>(group) * p.K + lane.k;
-  const float infinity = float_of(0x7F800000u);
-  lane.low = p.activation == BinaryActivation::none ? -infinity : 0.0f;
-  lane.high = p.activation == BinaryActivation::relu6 ? 6.0f : infinity;
   switch (p.output_type) {
     case BinaryOutput::packed:
       return store_pixels<Bits>(p, lane, staging, n, y, x);

@@ -128,6 +128,8 @@ Tensor forward(Tensor input, Tensor weight, std::optional<Tensor> scale, std::op
                     "binary_conv2d: packed has ", packed->numel(), " bytes, these weights pack to ",
                     cuda_binary_packed_bytes(w), " on CUDA; call binary_conv2d_pack again");
     p.packed = packed->const_data_ptr();
+    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(p.packed) % 16 == 0,
+                    "binary_conv2d: packed must begin at a multiple of 16 bytes, as binary_conv2d_pack gives it");
   } else {
     own = pack_on(w, weight, packed_weight, stream);
     p.packed = own.const_data_ptr();
