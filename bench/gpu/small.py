@@ -61,11 +61,9 @@ CALLS: dict[str, Callable[[], None]] = {
     "triton_descriptors": functools.partial(_basis, "triton"),
     "triton_pointers": functools.partial(_basis, "triton", C=20, stride=(2, 1)),
     "triton_gradients": functools.partial(_basis, "triton", gradients=True),
-    "binary_cuda": _bits,
+    "binary_cuda": functools.partial(_bits, C=60, K=60, groups=3, channels_last=False),
     "binary_cuda_pieces": functools.partial(_bits, C=256, K=64),
-    "binary_cuda_packed": functools.partial(_bits, C=256, K=16, planes=1),
-    "binary_cuda_codes_strided": functools.partial(_bits, planes=2, unsigned=True, stride=(5, 6)),
-    "binary_cuda_groups": functools.partial(_bits, C=60, K=60, groups=3, channels_last=False),
+    "binary_cuda_codes_strided": functools.partial(_bits, K=16, planes=2, unsigned=True, stride=(5, 6)),
     "tucker_cuda": functools.partial(_tucker, "cuda"),
     "tucker_triton": functools.partial(_tucker, "triton"),
 }
