@@ -38,9 +38,14 @@ CPU_KERNELS = [
 POPCOUNT_KERNELS = ["csrc/cpu/binary_conv2d.cpp"]
 PAIR_KERNELS = ["csrc/cpu/basis_conv2d.cpp"]
 AMX_KERNELS = ["csrc/cpu/basis_conv2d_amx.cpp"]
-CUDA_KERNELS = ["csrc/cuda/basis_conv2d.cu", "csrc/cuda/basis_conv2d_sm80.cu", "csrc/cuda/facts.cu"]
+CUDA_KERNELS = [
+    f"csrc/cuda/{name}.cu"
+    for name in ("basis_conv2d", "basis_conv2d_sm80", "binary_conv2d", "binary_conv2d_sm80", "bitpack", "facts")
+]
 SM90A_KERNELS = ["csrc/cuda/basis_conv2d_sm90a.cu"]
-CUDA_GLUE = ["csrc/ops/basis_conv2d_cuda.cpp", "csrc/ops/cuda_stream.cpp"]
+CUDA_GLUE = [
+    f"csrc/ops/{name}.cpp" for name in ("basis_conv2d_cuda", "binary_conv2d_cuda", "bitpack_cuda", "cuda_stream")
+]
 CUDA_ARCHITECTURES = "8.0;9.0a+PTX"
 ONCE = [
     "csrc/ops/basis_conv2d.cpp",

@@ -310,6 +310,9 @@ def _tiny_run(op: str, candidate: registry.Candidate, run: Callable[[str, torch.
     what = f"{op} on {candidate.name}"
     device = "cuda" if DEVICES.get(candidate.name) == "cuda" else "cpu"
     dtypes = [d for d in checks.FLOAT_DTYPES if not candidate.supports(_ordinary(d, device))]
+    if not dtypes:
+        why = "; ".join(candidate.supports(_ordinary(torch.float32, device)))
+        return Finding(what, "ok", f"no tiny run: {why}")
     for dtype in dtypes:
         try:
             run(candidate.name, dtype, device)

@@ -43,6 +43,12 @@ def _reference_supports(problem: Any) -> list[str]:
 
 CANDIDATES = (
     Candidate("cpu", "basisconv_kernels.ops.binary_conv2d_native:forward", _cpu_supports),
+    Candidate(
+        "cuda",
+        "basisconv_kernels.ops.binary_conv2d_native:forward",
+        native.cuda_supports,
+        check="basisconv_kernels.ops.binary_conv2d_selfcheck:cuda",
+    ),
     Candidate("reference", "basisconv_kernels.reference.binary_conv2d:forward", _reference_supports),
 )
 

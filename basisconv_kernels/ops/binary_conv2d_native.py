@@ -15,9 +15,12 @@ from basisconv_kernels.core.layout import memory_format
 from basisconv_kernels.core.packed import PackedTensor, Threshold, words_for
 from basisconv_kernels.core.problem import dtype_name
 from basisconv_kernels.reference.binary_conv2d import Settings
+from basisconv_kernels.reference.binary_conv2d_problem import BinaryConv2dProblem
 
 OP = "binary_conv2d"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CUDA_MOST_TILES = 65_535  # of filters, see csrc/cuda/binary_conv2d.cu
+CUDA_TILES = (16, 64)  # filters in a tile: where a group has no more than the first, and elsewhere
 # Constants, because graphs are traced through the functions that ask; the format is part of such a graph.
 PRESENT = extension.load() is None
 FORMAT = extension.facts().get("binary_pack_format", 0)
@@ -33,13 +36,15 @@ def forward(
     packed: Tensor | None,
     settings: Settings,
 ) -> Tensor:
-    """The torch op that C++ registers for the CPU."""
+    """The torch ops that C++ registers for the CPU and for CUDA."""
     if packed is not None and (packed.device != input.device or packed.dtype != torch.uint8):
         raise ValueError(
             f"{OP}: packed must be what binary_conv2d_pack gives, uint8 on {input.device}, "
             f"got {packed.dtype} on {packed.device}; pack the weights again"
         )
     value, flip = (None, None) if threshold is None else (threshold.value, threshold.flip)
+    if weight.device.type == "cuda":
+        weight = _signs_in_float32(weight)
     arguments = (input, weight, scale, bias, pixel_scale, value, flip, packed, *numbers(settings))
     if torch.compiler.is_compiling():
         return torch.ops.basisconv.binary_conv2d.default(*arguments)
@@ -57,6 +62,29 @@ def numbers(settings: Settings) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
+def cuda_supports(problem: BinaryConv2dProblem) -> list[str]:
+    """The reasons against the CUDA kernels; those of this machine's device count where there is one."""
+    against = []
+    if problem.device != "cuda":
+        against.append(f"runs on CUDA devices, the tensors are on {problem.device}")
+    if problem.dtype not in DTYPES:
+        against.append(f"has no {problem.dtype} kernel")
+    filters = problem.K // problem.groups
+    tiles = problem.groups * -(-filters // CUDA_TILES[filters > CUDA_TILES[0]])
+    if tiles > CUDA_MOST_TILES:
+        against.append(f"takes at most {CUDA_MOST_TILES} tiles of filters, {problem.groups} groups have {tiles}")
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_properties(torch.cuda.current_device())
+        if device.major < 8:
+            against.append(f"needs compute capability 8.0, {device.name} has {device.major}.{device.minor}")
+    return against
+
+
+def _signs_in_float32(weight: Tensor) -> Tensor:
+    """The CUDA kernels read no float64, and a conversion would make -1e-300 a zero, which counts as plus."""
+    return torch.where(weight >= 0, 1.0, -1.0).float() if weight.dtype == torch.float64 else weight
+
+
 def binary_conv2d_pack(weight: Tensor | PackedTensor, *, groups: int = 1) -> Tensor | None:
     """Rearrange the signs of filters once for the native kernel, for the ``packed`` argument of ``binary_conv2d``.
 
@@ -65,15 +93,19 @@ def binary_conv2d_pack(weight: Tensor | PackedTensor, *, groups: int = 1) -> Ten
         groups (int): as it will be given to ``binary_conv2d``.
 
     Returns:
-        Tensor[bytes] (uint8), good for this instruction set only and checked on use; None where no native kernel takes
-        these filters, and then ``packed=None`` is right.
+        Tensor[bytes] (uint8), good for this instruction set only and checked on use; on CUDA good for every device, and
+        of filters of the same number of bytes but other sizes it gives NaN, −2³¹ or bits that are all 0. None where no
+        native kernel takes these filters, and then ``packed=None`` is right.
     """
     words = isinstance(weight, PackedTensor)
     tensor = weight.words if isinstance(weight, PackedTensor) else weight
     if not words:
         checks.tensor(f"{OP}_pack", "weight", tensor, 4, "[K, C/groups, R, S]")
-    if not PRESENT or tensor.device.type != "cpu":
+    on_cuda = tensor.device.type == "cuda" and "cuda" in extension.facts()
+    if not PRESENT or not (on_cuda or tensor.device.type == "cpu"):
         return None
+    if on_cuda:
+        tensor = _signs_in_float32(tensor)
     channels = (weight.channels if isinstance(weight, PackedTensor) else int(tensor.shape[1])) * groups
     return torch.ops.basisconv.binary_conv2d_pack.default(tensor.detach(), words, channels, groups, FORMAT)
 
@@ -111,7 +143,10 @@ def _fake_forward(
 
 def _fake_pack(weight: Tensor, words: bool, channels: int, groups: int, format: int) -> Tensor:
     sizes = (int(weight.shape[0]), int(weight.shape[2]), int(weight.shape[3]))
-    count = torch.ops.basisconv.binary_conv2d_packed_bytes.default(*sizes, channels, groups)
+    ops = torch.ops.basisconv
+    cuda = weight.device.type == "cuda"
+    packed_bytes = ops.binary_conv2d_cuda_packed_bytes if cuda else ops.binary_conv2d_packed_bytes
+    count = packed_bytes.default(*sizes, channels, groups)
     return weight.new_empty(count, dtype=torch.uint8)
 
 

@@ -40,12 +40,27 @@ def _cpu_supports(problem: Any) -> list[str]:
     return against
 
 
+def _cuda_supports(problem: Any) -> list[str]:
+    against = []
+    if problem.device != "cuda":
+        against.append(f"runs on CUDA devices, the tensor is on {problem.device}")
+    if problem.dtype not in native.DTYPES:
+        against.append(f"has no {problem.dtype} kernel")
+    return against
+
+
 def _reference_supports(problem: Any) -> list[str]:
     return []
 
 
 CANDIDATES = (
     Candidate("cpu", "basisconv_kernels.ops.bitpack_native:forward", _cpu_supports),
+    Candidate(
+        "cuda",
+        "basisconv_kernels.ops.bitpack_native:forward",
+        _cuda_supports,
+        check="basisconv_kernels.ops.bitpack_selfcheck:cuda",
+    ),
     Candidate("reference", "basisconv_kernels.reference.bitpack:forward", _reference_supports),
 )
 

@@ -15,7 +15,7 @@ PRESENT = extension.load() is None
 
 
 def forward(input: Tensor, threshold: Threshold | None, planes: int, encoding: str) -> Tensor:
-    """The torch op that C++ registers for the CPU."""
+    """The torch op that C++ registers for the CPU and for CUDA."""
     value, flip = (None, None) if threshold is None else (threshold.value, threshold.flip)
     arguments = (input, value, flip, planes, encoding == "unsigned")
     if torch.compiler.is_compiling():

@@ -43,6 +43,12 @@ def _reference_supports(problem: StackedBinaryConv2dProblem) -> list[str]:
 
 CANDIDATES = (
     Candidate("cpu", "basisconv_kernels.ops.stacked_binary_conv2d_native:forward", _cpu_supports),
+    Candidate(
+        "cuda",
+        "basisconv_kernels.ops.stacked_binary_conv2d_native:forward_on_cuda",
+        native.cuda_supports,
+        check="basisconv_kernels.ops.stacked_binary_conv2d_native:cuda_check",
+    ),
     Candidate("reference", "basisconv_kernels.reference.stacked_binary_conv2d:forward", _reference_supports),
 )
 

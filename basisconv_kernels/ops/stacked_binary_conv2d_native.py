@@ -15,8 +15,12 @@ from basisconv_kernels.core.checks import Pair, Quad
 from basisconv_kernels.core.layout import memory_format
 from basisconv_kernels.core.packed import PackedTensor, unpack_planes
 from basisconv_kernels.core.problem import dtype_name
+from basisconv_kernels.core.selfcheck import Check
 from basisconv_kernels.ops import binary_conv2d_native as binary
+from basisconv_kernels.ops import binary_conv2d_selfcheck
+from basisconv_kernels.reference.binary_conv2d_problem import BinaryConv2dProblem
 from basisconv_kernels.reference.stacked_binary_conv2d import Settings, stacked_filters
+from basisconv_kernels.reference.stacked_binary_conv2d_problem import StackedBinaryConv2dProblem
 
 OP = "stacked_binary_conv2d"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -66,6 +70,41 @@ def numbers(bank: Tensor, index: Tensor, settings: Settings) -> tuple[Any, ...]:
     return (
         (n, low, R, S), tuple(index.shape), settings.stride, settings.padding, settings.dilation, settings.groups, mode,
         settings.activation,
+    )  # fmt: skip
+
+
+def forward_on_cuda(
+    input: Tensor,
+    bank: Tensor,
+    index: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    packed: Tensor | None,
+    settings: Settings,
+) -> Tensor:
+    """Signs and codes with full filters: at one bit their products cost less than adding up maps of a bank."""
+    return _popcounts(input, bank, index, scale, bias, packed, settings)
+
+
+def cuda_supports(problem: StackedBinaryConv2dProblem) -> list[str]:
+    """The reasons against the CUDA kernels of ``binary_conv2d``."""
+    if not isinstance(problem, StackedBinaryConv2dProblem):  # a plain layer, open in its mode: it says what it can
+        return [*binary.cuda_supports(problem), "takes signs and codes only"]
+    against = binary.cuda_supports(_with_full_filters(problem))
+    return against if problem.mode != "real" else [*against, "takes signs and codes only, here are real numbers"]
+
+
+def cuda_check(problem: StackedBinaryConv2dProblem) -> Check:
+    """The check of the kernels that run."""
+    return binary_conv2d_selfcheck.cuda(_with_full_filters(problem))
+
+
+def _with_full_filters(problem: StackedBinaryConv2dProblem) -> BinaryConv2dProblem:
+    p = problem
+    return BinaryConv2dProblem(
+        C=p.C, K=p.K, R=p.R, S=p.S, N=p.N, H=p.H, W=p.W, stride=p.stride, padding=p.padding, dilation=p.dilation,
+        groups=p.groups, planes=p.planes, unsigned=p.mode == "codes", dtype=p.dtype, device=p.device,
+        channels_last=p.channels_last, activation=p.activation,
     )  # fmt: skip
 
 
@@ -128,18 +167,22 @@ def stacked_binary_conv2d_pack(
 
     Returns:
         Tensor[bytes] (uint8), still bits, good for this instruction set only and checked on use; None where no native
-        kernel exists, and then ``packed=None`` is right. Where full filters cost less than stacking maps (a bank of
-        about K filters or more), they are what is packed: ``stacked_binary_conv2d_form`` says which.
+        kernel exists (on CUDA for real input), and then ``packed=None`` is right. Where full filters cost less than
+        stacking maps (a bank of about K filters or more), they are what is packed: ``stacked_binary_conv2d_form`` says
+        which.
 
     Raises:
         RuntimeError: bank values other than ±1, or an index out of range.
     """
-    if not PRESENT or bank.device.type != "cpu":
+    on_cuda = bank.device.type == "cuda"
+    if not PRESENT or not (on_cuda or bank.device.type == "cpu"):
         return None
     packed = isinstance(bank, PackedTensor)
     values = bank.words if isinstance(bank, PackedTensor) else bank
     low = bank.channels if isinstance(bank, PackedTensor) else bank.shape[1]
-    if binarize_input and by_popcount(values.shape[0], index.shape[0], groups):
+    if on_cuda and not binarize_input:
+        return None
+    if on_cuda or (binarize_input and by_popcount(values.shape[0], index.shape[0], groups)):
         return binary.binary_conv2d_pack(_full_filters(values, index, packed, low), groups=groups)
     return _pack(values, index, packed, low, groups)
 

@@ -100,7 +100,7 @@ def _placed(values: Tensor, view: str, channels_last: bool) -> Tensor:
     if channels_last:
         values = values.contiguous(memory_format=torch.channels_last)
     if view == "offset":
-        flat = torch.empty(values.numel() + 1, dtype=values.dtype)
+        flat = torch.empty(values.numel() + 1, dtype=values.dtype, device=values.device)
         out = flat[1:].as_strided(values.shape, values.stride(), 1)
         return out.copy_(values)
     if view == "sliced":
@@ -147,7 +147,10 @@ def settings_of(case: BinaryCase, output: str = "int32") -> reference.Settings:
 
 
 def make_binary_inputs(case: BinaryCase, seed: int = 0) -> BinaryInputs:
-    """The operands of a case, the same for the same seed; among real values are both zeros, NaN and infinities."""
+    """The operands of a case, the same for the same seed; among real values are both zeros, NaN and infinities.
+
+    All is made and computed on the CPU, then put on the device of the problem.
+    """
     p = case.problem
     generator = torch.Generator().manual_seed(seed)
 
@@ -162,10 +165,11 @@ def make_binary_inputs(case: BinaryCase, seed: int = 0) -> BinaryInputs:
     if p.planes:
         codes = torch.randint(2**p.planes, (p.N, p.C, p.H, p.W), generator=generator)
         bits = torch.stack([(codes >> plane) & 1 for plane in range(p.planes)], 1).bool()
-        input = PackedTensor(pack_planes(bits), p.C, p.planes, "unsigned" if p.unsigned else "sign")
-        operand = input.words
+        words = PackedTensor(pack_planes(bits), p.C, p.planes, "unsigned" if p.unsigned else "sign")
+        operand, input = words.words, words.to(p.device)
     else:
-        input = operand = _placed(normal(p.N, p.C, p.H, p.W), case.view, p.channels_last)
+        made = normal(p.N, p.C, p.H, p.W)
+        operand, input = (_placed(made.to(device), case.view, p.channels_last) for device in ("cpu", p.device))
     settings = settings_of(case)
     values, signs = reference.input_values(operand, settings), reference.weight_signs(weight, settings)
     sums = reference.integer_sums(values, signs, settings)
@@ -176,12 +180,12 @@ def make_binary_inputs(case: BinaryCase, seed: int = 0) -> BinaryInputs:
     near = torch.where(extreme == 0, INT32.min, torch.where(extreme == 1, INT32.max, near)).to(torch.int32)
     return BinaryInputs(
         input,
-        weight,
-        torch.randn(p.K, generator=generator, dtype=torch.float64).to(p.dtype),
-        torch.randn(p.K, generator=generator, dtype=torch.float64).to(p.dtype) * 3,
-        torch.rand(p.N, 1, oh, ow, generator=generator, dtype=torch.float64).to(p.dtype),
-        Threshold(near, torch.randint(2, (p.K,), generator=generator).bool()),
-        sums,
+        weight.to(p.device),
+        torch.randn(p.K, generator=generator, dtype=torch.float64).to(p.device, p.dtype),
+        torch.randn(p.K, generator=generator, dtype=torch.float64).to(p.device, p.dtype) * 3,
+        torch.rand(p.N, 1, oh, ow, generator=generator, dtype=torch.float64).to(p.device, p.dtype),
+        Threshold(near.to(p.device), torch.randint(2, (p.K,), generator=generator).bool().to(p.device)),
+        sums.to(p.device),
     )
 
 
@@ -264,7 +268,8 @@ def check_pack(case: BinaryCase, kernel: Callable[..., PackedTensor], *, seed: i
     generator = torch.Generator().manual_seed(seed)
     real = torch.randn(p.C, generator=generator)
     real[real > 1.5], real[real < -1.5] = torch.nan, -torch.inf
-    thresholds = Threshold(real, torch.randint(2, (p.C,), generator=generator).bool())
+    flip = torch.randint(2, (p.C,), generator=generator).bool()
+    thresholds = Threshold(real.to(p.device), flip.to(p.device))
     with poisoned_allocations():
         for threshold, bits, unsigned in ((None, 1, None), (thresholds, 1, None), (None, 1, True), (None, 3, None)):
             got = kernel(inputs.input, threshold=threshold, bits=bits, unsigned=unsigned)

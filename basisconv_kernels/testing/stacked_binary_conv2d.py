@@ -182,8 +182,9 @@ def make_stacked_inputs(case: StackedCase, seed: int = 0, *, values: str = "rand
     input: Tensor | PackedTensor
     if p.planes:
         codes = torch.randint(2**p.planes, shape, generator=generator)
-        planes = torch.stack([(codes >> plane) & 1 for plane in range(p.planes)], 1).bool().to(p.device)
-        input = PackedTensor(pack_planes(planes), p.C, p.planes, "unsigned" if p.mode == "codes" else "sign")
+        planes = torch.stack([(codes >> plane) & 1 for plane in range(p.planes)], 1).bool()
+        encoding = "unsigned" if p.mode == "codes" else "sign"
+        input = PackedTensor(pack_planes(planes), p.C, p.planes, encoding).to(p.device)
         operand = input.words
     else:
         exact = whole(shape, 100) if grid else torch.randn(shape, generator=generator, dtype=torch.float64)

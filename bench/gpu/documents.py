@@ -21,7 +21,7 @@ PROVEN: tuple[tuple[str, str, str, Callable[[str, str], bool]], ...] = (
     (
         "Triton kernels",
         "float32, float16: forward, gradients, every row of the table",
-        "every row, four architectures",
+        "every row, four architectures; gradients in five layouts",
         lambda part, backend: "tucker" not in part and (backend == "triton" or part.startswith("tests/triton")),
     ),
     (
@@ -44,6 +44,16 @@ PROVEN: tuple[tuple[str, str, str, Callable[[str, str], bool]], ...] = (
             "tucker" not in part
             and backend in ("cuda", "")
             and part.startswith(("tests/gpu/test_cuda", "tests/ops/test_basis"))
+        ),
+    ),
+    (
+        "`binary_conv2d`, `bitpack`, stacked filters of bits, on CUDA",
+        "every template, in three orders of the threads",
+        "sm_80, sm_90",
+        lambda part, backend: (
+            backend in ("cuda", "")
+            and part.startswith(("tests/gpu/test_binary", "tests/ops/test_b", "tests/ops/test_stacked"))
+            and not part.startswith("tests/ops/test_basis")
         ),
     ),
     ("wrappers", "by definition, with the same tests", "sm_90a", lambda part, _: part == "tests/gpu/test_wrappers.py"),

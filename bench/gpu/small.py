@@ -40,6 +40,20 @@ def _tucker(backend: str) -> None:
     testing.check_tucker(case, functools.partial(tucker_conv2d, backend=backend))
 
 
+def _bits(**changes: Any) -> None:
+    import torch
+
+    from basisconv_kernels import binary_conv2d, bitpack, testing
+    from basisconv_kernels.reference.binary_conv2d_problem import BinaryConv2dProblem
+
+    sizes = {**SIZES, "C": 70, "dtype": torch.bfloat16, "device": "cuda", "channels_last": True, **changes}
+    sizes.pop("Q")
+    case = testing.BinaryCase("small", "", BinaryConv2dProblem(**sizes))
+    testing.check_binary(case, functools.partial(binary_conv2d, backend="cuda"))
+    if not case.problem.planes:
+        testing.check_pack(case, functools.partial(bitpack, backend="cuda"))
+
+
 # The sm_90a kernel wants channels_last; NCHW is what sends a call to sm_80's on any device.
 CALLS: dict[str, Callable[[], None]] = {
     "cuda": functools.partial(_basis, "cuda"),
@@ -48,6 +62,9 @@ CALLS: dict[str, Callable[[], None]] = {
     "triton_descriptors": functools.partial(_basis, "triton"),
     "triton_pointers": functools.partial(_basis, "triton", C=20, stride=(2, 1)),
     "triton_gradients": functools.partial(_basis, "triton", gradients=True),
+    "binary_cuda": functools.partial(_bits, C=60, K=60, groups=3, channels_last=False),
+    "binary_cuda_pieces": functools.partial(_bits, C=256, K=64),
+    "binary_cuda_codes_strided": functools.partial(_bits, K=16, planes=2, unsigned=True, stride=(5, 6)),
     "tucker_cuda": functools.partial(_tucker, "cuda"),
     "tucker_triton": functools.partial(_tucker, "triton"),
 }

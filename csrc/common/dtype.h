@@ -33,7 +33,8 @@ static inline float float_of(uint32_t bits) {
 static inline float to_float(float value) { return value; }
 static inline float to_float(bf16 value) { return detail::float_of(static_cast<uint32_t>(value.bits) << 16); }
 
-// IEEE binary16 → binary32. Multiplying by 2^112 moves the exponent and makes subnormals exact; Inf and NaN keep theirs.
+// IEEE binary16 → binary32. Multiplying by 2^112 moves the exponent and makes subnormals exact; Inf and NaN keep
+// theirs.
 static inline float to_float(f16 value) {
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
   const uint32_t magnitude = static_cast<uint32_t>(value.bits & 0x7fffu) << 13;

@@ -1,18 +1,9 @@
 // The CUDA kernels of basis_conv2d, free of torch: what the glue calls. All pointers are device memory.
 #pragma once
 #include "../ops/basis_conv2d.h"
+#include "facts.h"
 
 namespace basisconv {
-
-// What a choice needs to know of the device. Numbers, so that every choice can be tested where there is none.
-struct CudaDevice {
-  int capability;    // 10 * major + minor
-  int shared_bytes;  // of one block, the limit that a kernel may ask for
-  int multiprocessors;
-};
-
-// Null on success. The attributes are asked for once a device and process.
-const char* cuda_device(int index, CudaDevice* found);
 
 struct CudaBasisConv2d {
   BasisConv2dParams params;  // `packed` begins with the tag; `bias` is not looked at

@@ -2,7 +2,7 @@
 #include <atomic>
 #include <utility>
 
-#include "basis_conv2d.h"
+#include "facts.h"
 
 namespace basisconv {
 

@@ -130,13 +130,16 @@ struct BinaryCall {
 
 Tensor run(const BinaryCall& call, const Tensor* packed, const BinarySettings& settings, Memory memory) {
   const auto& [input, weight, scale, bias, pixel_scale, threshold, flip] = call;
+  const auto on_cpu = [](const std::optional<Tensor>& t) { return !t || t->is_cpu(); };
+  STD_TORCH_CHECK(input.is_cpu() && weight.is_cpu() && on_cpu(scale) && on_cpu(bias) && on_cpu(pixel_scale) &&
+                      on_cpu(threshold) && on_cpu(flip),
+                  "binary_conv2d: all tensors must be on the CPU");
   BinaryConv2dParams p{};
   p.weights = describe(weight, settings.packed_weight != 0, settings.channels, settings.groups);
   const BinaryConv2dWeights& w = p.weights;
   fill_input(p, input, settings.encoding);
   fill_settings(p, settings);
-  const int64_t most_sum = w.C / w.groups * w.R * w.S * (p.codes ? (1 << p.planes) - 1 : 1);
-  STD_TORCH_CHECK(most_sum <= 0x1fffffff, "binary_conv2d: sums and their tables do not fit into int32");
+  check_sums(p);
   p.channels_last = settings.encoding != 0 || is_channels_last(input);
   const ScalarType type = scalar_of(p.output_type);
   std::optional<Tensor> made;
@@ -156,18 +159,12 @@ Tensor run(const BinaryCall& call, const Tensor* packed, const BinarySettings& s
     p.scale = scales.emplace(scale, w.K, 1.0f, "scale").values;
     p.bias = biases.emplace(bias, w.K, 0.0f, "bias").values;
     if (pixel_scale) {
-      STD_TORCH_CHECK(pixel_scale->dim() == 4 && pixel_scale->size(0) == p.N && pixel_scale->size(1) == 1 &&
-                          pixel_scale->size(2) == p.OH && pixel_scale->size(3) == p.OW && pixel_scale->is_cpu(),
-                      "binary_conv2d: pixel_scale must be [N, 1, OH, OW] on the CPU");
+      check_pixel_scale(p, *pixel_scale);
       pixels = as_float(*pixel_scale);
       p.pixel_scale = static_cast<const float*>(pixels->const_data_ptr());
     }
   }
-  STD_TORCH_CHECK(
-      !threshold || (flip && threshold->dim() == 1 && flip->dim() == 1 && threshold->size(0) == w.K &&
-                     flip->size(0) == w.K && threshold->is_cpu() && flip->is_cpu() &&
-                     threshold->scalar_type() == ScalarType::Int && flip->scalar_type() == ScalarType::Bool),
-      "binary_conv2d: threshold must be [K] in int32 and flip [K] in bool");
+  check_threshold(threshold, flip, w.K);
   if (p.N == 0) return result;
 
   const Isa isa = isa_in_use();

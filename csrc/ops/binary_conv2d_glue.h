@@ -1,5 +1,5 @@
-// The torch glue of binary_conv2d up to the params: what torch hands over, checked. Included by binary_conv2d.cpp
-// alone; LibTorch stable ABI only.
+// The torch glue of binary_conv2d up to the params, for all devices: what torch hands over, checked. Included by
+// csrc/ops/*.cpp alone; LibTorch stable ABI only.
 #pragma once
 #include "binary_conv2d.h"
 #include "bitpack.h"
@@ -15,8 +15,8 @@ namespace basisconv {
 
 // `weight` is real filters [K, C/groups, R, S], or words [K, 1, R, S, words_for(C/groups)].
 inline BinaryConv2dWeights describe(const Tensor& weight, bool words, int64_t channels, int64_t groups) {
-  STD_TORCH_CHECK(weight.is_cpu() && weight.dim() == (words ? 5 : 4),
-                  "binary_conv2d: weight must be [K, C/groups, R, S], or words [K, 1, R, S, n], on the CPU");
+  STD_TORCH_CHECK(weight.dim() == (words ? 5 : 4),
+                  "binary_conv2d: weight must be [K, C/groups, R, S], or words [K, 1, R, S, n]");
   STD_TORCH_CHECK(groups > 0 && channels > 0 && channels % groups == 0 && weight.size(0) % groups == 0,
                   "binary_conv2d: channels and K must be divisible by groups");
   BinaryConv2dWeights w{};
@@ -123,17 +123,17 @@ inline void fill_input(BinaryConv2dParams& p, const Tensor& input, int64_t encod
   p.planes = 1;
   if (encoding != 0) {
     p.codes = encoding == 2;
-    STD_TORCH_CHECK(input.dim() == 5 && input.is_cpu() && input.is_contiguous() &&
-                        input.scalar_type() == ScalarType::Int && input.size(1) >= 1 &&
-                        input.size(1) <= (p.codes ? 4 : 1) && input.size(4) == words_for(p.weights.C),
-                    "binary_conv2d: packed input must be dense int32 words [N, planes, H, W, words] on the CPU");
+    STD_TORCH_CHECK(input.dim() == 5 && input.is_contiguous() && input.scalar_type() == ScalarType::Int &&
+                        input.size(1) >= 1 && input.size(1) <= (p.codes ? 4 : 1) &&
+                        input.size(4) == words_for(p.weights.C),
+                    "binary_conv2d: packed input must be dense int32 words [N, planes, H, W, words]");
     p.input_type = BinaryInput::packed;
     p.planes = static_cast<int32_t>(input.size(1));
     p.H = input.size(2);
     p.W = input.size(3);
   } else {
-    STD_TORCH_CHECK(input.dim() == 4 && input.is_cpu() && input.size(1) == p.weights.C,
-                    "binary_conv2d: input must be [N, C, H, W] on the CPU, with the channels of weight");
+    STD_TORCH_CHECK(input.dim() == 4 && input.size(1) == p.weights.C,
+                    "binary_conv2d: input must be [N, C, H, W], with the channels of weight");
     const ScalarType type = input.scalar_type();
     STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
                     "binary_conv2d: a real input must be float32, bfloat16 or float16 in the native op");
@@ -175,6 +175,25 @@ inline void fill_settings(BinaryConv2dParams& p, const BinarySettings& s) {
   STD_TORCH_CHECK(free_h >= 0 && free_w >= 0, "binary_conv2d: the padded input is smaller than the dilated kernel");
   p.OH = free_h / p.stride_h + 1;
   p.OW = free_w / p.stride_w + 1;
+}
+
+inline void check_sums(const BinaryConv2dParams& p) {
+  const BinaryConv2dWeights& w = p.weights;
+  const int64_t most_sum = w.C / w.groups * w.R * w.S * (p.codes ? (1 << p.planes) - 1 : 1);
+  STD_TORCH_CHECK(most_sum <= 0x1fffffff, "binary_conv2d: sums and their tables do not fit into int32");
+}
+
+inline void check_threshold(const std::optional<Tensor>& threshold, const std::optional<Tensor>& flip, int64_t K) {
+  STD_TORCH_CHECK(!threshold || (flip && threshold->dim() == 1 && flip->dim() == 1 && threshold->size(0) == K &&
+                                 flip->size(0) == K && threshold->scalar_type() == ScalarType::Int &&
+                                 flip->scalar_type() == ScalarType::Bool),
+                  "binary_conv2d: threshold must be [K] in int32 and flip [K] in bool");
+}
+
+inline void check_pixel_scale(const BinaryConv2dParams& p, const Tensor& pixel_scale) {
+  STD_TORCH_CHECK(pixel_scale.dim() == 4 && pixel_scale.size(0) == p.N && pixel_scale.size(1) == 1 &&
+                      pixel_scale.size(2) == p.OH && pixel_scale.size(3) == p.OW,
+                  "binary_conv2d: pixel_scale must be [N, 1, OH, OW]");
 }
 
 }  // namespace basisconv

@@ -23,9 +23,9 @@ CurrentStream look_up() {
 
 void* current_cuda_stream(int32_t device) {
   static const CurrentStream current = look_up();
-  STD_TORCH_CHECK(current != nullptr, "basis_conv2d: no ", kName, " in ", kLibrary, "; is this torch built with CUDA?");
+  STD_TORCH_CHECK(current != nullptr, "no ", kName, " in ", kLibrary, "; is this torch built with CUDA?");
   void* stream = nullptr;
-  STD_TORCH_CHECK(current(device, &stream) == 0, "basis_conv2d: torch has no current stream");
+  STD_TORCH_CHECK(current(device, &stream) == 0, "torch has no current CUDA stream");
   return stream;
 }
 

@@ -31,6 +31,8 @@ HERE = {
     for pattern in STARRED
     if "cuda" not in pattern and "triton" not in pattern
 } | {
+    "csrc/cuda/bitpack.cu",
+    "csrc/cuda/binary_conv2d.cu",
     "basisconv_kernels/reference/tucker_conv2d.py",
     "basisconv_kernels/ops/tucker_conv2d.py",
     "basisconv_kernels/layers/tucker_conv2d.py",

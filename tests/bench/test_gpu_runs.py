@@ -375,4 +375,11 @@ def test_the_probe_has_every_size():
     text = probe_source.text()
     for kind, sizes in probe_source.SIZES.items():
         assert all(f"struct {kind}_{N} " in text for N in sizes)
-    assert set(small.CALLS) >= {"cuda", "cuda_sm80", "triton_descriptors", "triton_pointers", "triton_gradients"}
+    assert set(small.CALLS) >= {
+        "cuda",
+        "cuda_sm80",
+        "triton_descriptors",
+        "triton_pointers",
+        "triton_gradients",
+        "binary_cuda",
+    }

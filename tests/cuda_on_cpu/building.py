@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
@@ -74,3 +75,25 @@ def _compile(path: Path, sources: list[Path], options: list[str]) -> None:
     assert done.returncode == 0, done.stderr
     linked.replace(path)  # whole or not at all: another process may be building the same
     shutil.rmtree(scratch)
+
+
+def plant(root: Path, faults: Iterable[tuple[str, str, str]]) -> Path:
+    """Copy the sources to ``root`` and plant faults, each behind its number (from 1) in the variable ``planted``.
+
+    Args:
+        faults: file in ``csrc/cuda``, the right text, the wrong one in which "#" is the number.
+
+    Returns:
+        Path: the folder of the planted kernels.
+    """
+    for part in ("csrc", "tests/cuda_on_cpu"):
+        shutil.copytree(ROOT / part, root / part)
+    folder = root / "csrc" / "cuda"
+    for number, (name, right, wrong) in enumerate(faults, 1):
+        source = folder / name
+        text = source.read_text(encoding="utf-8")
+        assert text.count(right) == 1, right
+        source.write_text(text.replace(right, wrong.replace("#", str(number))), encoding="utf-8")
+    fibers = root / "tests" / "cuda_on_cpu" / "fibers.h"
+    fibers.write_text("#pragma once\ninline int planted = 0;\n" + fibers.read_text(encoding="utf-8"), encoding="utf-8")
+    return folder

@@ -9,6 +9,7 @@ import pytest
 from tests.cuda_on_cpu import building
 
 KERNELS = sorted(building.CUDA.glob("basis_conv2d*.cu"))
+BITS = [building.CUDA / "bitpack.cu", *sorted(building.CUDA.glob("binary_conv2d*.cu"))]
 
 
 @pytest.fixture(scope="session")
@@ -16,3 +17,9 @@ def module() -> ModuleType:
     """The kernels and the primitives as they are."""
     own = [building.HERE / "primitives.cu", building.HERE / "module.cpp"]
     return building.build("basisconv_emulated", [*KERNELS, *own])
+
+
+@pytest.fixture(scope="session")
+def binary_module() -> ModuleType:
+    """The kernels of bits as they are."""
+    return building.build("basisconv_binary", [*BITS, building.HERE / "binary_module.cpp"])

@@ -1,5 +1,5 @@
 // The threads of a block as fibers on one thread of the machine; the blocks of a grid run one after another, those of a
-// cluster together.
+// cluster together, the last first where the order is reversed.
 //
 // One fiber runs until it has to wait, then the first, the last or a random one that can go on (`Order`). That is
 // further apart than hardware lets threads drift, so what depends on a missing barrier differs between the orders.
@@ -36,8 +36,14 @@
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
 };
+struct alignas(8) int2 {
+  int x, y;
+};
 struct alignas(8) uint2 {
   uint32_t x, y;
+};
+struct alignas(16) int4 {
+  int x, y, z, w;
 };
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
@@ -245,15 +251,13 @@ const char* launch_clusters(void (*kernel)(P...), dim3 grid, int blocks, dim3 th
   blockDim = threads;
   block.random = 1;
   block.body = [&] { kernel(arguments...); };
-  for (unsigned z = 0; z < grid.z; ++z) {
-    for (unsigned y = 0; y < grid.y; ++y) {
-      for (unsigned x = 0; x < grid.x; x += blocks) {
-        first_block = x;
-        blockIdx = {x, y, z};
-        memset(shared_of_cluster, 0xFF, all);
-        run_blocks(blocks);
-      }
-    }
+  const uint64_t clusters = uint64_t{grid.x} / blocks * grid.y * grid.z, across = grid.x / blocks;
+  for (uint64_t i = 0; i < clusters; ++i) {
+    const uint64_t at = order == Order::reversed ? clusters - 1 - i : i;
+    first_block = static_cast<unsigned>(at % across * blocks);
+    blockIdx = {first_block, static_cast<unsigned>(at / across % grid.y), static_cast<unsigned>(at / across / grid.y)};
+    memset(shared_of_cluster, 0xFF, all);
+    run_blocks(blocks);
   }
   return nullptr;
 }

@@ -6,7 +6,6 @@ The sources are copied, all faults are planted at once, each behind a number, an
 from __future__ import annotations
 
 import re
-import shutil
 
 import pytest
 
@@ -78,21 +77,12 @@ FAULTS = {
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
     root = tmp_path_factory.mktemp("planted")
-    for part in ("csrc", "tests/cuda_on_cpu"):
-        shutil.copytree(building.ROOT / part, root / part)
-    folder = root / "csrc" / "cuda"
-    for number, (name, right, wrong) in enumerate(FAULTS.values(), 1):
-        source = folder / name
-        text = source.read_text(encoding="utf-8")
-        assert text.count(right) == 1, right
-        source.write_text(text.replace(right, wrong.replace("#", str(number))), encoding="utf-8")
+    folder = building.plant(root, FAULTS.values())
     for name in (SM80, SM90A):  # one kernel each, for bfloat16, is enough and a quarter of the compiling
         text = (folder / name).read_text(encoding="utf-8")
         text = re.sub(r"(launch_(?:sm80|shape)<T), \d+", r"\1, 64", text)
         text = re.sub(r"basis_conv2d_sm80<T, Q16, true>", "basis_conv2d_sm80<T, Q16, false>", text)
         (folder / name).write_text(text.replace("launch_filters<f16>", "launch_filters<bf16>"), encoding="utf-8")
-    fibers = root / "tests" / "cuda_on_cpu" / "fibers.h"
-    fibers.write_text("#pragma once\ninline int planted = 0;\n" + fibers.read_text(encoding="utf-8"), encoding="utf-8")
     sources = [*sorted(folder.glob("basis_conv2d*.cu")), root / "tests" / "cuda_on_cpu" / "module.cpp"]
     return building.build("basisconv_planted", sources, "-DPLANTED", root=root)
 

@@ -25,6 +25,10 @@ KERNELS = {
     "sm_80": ("basis_conv2d_sm80.cu", "80"),
     "sm_90a": ("basis_conv2d_sm90a.cu", "90a"),
     "packing": ("basis_conv2d.cu", "80"),
+    "bits_sm_80": ("binary_conv2d_sm80.cu", "80"),
+    "bits_sm_90": ("binary_conv2d_sm80.cu", "90"),
+    "packing_of_filters": ("binary_conv2d.cu", "80"),
+    "packing_of_bits": ("bitpack.cu", "80"),
 }
 # float16 differs from bfloat16 in one conversion: it and ``precise``, most of the time, are left to the long run.
 SHORTER = (("launch_filters<f16>", "launch_filters<bf16>"), ("<T, Q16, true>", "<T, Q16, false>"))
@@ -53,14 +57,13 @@ def disassembler(name: str) -> str:
 
 
 def short(mangled: str) -> str:
-    """``basis_conv2d_sm80 bf16 64 precise`` or ``basis_conv2d_sm90a bf16 64 shared out 9`` from a mangled name."""
-    name = re.search(r"\d(basis_conv2d_(?:sm\d+a?|pack))I", mangled)
+    """``basis_conv2d_sm90a bf16 64 9 1 shared out`` or ``binary_conv2d_sm80 2 8`` from a mangled name."""
+    name = re.search(r"\d((?:basis|binary)_conv2d_(?:sm\d+a?|pack(?:_[a-z]+?)?)|bitpack_[a-z]+?)(?:I|EN)", mangled)
     assert name, mangled
-    dtype = re.search(r"(b?f16)E", mangled)
-    filters, flag = re.search(r"Li(\d+)E", mangled), "shared out" if "sm90a" in name[1] else "precise"
-    words = [name[1], dtype[1] if dtype else "", filters[1] if filters else "", flag * ("Lb1E" in mangled)]
-    words += ["9"] * ("Li9E" in mangled) + ["two"] * ("Li2E" in mangled)
-    return " ".join(filter(None, words))
+    dtype = re.search(r"(b?f16)E|_[a-z]+I([fi])L", mangled)
+    numbers, flag = re.findall(r"Li(\d+)E", mangled), "shared out" if "sm90a" in name[1] else "precise"
+    words = [name[1], {"f": "f32", "i": "i32"}.get(dtype[2], dtype[1]) if dtype else "", *numbers]
+    return " ".join([*filter(None, words), *([flag] if "Lb1E" in mangled else [])])
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +127,8 @@ def test_nothing_spills_and_nothing_is_serialised(compiled, name):
 def test_registers_are_those_that_were_reviewed(compiled, name):
     version, sources = compiled
     reviewed = json.loads(REVIEWED.read_text(encoding="utf-8"))
-    found = {kernel: used["registers"] for kernel, used in resources(sources[name][0]).items()}
+    twice = " on sm_90" if name == "bits_sm_90" else ""  # the one source that two architectures compile here
+    found = {f"{kernel}{twice}": used["registers"] for kernel, used in resources(sources[name][0]).items()}
     if version not in reviewed:
         pytest.skip(f"nvcc {version} was not reviewed; {REVIEWED.name} has {', '.join(reviewed)}. Found: {found}")
     assert found == {kernel: n for kernel, n in reviewed[version].items() if kernel in found}
@@ -135,7 +139,17 @@ INSTRUCTIONS = {
     "sm_80": ({"HMMA", "LDSM", "LDGSTS"}, {"LDL", "STL"}),
     "sm_90a": ({"HGMMA", "LDSM", "UTMALDG", "UBLKCP", "SYNCS"}, {"HMMA", "LDL", "STL"}),
     "packing": (set(), {"LDL", "STL"}),
+    "bits_sm_80": ({"BMMA", "LDSM", "LDGSTS"}, {"LDL", "STL", "CALL"}),
+    "bits_sm_90": ({"BMMA", "LDSM", "LDGSTS"}, {"LDL", "STL", "CALL"}),
+    "packing_of_filters": (set(), {"LDL", "STL"}),
+    "packing_of_bits": (set(), {"LDL", "STL", "CALL"}),
 }
+
+
+def calls(function: str) -> list[str]:
+    """Calls of anything; for sm_80 ptxas leaves some loops by a call of the instruction behind the next."""
+    found = re.findall(r"^\s*/\*([0-9a-f]+)\*/\s+(?:@!?U?P\d+ )?CALL\S* (.*?);", function, re.MULTILINE)
+    return [to for at, to in found if to.strip() != f"{int(at, 16) + 32:#x}"]
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -146,5 +160,7 @@ def test_the_right_instructions(compiled, name):
     for function in functions:
         kernel = short(function.split("\n")[0])
         used = set(re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+ )?([A-Z0-9]+)", function, re.MULTILINE))
+        if not calls(function):
+            used.discard("CALL")
         assert wanted <= used, f"{kernel} lacks {wanted - used}"
         assert not unwanted & used, f"{kernel} has {unwanted & used}"

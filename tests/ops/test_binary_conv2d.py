@@ -17,19 +17,38 @@ from basisconv_kernels.ops.binary_conv2d import CANDIDATES
 from basisconv_kernels.reference.binary_conv2d_problem import BinaryConv2dProblem
 from basisconv_kernels.testing.binary_conv2d import VIEWS, BinaryCase, arguments
 
-AVAILABLE = [candidate.name for candidate in CANDIDATES if registry.absent(candidate.name) is None]
-backends = pytest.mark.parametrize("backend", AVAILABLE)
+DEVICE = {"cuda": "cuda"}  # of the tensors; the CPU for all others
+# A GPU's backends are listed anywhere and run where there is a device.
+AVAILABLE = [c.name for c in CANDIDATES if registry.absent(c.name) is None or c.name in DEVICE]
 # What a backend does differently by dtype: the native one in 16 bits, the reference in float64.
-DTYPES = {"cpu": (torch.float32, torch.bfloat16, torch.float16), "reference": (torch.float32, torch.float64)}
+NATIVE = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = {"cpu": NATIVE, "cuda": NATIVE, "reference": (torch.float32, torch.float64)}
+
+
+def marks(backend):
+    return [pytest.mark.gpu] if backend in DEVICE else []
+
+
+backends = pytest.mark.parametrize("backend", [pytest.param(name, marks=marks(name)) for name in AVAILABLE])
 backends_and_dtypes = pytest.mark.parametrize(
     ("backend", "dtype"),
     [
-        pytest.param(backend, dtype, id=f"{backend}-{str(dtype).removeprefix('torch.')}")
+        pytest.param(backend, dtype, id=f"{backend}-{str(dtype).removeprefix('torch.')}", marks=marks(backend))
         for backend in AVAILABLE
         for dtype in DTYPES.get(backend, (torch.float32,))
     ],
 )
 cases = pytest.mark.parametrize("case", testing.BINARY_CASES, ids=lambda case: case.name)
+
+
+def on(backend, case):
+    """The case with its tensors where the backend wants them."""
+    return case.at(device=DEVICE.get(backend, "cpu"))
+
+
+def there(backend, *values):
+    """Tensors where the backend wants them."""
+    return [value.to(DEVICE.get(backend, "cpu")) for value in values]
 
 
 def runs(backend, case):
@@ -42,7 +61,7 @@ def runs(backend, case):
 @backends_and_dtypes
 @cases
 def test_result(backend, dtype, case):
-    case = case.at(dtype=dtype)
+    case = on(backend, case.at(dtype=dtype))
     testing.check_binary(case, runs(backend, case))
 
 
@@ -53,6 +72,7 @@ def test_every_number_of_channels(backend, planes):
         case = testing.binary_case("odd_sizes").at(
             C=channels, K=1 + channels % 41, H=2, W=3, N=1, planes=planes, unsigned=planes > 1
         )
+        case = on(backend, case)
         testing.check_binary(case, runs(backend, case), seed=channels)
 
 
@@ -97,7 +117,7 @@ def test_any_geometry(backend, request):
     @settings(max_examples=count if backend == "cpu" else min(count, 40))
     @given(case=drawn(), seed=st.integers(0, 2**31))
     def check(case, seed):
-        testing.check_binary(case, functools.partial(binary_conv2d, backend=backend), seed=seed)
+        testing.check_binary(on(backend, case), functools.partial(binary_conv2d, backend=backend), seed=seed)
 
     check()
 
@@ -106,6 +126,7 @@ def test_any_geometry(backend, request):
 @cases
 def test_packed_operands_are_real_ones(backend, case):
     """Input and weight packed by ``bitpack``, in every combination, give the sums of real ones."""
+    case = on(backend, case)
     inputs = testing.make_binary_inputs(case)
     call = functools.partial(binary_conv2d, output="int32", backend=backend, **arguments(case))
     packed_input = inputs.input if case.problem.planes else bitpack(inputs.input)
@@ -127,6 +148,8 @@ def test_packed_to_packed_is_batchnorm_and_sign_between_layers(backend):
         for tensor in (norm.weight, norm.bias, norm.running_mean):
             tensor.copy_(torch.randn(50, generator=generator))
         norm.weight[::5] = 0
+    norm.to(DEVICE.get(backend, "cpu"))
+    x, first, second, scale = there(backend, x, first, second, scale)
     args = {"padding": 1, "backend": backend}
     with torch.no_grad():
         sums = binary_conv2d(x, first, output="int32", **args)
@@ -146,7 +169,7 @@ def test_packed_to_packed_is_batchnorm_and_sign_between_layers(backend):
 def test_scales_shared_by_filters(backend):
     generator = torch.Generator().manual_seed(1)
     x, weight = torch.randn(1, 40, 6, 7, generator=generator), torch.randn(8, 40, 3, 3, generator=generator)
-    group = torch.tensor([0, 0, 2, 1, 1, 1, 2, 0])
+    x, weight, group = there(backend, x, weight, torch.tensor([0, 0, 2, 1, 1, 1, 2, 0]))
     scale = filter_scale(weight, group)
     assert torch.allclose(scale[1], weight[[3, 4, 5]].abs().mean())
     shared = binary_conv2d(x, weight, scale, scale_group=group, backend=backend)
@@ -165,8 +188,8 @@ def test_magnitude_map_is_the_box_mean_of_the_magnitudes():
 @backends
 @pytest.mark.parametrize("autocast_to", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_casts_the_result_and_takes_signs_before(backend, autocast_to):
-    x, weight = torch.full((1, 3, 4, 4), -1e-12), torch.randn(2, 3, 3, 3)
-    with torch.autocast("cpu", dtype=autocast_to):
+    x, weight = there(backend, torch.full((1, 3, 4, 4), -1e-12), torch.randn(2, 3, 3, 3))
+    with torch.autocast(x.device.type, dtype=autocast_to):
         found = binary_conv2d(x, weight, backend=backend)
         packed = binary_conv2d(bitpack(x), weight, backend=backend)
     assert found.dtype == packed.dtype == autocast_to

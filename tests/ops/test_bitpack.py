@@ -13,13 +13,27 @@ from basisconv_kernels import BackendUnavailable, PackedTensor, Threshold, bitpa
 from basisconv_kernels.core import registry
 from basisconv_kernels.ops.bitpack import CANDIDATES
 
-AVAILABLE = [candidate.name for candidate in CANDIDATES if registry.absent(candidate.name) is None]
-backends = pytest.mark.parametrize("backend", AVAILABLE)
-DTYPES = {"cpu": (torch.float32, torch.bfloat16, torch.float16), "reference": (torch.float32, torch.float64)}
+DEVICE = {"cuda": "cuda"}  # of the tensors; the CPU for all others
+# A GPU's backends are listed anywhere and run where there is a device.
+AVAILABLE = [c.name for c in CANDIDATES if registry.absent(c.name) is None or c.name in DEVICE]
+NATIVE = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = {"cpu": NATIVE, "cuda": NATIVE, "reference": (torch.float32, torch.float64)}
+
+
+def listed(names):
+    return [pytest.param(name, marks=[pytest.mark.gpu] if name in DEVICE else []) for name in names]
+
+
+backends = pytest.mark.parametrize("backend", listed(AVAILABLE))
 backends_and_dtypes = pytest.mark.parametrize(
     ("backend", "dtype"),
     [
-        pytest.param(backend, dtype, id=f"{backend}-{str(dtype).removeprefix('torch.')}")
+        pytest.param(
+            backend,
+            dtype,
+            id=f"{backend}-{str(dtype).removeprefix('torch.')}",
+            marks=[pytest.mark.gpu] if backend in DEVICE else [],
+        )
         for backend in AVAILABLE
         for dtype in DTYPES.get(backend, (torch.float32,))
     ],
@@ -30,14 +44,16 @@ REAL = [case for case in testing.BINARY_CASES if not case.problem.planes]
 @backends_and_dtypes
 @pytest.mark.parametrize("case", REAL, ids=lambda case: case.name)
 def test_words(backend, dtype, case):
-    testing.check_pack(case.at(dtype=dtype), functools.partial(bitpack, backend=backend))
+    case = case.at(dtype=dtype, device=DEVICE.get(backend, "cpu"))
+    testing.check_pack(case, functools.partial(bitpack, backend=backend))
 
 
-@pytest.mark.parametrize("backend", [name for name in AVAILABLE if name != "reference"])
+@pytest.mark.parametrize("backend", listed(name for name in AVAILABLE if name != "reference"))
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
 def test_every_number_of_channels(backend, channels_last):
     for channels in range(1, 131):
         case = testing.binary_case("odd_sizes").at(C=channels, H=3, W=19, N=1, channels_last=channels_last)
+        case = case.at(device=DEVICE.get(backend, "cpu"))
         testing.check_pack(case, functools.partial(bitpack, backend=backend), seed=channels)
 
 
@@ -45,6 +61,7 @@ def test_every_number_of_channels(backend, channels_last):
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_codes_come_back(backend, dtype, bits):
     codes = torch.randint(2**bits, (2, 70, 5, 6), generator=torch.Generator().manual_seed(bits))
+    codes = codes.to(DEVICE.get(backend, "cpu"))
     for kind in (dtype, torch.int32, torch.uint8):
         if kind is torch.uint8 and backend != "reference":
             continue
@@ -62,7 +79,8 @@ def test_sums_are_packed_by_integer_thresholds(backend):
     value[:4] = torch.tensor([least, most, least, most])
     flip = torch.randint(2, (77,), generator=generator).bool()
     flip[:4] = torch.tensor([False, False, True, True])
-    threshold = Threshold(value, flip)
+    device = DEVICE.get(backend, "cpu")
+    sums, threshold = sums.to(device), Threshold(value.to(device), flip.to(device))
     for layout in (torch.contiguous_format, torch.channels_last):
         packed = bitpack(sums.contiguous(memory_format=layout), threshold=threshold, backend=backend)
         assert torch.equal(unpack(packed) > 0, threshold.bits(sums))
@@ -79,7 +97,7 @@ def test_unpack_has_the_dtype_and_the_layout_asked_for():
 @backends
 def test_no_pixels(backend):
     for shape in ((0, 5, 3, 4), (2, 5, 0, 4)):
-        assert bitpack(torch.zeros(shape), backend=backend).shape == shape
+        assert bitpack(torch.zeros(shape, device=DEVICE.get(backend, "cpu")), backend=backend).shape == shape
 
 
 def test_there_is_no_gradient():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import functools
 import importlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from hypothesis import strategies as st
 from basisconv_kernels import stacked_binary_conv2d, testing
 from basisconv_kernels.core import registry
 from basisconv_kernels.core.estimators import ESTIMATORS, slope
+from basisconv_kernels.ops import stacked_binary_conv2d as op
+from basisconv_kernels.ops import stacked_binary_conv2d_native as native
 from basisconv_kernels.ops.bitpack import bitpack
 from basisconv_kernels.ops.stacked_binary_conv2d import CANDIDATES
 from basisconv_kernels.reference.stacked_binary_conv2d_problem import StackedBinaryConv2dProblem
@@ -124,6 +127,29 @@ def test_nan_and_infinity_spread_as_in_plain_pytorch(kernel, name):
         got = kernel.run(*inputs.tensors, **case.arguments())
         assert torch.equal(got.isnan(), expected.isnan())
         assert torch.equal(got.isinf(), expected.isinf())
+
+
+BITS = [case for case in testing.STACKED_CASES if case.problem.mode != "real"]
+
+
+@dtypes
+@pytest.mark.parametrize("case", BITS, ids=lambda case: case.name)
+def test_what_runs_on_cuda_runs_here_on_the_native_kernels_of_the_cpu(case, dtype, monkeypatch):
+    """Full filters in ``binary_conv2d``: all of that backend but the kernel itself."""
+    if dtype == torch.float64 or not native.PRESENT:
+        pytest.skip("no native kernel")
+    monkeypatch.setitem(op._targets, "cpu", native.forward_on_cuda)
+    testing.check_stacked(case.at(dtype=dtype), functools.partial(stacked_binary_conv2d, backend="cpu"))
+
+
+def test_cuda_takes_signs_and_codes():
+    candidate = next(c for c in CANDIDATES if c.name == "cuda")
+    problem = StackedBinaryConv2dProblem(C=64, K=64, n=16, splits=2, mode="signs", device="cuda")
+    assert candidate.supports(problem) == []
+    assert candidate.supports(replace(problem, mode="codes", planes=2)) == []
+    assert candidate.supports(replace(problem, mode="real")) == ["takes signs and codes only, here are real numbers"]
+    assert "has no torch.float64 kernel" in candidate.supports(replace(problem, dtype=torch.float64))
+    assert registry.check_of(candidate, problem).variant.startswith("binary_conv2d cuda signs float32 NCHW 3×3")
 
 
 # --- deliberate faults, each of which the checker must find -----------------------------------------------------------
