@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 Head = Tensor | TensorDescriptor | None
+
+_threads = threading.local()
+
+
+def _bind_device(heads: Sequence[Head]) -> None:
+    """Give this thread a CUDA context, which the driver wants for a descriptor: any call of the runtime brings one."""
+    first = next(head for head in heads if head is not None)
+    base = first.base if isinstance(first, TensorDescriptor) else first
+    torch.zeros(1, device=base.device)
+    _threads.bound = True
 
 
 class Launch:
@@ -31,6 +43,8 @@ class Launch:
 
     def __call__(self, *heads: Head) -> None:
         """Launch on the current stream of the current device."""
+        if not getattr(_threads, "bound", False):
+            _bind_device(heads)
         if self._compiled is not None:
             self._compiled(*heads, *self.rest)
             return

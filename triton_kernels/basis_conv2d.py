@@ -116,7 +116,8 @@ def _plan(
     if path == "descriptors" and against:
         raise ValueError(f"{OP}: no descriptor path: {against}")
     tensors = (input, basis_weight, coefficients, bias, residual, out)
-    if against or path == "pointers":
+    pixels = shape[0] * shape[2] * shape[3]
+    if against or path == "pointers" or (path is None and configs.pointers_are_faster(arithmetic, Q, pixels)):
         launch = _through_pointers(
             *tensors, stride, padding, dilation, groups, activation, precise, arithmetic, device, tile
         )

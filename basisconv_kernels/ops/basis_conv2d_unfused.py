@@ -41,19 +41,26 @@ def forward(
 ) -> tuple[Tensor, Tensor | None]:
     """The reference, or what computes the same by the kernels of a GPU's libraries for the dtype."""
     arguments = (input, basis_weight, coefficients, bias, residual, *settings[:-1])
-    if library_has_it(input, basis_weight, coefficients, settings):
-        result, maps = by_the_library(input, basis_weight, coefficients, bias, residual, *settings[:-2])
+    if library_has_it(input, basis_weight, coefficients, residual, settings):
+        result, maps = by_the_library(input, basis_weight, coefficients, bias, *settings[:-2])
         return result, maps if keep_maps else None
     return reference.forward_with_maps(*arguments) if keep_maps else (reference.forward(*arguments), None)
 
 
-def library_has_it(input: Tensor, basis_weight: Tensor, coefficients: Tensor, settings: tuple[Any, ...]) -> bool:
+def library_has_it(
+    input: Tensor, basis_weight: Tensor, coefficients: Tensor, residual: Tensor | None, settings: tuple[Any, ...]
+) -> bool:
     """Whether two library kernels compute what the contract says: 16 bits on a GPU, summed in float32.
 
-    Elsewhere the reference widens 16-bit tensors: on a processor, for ``precise``, and in compact groups.
+    Elsewhere the reference widens 16-bit tensors: on a processor, for ``precise``, in compact groups, and where an H200
+    showed that the library rounds otherwise: with a residual, which its products add after a rounding, and in NCHW,
+    where its convolutions of odd numbers of channels did not sum in float32.
     """
-    half = input.device.type == "cuda" and input.dtype in reference.HALF and not settings[5]
-    return half and reference.coefficient_groups(coefficients, basis_weight.shape[0], settings[3]) == 1
+    if input.device.type != "cuda" or input.dtype not in reference.HALF or settings[5] or residual is not None:
+        return False
+    if reference.memory_format(input) != torch.channels_last:
+        return False
+    return reference.coefficient_groups(coefficients, basis_weight.shape[0], settings[3]) == 1
 
 
 def by_the_library(
@@ -61,66 +68,24 @@ def by_the_library(
     basis_weight: Tensor,
     coefficients: Tensor,
     bias: Tensor | None,
-    residual: Tensor | None,
     stride: tuple[int, int],
     padding: tuple[int, int, int, int],
     dilation: tuple[int, int],
     groups: int,
     activation: str | None,
 ) -> tuple[Tensor, Tensor]:
-    """A convolution and a matrix product in the dtype of ``input``; the result, and Z [N, Q, OH, OW].
+    """A convolution and a matrix product in the dtype of ``input``; the result, and Z [N, Q, OH, OW], channels_last.
 
-    The product adds bias or residual before it rounds, which a convolution of PyTorch does after. With both, the bias
-    is a coefficient of a map that is one everywhere.
+    The product adds the bias before it rounds, which a convolution of PyTorch does after.
     """
     padded, pad = reference.symmetric(input, padding)
     maps = F.conv2d(padded, basis_weight, None, stride, pad, dilation, groups)
-    layout = reference.memory_format(input)
-    out = (_mix_rows if layout == torch.channels_last else _mix_planes)(maps, coefficients, bias, residual)
+    N, Q, OH, OW = maps.shape
+    rows = F.linear(maps.permute(0, 2, 3, 1).reshape(-1, Q), coefficients, bias)
+    out = rows.view(N, OH, OW, coefficients.shape[0]).permute(0, 3, 1, 2)
     if activation is not None:
         out = F.relu(out) if activation == "relu" else F.relu6(out)
-    return reference.laid_out(out, layout), maps
-
-
-def _mix_rows(maps: Tensor, coefficients: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    """Of channels_last maps, without copies: [pixels, Q] · [Q, K]."""
-
-    def rows_of(maps: Tensor) -> Tensor:
-        return maps.permute(0, 2, 3, 1).reshape(-1, maps.shape[1])
-
-    N, _, OH, OW = maps.shape
-    rows = rows_of(maps)
-    if residual is None:
-        out = F.linear(rows, coefficients, bias)
-    else:
-        if bias is not None:
-            coefficients = _with_bias(coefficients, bias)
-            rows = F.pad(rows, (0, coefficients.shape[1] - rows.shape[1]), value=1.0)
-        out = torch.addmm(rows_of(residual), rows, coefficients.t())
-    return out.view(N, OH, OW, coefficients.shape[0]).permute(0, 3, 1, 2)
-
-
-def _mix_planes(maps: Tensor, coefficients: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    """Of NCHW maps, without copies: [K, Q] · [Q, pixels] for each image."""
-    N, Q, OH, OW = maps.shape
-    K, planes = coefficients.shape[0], maps.reshape(N, Q, OH * OW)
-    if bias is not None and residual is not None:
-        coefficients = _with_bias(coefficients, bias)
-        planes = F.pad(planes, (0, 0, 0, coefficients.shape[1] - Q), value=1.0)
-    each = coefficients.expand(N, *coefficients.shape)
-    if residual is not None:
-        out = torch.baddbmm(residual.reshape(N, K, OH * OW), each, planes)
-    elif bias is not None:
-        out = torch.baddbmm(bias[:, None].expand(N, K, OH * OW), each, planes)
-    else:
-        out = torch.bmm(each, planes)
-    return out.view(N, K, OH, OW)
-
-
-def _with_bias(coefficients: Tensor, bias: Tensor) -> Tensor:
-    """[K, Q] → [K, Q + 1 and zeros up to a multiple of eight]: aligned rows."""
-    more = 8 - coefficients.shape[1] % 8
-    return F.pad(torch.cat([coefficients, bias[:, None]], 1), (0, more - 1))
+    return reference.laid_out(out, torch.channels_last), maps
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

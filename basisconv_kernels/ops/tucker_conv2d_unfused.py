@@ -34,8 +34,8 @@ def forward(
     keep_stages: bool = False,
 ) -> Forward:
     """The reference, or what computes the same by the kernels of a GPU's libraries for the dtype."""
-    if library_has_it(input, settings):
-        result, stages = by_the_library(input, u_in, core, u_out, bias, residual, *settings[:-2])
+    if library_has_it(input, residual, settings):
+        result, stages = by_the_library(input, u_in, core, u_out, bias, *settings[:-2])
     elif keep_stages:
         result, stages = reference.forward_with_stages(input, u_in, core, u_out, bias, residual, *settings[:-1])
     else:
@@ -43,10 +43,10 @@ def forward(
     return (result, *stages) if keep_stages else (result, None, None)
 
 
-def library_has_it(input: Tensor, settings: tuple[Any, ...]) -> bool:
+def library_has_it(input: Tensor, residual: Tensor | None, settings: tuple[Any, ...]) -> bool:
     """As in ``basis_conv2d_unfused``; conv2d refuses maps without pixels, which the reference knows about."""
-    half = input.device.type == "cuda" and input.dtype in reference.HALF and not settings[4]
-    return half and 0 not in input.shape[2:]
+    half = input.device.type == "cuda" and input.dtype in reference.HALF and not settings[4] and residual is None
+    return half and memory_format(input) == torch.channels_last and 0 not in input.shape[2:]
 
 
 def by_the_library(
@@ -55,7 +55,6 @@ def by_the_library(
     core: Tensor,
     u_out: Tensor,
     bias: Tensor | None,
-    residual: Tensor | None,
     stride: tuple[int, int],
     padding: tuple[int, int, int, int],
     dilation: tuple[int, int],
@@ -63,7 +62,7 @@ def by_the_library(
 ) -> tuple[Tensor, reference.Stages]:
     """Two convolutions and a matrix product in the dtype of ``input``; the result, M and Z."""
     reduced = F.conv2d(input, u_in.t()[:, :, None, None])
-    out, maps = basis.by_the_library(reduced, core, u_out, bias, residual, stride, padding, dilation, 1, activation)
+    out, maps = basis.by_the_library(reduced, core, u_out, bias, stride, padding, dilation, 1, activation)
     return laid_out(out, memory_format(input)), reference.Stages(reduced, maps)
 
 

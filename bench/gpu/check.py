@@ -220,6 +220,8 @@ def _sanitize(tool: str, name: str) -> dict[str, Any]:
         status, told = told_by()
     if "not supported" in told.lower() or "LibraryNotLoaded" in told:
         raise Unavailable(f"compute-sanitizer does not work here: {_line(told, 'not')}")
+    if "Internal Sanitizer Error" in told:  # racecheck on kernels that share out their registers anew
+        raise Unavailable(f"compute-sanitizer itself fails on this kernel: {_line(told, 'Internal Sanitizer Error')}")
     if status == 3:
         raise Unavailable(told.splitlines()[-1])
     if status != 0:

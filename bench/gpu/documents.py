@@ -14,6 +14,8 @@ from bench.gpu.report import subject
 
 Content = Mapping[str, Any]
 OURS = ("cuda", "triton")
+BITS = ("packed_to_packed", "packed_to_bf16", "bf16_to_bf16")
+MOST_REASONS = 2  # of failures, in a cell of a table
 PLAIN = "two convolutions"
 
 # Subject, what was proven without a GPU in two ways, and the parts of ``gpu-check`` that prove it on one.
@@ -111,7 +113,9 @@ def _cell(check: Content, belongs: Callable[[str, str], bool]) -> str:
             for reason, found in part["wrong"].items():
                 wrong[reason] = wrong.get(reason, 0) + found["times"]
     texts = [_counts(now), f"before the last change: {_counts(before)}" if before else ""]
-    texts += [f"wrong {times}×: {reason.replace('|', '/')}" for reason, times in wrong.items()]
+    texts += [f"wrong {times}×: {reason.replace('|', '/')}" for reason, times in list(wrong.items())[:MOST_REASONS]]
+    if (more := sum(list(wrong.values())[MOST_REASONS:])) > 0:
+        texts.append(f"wrong {more}× alike: `check.json`")
     return "; ".join(filter(None, texts)) or "not yet"
 
 
@@ -151,6 +155,12 @@ def _times_faster(rows: Mapping[str, Mapping[str, Any]], engine: str) -> str:
     return ", ".join(texts) or "–"
 
 
+def _over_dense(rows: Mapping[str, Mapping[str, Any]], engine: str) -> str:
+    """How many times faster than cuDNN's dense convolution in 16 bits, in the graph."""
+    ours, dense = (rows.get(name, {}).get("graph_cold") for name in (engine, "dense"))
+    return f"{dense['median'] / ours['median']:.2f}" if ours and dense else "–"
+
+
 def choice(entries: Sequence[Mapping[str, Any]], problem: Mapping[str, Any], step: str) -> str:
     """What automatic choice takes by the table that these rows make: for weights, whatever batch and map size."""
     key = tuning._weights_key("", dict(problem))
@@ -181,6 +191,22 @@ def layers(bench: Content) -> str:
         ours = [f"{engine}{more}" for engine in shown for more in (", µs", ", × faster")]
         head = [title, f"{PLAIN}, µs", *([] if training else ["dense, µs"]), *ours, "automatic choice"]
         parts += [table(head, rows)] if rows else []
+    bits = by_subject(bench, lambda row: str(row.get("layer", "")).startswith("binary_"))
+    if bits:
+        rows = [
+            [
+                name,
+                _us(found, "dense", bench),
+                *(text for e in BITS for text in (_us(found, e, bench), _over_dense(found, e))),
+            ]
+            for name, found in bits.items()
+        ]
+        head = [
+            "binary layer",
+            "dense, µs",
+            *(f"{e.replace('_', ' ')}{more}" for e in BITS for more in (", µs", ", × dense")),
+        ]
+        parts.append(table(head, rows))
     networks = by_subject(bench, lambda row: "network" in row)
     engines = ("dense", "two_step", "auto", *OURS)
     if networks:

@@ -148,6 +148,7 @@ __global__ void __launch_bounds__(HopperPlan::threads, per_sm)
   } else {
     __syncthreads();
   }
+  previous_kernel_done();
   if (threadIdx.x >= HopperPlan::consumers) {
     keep_registers<HopperPlan::registers_to_copy(per_sm)>();
     if (threadIdx.x == HopperPlan::consumers) issue_copies(p, plan, image, tiles, bars);

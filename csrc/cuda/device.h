@@ -23,36 +23,44 @@ using Stream = cudaStream_t;
 
 // --- launch ----------------------------------------------------------------------------------------------------------
 
+inline cudaError_t allow_shared(const void* function, int64_t bytes) {
+  constexpr int64_t without_asking = 48 * 1024;
+  if (bytes <= without_asking) return cudaSuccess;
+  return cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+}
+
 // Null when launched on the stream, else CUDA's words. Asks nothing of the device, so a graph may capture it. `blocks`
-// of the grid after the other along x are a cluster: above 1 from compute capability 9.0 on.
+// of the grid after the other along x are a cluster. For compute capability 9.0 and later, and for kernels that call
+// previous_kernel_done: they may begin while the kernel ahead of them on the stream is still running.
 template <class... P, class... A>
 const char* launch_clusters(void (*kernel)(P...), dim3 grid, int blocks, dim3 block, int64_t shared_bytes,
                             Stream stream, A... arguments) {
-  constexpr int64_t without_asking = 48 * 1024;
   const void* function = reinterpret_cast<const void*>(kernel);
-  cudaError_t error = cudaSuccess;
-  if (shared_bytes > without_asking) {
-    error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-  }
+  cudaError_t error = allow_shared(function, shared_bytes);
   void* pointers[] = {&arguments...};
-  if (error == cudaSuccess && blocks == 1) {
-    error = cudaLaunchKernel(function, grid, block, pointers, shared_bytes, stream);
-  } else if (error == cudaSuccess) {
-    cudaLaunchAttribute cluster{};
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = blocks, cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  if (error == cudaSuccess) {
+    cudaLaunchAttribute attributes[2]{};
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim.x = blocks;
+    attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
     cudaLaunchConfig_t config{};
     config.gridDim = grid, config.blockDim = block;
     config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
     config.stream = stream;
-    config.attrs = &cluster, config.numAttrs = 1;
+    config.attrs = attributes, config.numAttrs = 2;
     error = cudaLaunchKernelExC(&config, function, pointers);
   }
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 template <class... P, class... A>
 const char* launch(void (*kernel)(P...), dim3 grid, dim3 block, int64_t shared_bytes, Stream stream, A... arguments) {
-  return launch_clusters(kernel, grid, 1, block, shared_bytes, stream, arguments...);
+  const void* function = reinterpret_cast<const void*>(kernel);
+  cudaError_t error = allow_shared(function, shared_bytes);
+  void* pointers[] = {&arguments...};
+  if (error == cudaSuccess) error = cudaLaunchKernel(function, grid, block, pointers, shared_bytes, stream);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 // Dynamic shared memory, aligned to 1024 bytes.

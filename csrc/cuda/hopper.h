@@ -64,6 +64,14 @@ BASISCONV_DEVICE void bar_wait(uint64_t* bar, int parity) {
   } while (done == 0);
 }
 
+// --- kernels after each other ----------------------------------------------------------------------------------------
+
+// Every thread of a kernel that launch_clusters launched, before it touches global memory: until then the kernel ahead
+// of it may be running. The one behind it may begin from here on.
+BASISCONV_DEVICE void previous_kernel_done() {
+  asm volatile("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;" ::: "memory");
+}
+
 // --- clusters --------------------------------------------------------------------------------------------------------
 
 // All threads of all blocks of a cluster, before one touches another's memory.

@@ -217,6 +217,8 @@ inline void bar_init(uint64_t* bar, int count) {
 }
 inline void bar_init_fence() {}
 
+inline void previous_kernel_done() {}
+
 // All threads of a cluster that have not returned.
 inline void cluster_sync() {
   using namespace cuda_on_cpu;

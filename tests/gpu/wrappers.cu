@@ -126,6 +126,7 @@ __global__ void __launch_bounds__(384, 1) cluster_kernel(const uint32_t* input, 
     bar_init_fence();
   }
   cluster_sync();
+  previous_kernel_done();
   if (threadIdx.x >= 256) return keep_registers<40>();
   take_registers<232>();
   if (threadIdx.x >= 128) return;
