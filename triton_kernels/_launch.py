@@ -17,10 +17,11 @@ _threads = threading.local()
 
 def _bind_device(heads: Sequence[Head]) -> None:
     """Give this thread a CUDA context, which the driver wants for a descriptor: any call of the runtime brings one."""
-    first = next(head for head in heads if head is not None)
+    first = next((head for head in heads if head is not None), None)
     base = first.base if isinstance(first, TensorDescriptor) else first
-    torch.zeros(1, device=base.device)
-    _threads.bound = True
+    if base is not None:
+        torch.zeros(1, device=base.device)
+        _threads.bound = True
 
 
 class Launch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import threading
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ if importlib.util.find_spec("triton") is None:
 
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from basisconv_kernels.triton_kernels import _launch
 from basisconv_kernels.triton_kernels._launch import Launch, rebased, template
 
 
@@ -47,6 +49,24 @@ def test_the_interpreter_compiles_nothing():
     launch(None)
     launch(None)
     assert len(jit.calls) == 2
+
+
+def test_the_first_launch_of_a_thread_calls_the_runtime(monkeypatch):
+    """A driver describes no tensor in a thread without a context."""
+    made = []
+    monkeypatch.setattr(torch, "zeros", lambda *size, device: made.append((threading.get_ident(), device)))
+    monkeypatch.setattr(_launch, "_threads", threading.local())
+    launch, tensor = Launch(Recorded(), 1, ()), torch.ones(1)
+
+    def twice():
+        launch(None, tensor)
+        launch(None, tensor)
+
+    twice()
+    other = threading.Thread(target=twice)
+    other.start()
+    other.join()
+    assert made == [(threading.get_ident(), tensor.device), (other.ident, tensor.device)]
 
 
 def test_a_template_describes_any_tensor_of_its_kind_and_keeps_none():
