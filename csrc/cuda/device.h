@@ -87,26 +87,21 @@ BASISCONV_DEVICE uint32_t round2(float low, float high) {
   return word;
 }
 // The larger and the smaller of two such pairs, each of its own; NaN where either is.
-template <class T>
-BASISCONV_DEVICE uint32_t max2(uint32_t a, uint32_t b) {
-  uint32_t word;
-  if constexpr (__is_same(T, bf16)) {
-    asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(word) : "r"(a), "r"(b));
-  } else {
-    asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(word) : "r"(a), "r"(b));
+#define BASISCONV_PAIRWISE(name, instruction)                               \
+  template <class T>                                                        \
+  BASISCONV_DEVICE uint32_t name(uint32_t a, uint32_t b) {                  \
+    uint32_t word;                                                          \
+    if constexpr (__is_same(T, bf16)) {                                     \
+      asm(instruction ".bf16x2 %0, %1, %2;" : "=r"(word) : "r"(a), "r"(b)); \
+    } else {                                                                \
+      asm(instruction ".f16x2 %0, %1, %2;" : "=r"(word) : "r"(a), "r"(b));  \
+    }                                                                       \
+    return word;                                                            \
   }
-  return word;
-}
-template <class T>
-BASISCONV_DEVICE uint32_t min2(uint32_t a, uint32_t b) {
-  uint32_t word;
-  if constexpr (__is_same(T, bf16)) {
-    asm("min.NaN.bf16x2 %0, %1, %2;" : "=r"(word) : "r"(a), "r"(b));
-  } else {
-    asm("min.NaN.f16x2 %0, %1, %2;" : "=r"(word) : "r"(a), "r"(b));
-  }
-  return word;
-}
+BASISCONV_PAIRWISE(max2, "max.NaN")
+BASISCONV_PAIRWISE(min2, "min.NaN")
+#undef BASISCONV_PAIRWISE
+
 template <class T>
 BASISCONV_DEVICE float widen(T value) {
   if constexpr (__is_same(T, bf16)) return __uint_as_float(static_cast<uint32_t>(value.bits) << 16);

@@ -127,8 +127,8 @@ BASISCONV_DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shar
 
 // --- registers -------------------------------------------------------------------------------------------------------
 
-// Shares out the registers of a block anew; all four warps of a warpgroup call one of them, once. The kernel needs
-// __launch_bounds__(threads, 1).
+// Shares out the registers of a block anew; all four warps of a warpgroup call one of them, once. The kernel's
+// __launch_bounds__ must name the blocks of a multiprocessor, and the counts add up to what that leaves a block.
 template <int registers>
 BASISCONV_DEVICE void keep_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers));

@@ -135,6 +135,17 @@ def test_a_cluster_makes_several_tiles(module):
     testing.check(one, kernel)
 
 
+@pytest.mark.parametrize("filters", [12, 30])
+def test_two_blocks_of_a_multiprocessor(module, filters):
+    """Few filters on large maps: the same kernel with fewer registers and half of the shared memory."""
+    one = case("two_blocks", f"1 72 33 9 {filters} 72 3 3", padding=ONE, bias=True)
+    kernel = Emulated(module, "sm90a", ONE_BLOCK)
+    plan = module.hopper_plan(kernel.request(*testing.make_inputs(one).tensors[:3], **one.arguments()))
+    assert (plan["per_sm"], plan["shared_out"]) == (2, False)
+    assert plan["bytes"] <= H200["shared_bytes"] // 2
+    testing.check(one, kernel)
+
+
 def test_large_maps_are_not_shared_out(module):
     for sizes in ("32 64 56 56 16 64 3 3", "32 64 56 56 32 64 3 3", "32 256 56 56 128 256 3 3"):
         one = case("large_map", sizes, padding=ONE)

@@ -15,6 +15,7 @@ from basisconv_kernels import BasisConv2d, basis_conv2d, basis_conv2d_pack, test
 from basisconv_kernels.core import registry, tuning
 from basisconv_kernels.ops import basis_conv2d as op
 from basisconv_kernels.ops import basis_conv2d_planned as planned
+from tests.ops.planned_calls import counted, same
 
 pytestmark = [
     pytest.mark.skipif(registry.absent("cpu") is not None, reason=f"cpu: {registry.absent('cpu')}"),
@@ -24,27 +25,10 @@ LAST = torch.channels_last
 CASES = [case for case in testing.CASES if "64" not in str(case.problem.dtype)]
 
 
-class Counter:
-    """Calls of the planned op, and how many of them it refused."""
-
-    def __init__(self, native):
-        self.native, self.calls, self.refused = native, 0, 0
-
-    def __call__(self, *tensors):
-        self.calls += 1
-        try:
-            return self.native(*tensors)
-        except RuntimeError:
-            self.refused += 1
-            raise
-
-
 @pytest.fixture
 def short(monkeypatch):
     """What went the short way."""
-    counter = Counter(planned.plans.native)
-    monkeypatch.setattr(planned.plans, "native", counter)
-    return counter
+    return counted(monkeypatch, planned.plans)
 
 
 def tensors(dtype=torch.float32, layout=LAST, seed=0):
@@ -63,10 +47,7 @@ def packed_of(given, **geometry):
 
 def known(given, packed, **settings):
     """A function of changes to a call that went the long way and the short way, with equal results."""
-    first = basis_conv2d(**given, packed=packed, **settings)
-    second = basis_conv2d(**given, packed=packed, **settings)
-    assert torch.equal(first, second)
-    assert first.stride() == second.stride()
+    same(*(basis_conv2d(**given, packed=packed, **settings) for _ in range(2)))
     return functools.partial(basis_conv2d, **{**given, "packed": packed, **settings})
 
 

@@ -20,6 +20,7 @@ from basisconv_kernels import (
 )
 from basisconv_kernels.core import registry
 from basisconv_kernels.ops import binary_conv2d_planned as planned
+from tests.ops.planned_calls import counted, refused_in_the_same_words, same
 
 pytestmark = [
     pytest.mark.skipif(registry.absent("cpu") is not None, reason=f"cpu: {registry.absent('cpu')}"),
@@ -35,33 +36,12 @@ ONES = torch.ones(4)
 
 @pytest.fixture
 def short(monkeypatch):
-    """Calls of the planned op, as [calls, of them refused]."""
-    native, count = planned.plans.native, [0, 0]
-
-    def counting(*tensors):
-        count[0] += 1
-        try:
-            return native(*tensors)
-        except RuntimeError:
-            count[1] += 1
-            raise
-
-    monkeypatch.setattr(planned.plans, "native", counting)
-    return count
+    """What went the short way."""
+    return counted(monkeypatch, planned.plans)
 
 
 def bits_of(result):
     return result.words if isinstance(result, PackedTensor) else result
-
-
-def same(first, second):
-    assert type(first) is type(second)
-    if isinstance(first, PackedTensor):
-        assert first.format == second.format
-    first, second = bits_of(first), bits_of(second)
-    assert torch.equal(first, second)
-    assert first.stride() == second.stride()
-    assert first.dtype == second.dtype
 
 
 def known(**given):
@@ -93,10 +73,10 @@ CALLS = {
 @pytest.mark.parametrize("name", CALLS)
 def test_the_short_way_gives_what_the_long_one_gives(name, short):
     call = known(**CALLS[name])
-    assert short == [1, 0]
+    assert (short.calls, short.refused) == (1, 0)
     results = [bits_of(call()) for _ in range(2)]
     assert results[0].data_ptr() != results[1].data_ptr() or not results[0].numel()
-    assert short == [3, 0]
+    assert (short.calls, short.refused) == (3, 0)
 
 
 BAD = {
@@ -146,13 +126,7 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_what_is_refused_at_first_is_refused_in_the_same_words_later(name, short):
     good, changes, error = BAD[name]
-    call = known(**good)
-    with pytest.raises(error) as after:
-        call(**changes)
-    planned.plans.known.clear()
-    with pytest.raises(error) as before:
-        call(**changes)
-    assert str(after.value) == str(before.value)
+    refused_in_the_same_words(planned.plans, known(**good), changes, error)
 
 
 def test_a_packed_tensor_of_another_version_is_refused_later_too(short):
@@ -178,12 +152,12 @@ def test_the_dtype_of_a_result_of_bits_follows_the_scale(short):
     assert call(scale=ONES.half()).dtype == torch.float16
     assert call(scale=None).dtype == torch.float32
     assert call(scale=ONES.double()).dtype == torch.float64
-    assert short[1] >= 1
+    assert short.refused >= 1
 
 
 def test_wishes_gradients_autocast_and_modes_are_not_passed_by(short):
     call = known()
-    before = short[0]
+    before = short.calls
     with use_backend("reference"):
         same(call(), call(backend="reference"))
     leaf = X.clone().requires_grad_()
@@ -198,9 +172,9 @@ def test_wishes_gradients_autocast_and_modes_are_not_passed_by(short):
     with testing.poisoned_allocations():
         call()
     call(scale=torch.ones(2), scale_group=torch.tensor([0, 1, 1, 0]))
-    assert short[0] == before
+    assert short.calls == before
     call()
-    assert short[0] == before + 1
+    assert short.calls == before + 1
 
 
 # --- the native op itself, which trusts nobody ------------------------------------------------------------------------

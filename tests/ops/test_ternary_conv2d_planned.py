@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from basisconv_kernels import bitpack, ternary_conv2d, ternary_conv2d_pack, ternary_planes, testing, use_backend
 from basisconv_kernels.core import registry
 from basisconv_kernels.ops import ternary_conv2d_planned as planned
+from tests.ops.planned_calls import counted, refused_in_the_same_words, same
 
 pytestmark = [
     pytest.mark.skipif(registry.absent("cpu") is not None, reason=f"cpu: {registry.absent('cpu')}"),
@@ -26,25 +27,8 @@ SCALE = torch.rand(8, generator=DRAWN)
 
 @pytest.fixture
 def short(monkeypatch):
-    """Calls of the planned op, as [calls, of them refused]."""
-    native, count = planned.plans.native, [0, 0]
-
-    def counting(*tensors):
-        count[0] += 1
-        try:
-            return native(*tensors)
-        except RuntimeError:
-            count[1] += 1
-            raise
-
-    monkeypatch.setattr(planned.plans, "native", counting)
-    return count
-
-
-def same(first, second):
-    assert torch.equal(first, second)
-    assert first.stride() == second.stride()
-    assert first.dtype == second.dtype
+    """What went the short way."""
+    return counted(monkeypatch, planned.plans)
 
 
 def known(**changes):
@@ -75,7 +59,7 @@ CALLS = {
 def test_the_short_way_gives_what_the_long_one_gives(name, short):
     call = known(**CALLS[name])
     results = [call() for _ in range(2)]
-    assert short == [3, 0]
+    assert (short.calls, short.refused) == (3, 0)
     assert results[0].data_ptr() != results[1].data_ptr() or not results[0].numel()
 
 
@@ -84,7 +68,7 @@ def test_bits_and_lists_go_the_long_way(short):
         packed = ternary_conv2d_pack(PLANES, 6)
         for _ in range(3):
             ternary_conv2d(**{"input": X, "planes": PLANES, **changes}, packed=packed)
-    assert short == [0, 0]
+    assert (short.calls, short.refused) == (0, 0)
 
 
 BAD = {
@@ -115,13 +99,7 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_what_is_refused_at_first_is_refused_in_the_same_words_later(name, short):
     good, changes, error = BAD[name]
-    call = known(**good)
-    with pytest.raises(error) as after:
-        call(**changes)
-    planned.plans.known.clear()
-    with pytest.raises(error) as before:
-        call(**changes)
-    assert str(after.value) == str(before.value)
+    refused_in_the_same_words(planned.plans, known(**good), changes, error)
 
 
 def test_packed_bytes_that_became_those_of_other_planes_are_refused(short):
@@ -133,7 +111,7 @@ def test_packed_bytes_that_became_those_of_other_planes_are_refused(short):
 
 def test_wishes_gradients_autocast_and_modes_are_not_passed_by(short):
     call = known(scale=SCALE)
-    before = short[0]
+    before = short.calls
     with use_backend("reference"):
         same(call(), call(backend="reference"))
     for name, tensor in (("input", X), ("scale", SCALE)):
@@ -146,9 +124,9 @@ def test_wishes_gradients_autocast_and_modes_are_not_passed_by(short):
     assert counter.get_total_flops() == 2 * 2 * 7 * 9 * 8 * 6 * 9
     with testing.poisoned_allocations():
         call()
-    assert short[0] == before
+    assert short.calls == before
     call()
-    assert short[0] == before + 1
+    assert short.calls == before + 1
 
 
 def test_no_plan_makes_the_planned_op_read_or_write_beyond_its_tensors():

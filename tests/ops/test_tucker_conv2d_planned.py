@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from basisconv_kernels import testing, tucker_conv2d, tucker_conv2d_pack, use_backend
 from basisconv_kernels.core import registry
 from basisconv_kernels.ops import tucker_conv2d_planned as planned
+from tests.ops.planned_calls import counted, refused_in_the_same_words, same
 
 pytestmark = [
     pytest.mark.skipif(registry.absent("cpu") is not None, reason=f"cpu: {registry.absent('cpu')}"),
@@ -28,25 +29,8 @@ RESIDUAL = torch.randn(2, 12, 5, 7, generator=DRAWN)
 
 @pytest.fixture
 def short(monkeypatch):
-    """Calls of the planned op, as [calls, of them refused]."""
-    native, count = planned.plans.native, [0, 0]
-
-    def counting(*tensors):
-        count[0] += 1
-        try:
-            return native(*tensors)
-        except RuntimeError:
-            count[1] += 1
-            raise
-
-    monkeypatch.setattr(planned.plans, "native", counting)
-    return count
-
-
-def same(first, second):
-    assert torch.equal(first, second)
-    assert first.stride() == second.stride()
-    assert first.dtype == second.dtype
+    """What went the short way."""
+    return counted(monkeypatch, planned.plans)
 
 
 def known(dtype=torch.float32, **changes):
@@ -76,13 +60,13 @@ CALLS = {
 def test_the_short_way_gives_what_the_long_one_gives(name, short):
     call = known(**CALLS[name])
     results = [call() for _ in range(2)]
-    assert short == [3, 0]
+    assert (short.calls, short.refused) == (3, 0)
     assert results[0].data_ptr() != results[1].data_ptr() or not results[0].numel()
 
 
 def test_wide_maps_between_the_stages_go_the_long_way(short):
     known(torch.bfloat16, precise=True)()
-    assert short == [0, 0]
+    assert (short.calls, short.refused) == (0, 0)
 
 
 def test_both_layouts_have_a_plan_of_their_own(short):
@@ -91,7 +75,7 @@ def test_both_layouts_have_a_plan_of_their_own(short):
     for _ in range(2):
         same(call(input=other), call(input=other, packed=None))
         call()
-    assert short == [4, 0]
+    assert (short.calls, short.refused) == (4, 0)
 
 
 BAD = {
@@ -121,18 +105,12 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_what_is_refused_at_first_is_refused_in_the_same_words_later(name, short):
     good, changes, error = BAD[name]
-    call = known(**good)
-    with pytest.raises(error) as after:
-        call(**changes)
-    planned.plans.known.clear()
-    with pytest.raises(error) as before:
-        call(**changes)
-    assert str(after.value) == str(before.value)
+    refused_in_the_same_words(planned.plans, known(**good), changes, error)
 
 
 def test_wishes_gradients_autocast_and_modes_are_not_passed_by(short):
     call = known()
-    before = short[0]
+    before = short.calls
     with use_backend("reference"):
         same(call(), call(backend="reference"))
     for name, tensor in (("input", X), ("u_in", U_IN)):
@@ -145,6 +123,6 @@ def test_wishes_gradients_autocast_and_modes_are_not_passed_by(short):
     assert counter.get_total_flops() == 2 * 2 * (7 * 8 * 10 * 4 + 5 * 7 * (5 * 4 * 6 + 12 * 5))
     with testing.poisoned_allocations():
         call()
-    assert short[0] == before
+    assert short.calls == before
     call()
-    assert short[0] == before + 1
+    assert short.calls == before + 1
