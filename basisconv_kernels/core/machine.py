@@ -30,6 +30,14 @@ def cuda_device() -> dict[str, str] | None:
     return {"name": properties.name, "capability": f"{properties.major}.{properties.minor}"}
 
 
+def against_capability(least: int = 8) -> list[str]:
+    """Why kernels for compute capability ``least``.0 cannot run on the current device; empty where there is none."""
+    device = cuda_device()
+    if device is None or int(device["capability"].partition(".")[0]) >= least:
+        return []
+    return [f"needs compute capability {least}.0, {device['name']} has {device['capability']}"]
+
+
 def isa() -> str:
     """The instruction set that the native kernels use; ``none`` where there are none."""
     return str(extension.facts().get("cpu", {}).get("in_use", "none"))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from basisconv_kernels.core import checks, extension
+from basisconv_kernels.core import checks, extension, machine
 from basisconv_kernels.core.autograd import refuse_gradients
 from basisconv_kernels.core.checks import Pair, Quad
 from basisconv_kernels.core.problem import Conv2dProblem
@@ -70,11 +70,10 @@ def cuda_supports(problem: Conv2dProblem) -> list[str]:
     filters = problem.Q // problem.groups
     if filters > CUDA_LARGEST_Q:
         against.append(f"takes at most {CUDA_LARGEST_Q} basis filters a group, here are {filters}")
+    against += machine.against_capability()
     if not torch.cuda.is_available():
         return against
     device = torch.cuda.get_device_properties(torch.cuda.current_device())
-    if device.major < 8:
-        against.append(f"needs compute capability 8.0, {device.name} has {device.major}.{device.minor}")
     # Twice 128 filters: two taps of the basis, two chunks of coefficients and the pixels, see basis_conv2d_sm80.cu.
     wanted = 160 * 1024
     if filters > 128 and getattr(device, "shared_memory_per_block_optin", wanted) < wanted:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from basisconv_kernels.core import checks, extension
+from basisconv_kernels.core import checks, extension, machine
 from basisconv_kernels.core.autograd import refuse_gradients
 from basisconv_kernels.core.layout import memory_format
 from basisconv_kernels.core.packed import PackedTensor, Threshold, words_for
@@ -73,11 +73,7 @@ def cuda_supports(problem: BinaryConv2dProblem) -> list[str]:
     tiles = problem.groups * -(-filters // CUDA_TILES[filters > CUDA_TILES[0]])
     if tiles > CUDA_MOST_TILES:
         against.append(f"takes at most {CUDA_MOST_TILES} tiles of filters, {problem.groups} groups have {tiles}")
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_properties(torch.cuda.current_device())
-        if device.major < 8:
-            against.append(f"needs compute capability 8.0, {device.name} has {device.major}.{device.minor}")
-    return against
+    return against + machine.against_capability()
 
 
 def _signs_in_float32(weight: Tensor) -> Tensor:

@@ -1,24 +1,14 @@
 // The CUDA kernels of binary_conv2d and bitpack, run on the CPU, as a Python module of the tests. Tensors come as
 // addresses. It is compiled as one with what it binds.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include "../../csrc/cuda/binary_conv2d_problem.h"
 #include "../../csrc/cuda/bitpack.h"
+#include "requests.h"
 
 namespace py = pybind11;
 using namespace basisconv;
+using namespace requests;
 
 namespace {
-
-template <class T>
-const T* address(const py::dict& from, const char* name) {
-  return reinterpret_cast<const T*>(from[name].cast<uintptr_t>());
-}
-int64_t number(const py::dict& from, const char* name) { return from[name].cast<int64_t>(); }
-std::pair<int64_t, int64_t> pair(const py::dict& from, const char* name) {
-  return from[name].cast<std::pair<int64_t, int64_t>>();
-}
 
 BinaryConv2dWeights weights(const py::dict& from) {
   return {number(from, "C"), number(from, "K"), number(from, "R"), number(from, "S"), number(from, "groups")};
@@ -29,24 +19,13 @@ CudaFactor factor(const py::dict& from, const char* name) {
   return {reinterpret_cast<const void*>(values), static_cast<FactorType>(type)};
 }
 
-CudaDevice device(const py::dict& from) {
-  return {static_cast<int>(number(from, "capability")), static_cast<int>(number(from, "shared_bytes")),
-          static_cast<int>(number(from, "multiprocessors"))};
-}
-
 CudaBinaryConv2d call(const py::dict& from) {
   CudaBinaryConv2d c{};
   BinaryConv2dParams& p = c.params;
   p.weights = weights(from);
-  p.N = number(from, "N");
-  p.H = number(from, "H");
-  p.W = number(from, "W");
-  p.OH = number(from, "OH");
-  p.OW = number(from, "OW");
+  fill_sizes(p, from);
   std::tie(p.stride_h, p.stride_w) = pair(from, "stride");
   std::tie(p.dilation_h, p.dilation_w) = pair(from, "dilation");
-  p.pad_top = number(from, "pad_top");
-  p.pad_left = number(from, "pad_left");
   p.planes = static_cast<int32_t>(number(from, "planes"));
   p.padding_value = static_cast<int32_t>(number(from, "padding_value"));
   p.codes = from["codes"].cast<bool>();

@@ -1,19 +1,13 @@
 // The CUDA kernels of basis_conv2d, run on the CPU, as a Python module of the tests. Tensors come as addresses. It is
 // compiled as one with what it binds: the kernels, and primitives.cu or planted faults.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include "../../csrc/cuda/basis_conv2d_sm90a.h"
+#include "requests.h"
 
 namespace py = pybind11;
 using namespace basisconv;
+using namespace requests;
 
 namespace {
-
-const void* address(const py::dict& from, const char* name) {
-  return reinterpret_cast<const void*>(from[name].cast<uintptr_t>());
-}
-int64_t number(const py::dict& from, const char* name) { return from[name].cast<int64_t>(); }
 
 BasisConv2dWeights weights(const py::dict& from) {
   BasisConv2dWeights w{};
@@ -22,8 +16,8 @@ BasisConv2dWeights weights(const py::dict& from) {
   w.K = number(from, "K");
   w.R = number(from, "R");
   w.S = number(from, "S");
-  std::tie(w.stride_h, w.stride_w) = from["stride"].cast<std::pair<int64_t, int64_t>>();
-  std::tie(w.dilation_h, w.dilation_w) = from["dilation"].cast<std::pair<int64_t, int64_t>>();
+  std::tie(w.stride_h, w.stride_w) = pair(from, "stride");
+  std::tie(w.dilation_h, w.dilation_w) = pair(from, "dilation");
   w.groups = number(from, "groups");
   w.mixing_groups = number(from, "mixing_groups");
   w.dtype = from["dtype"].cast<std::string>() == "bfloat16" ? DType::bf16 : DType::f16;
@@ -31,35 +25,24 @@ BasisConv2dWeights weights(const py::dict& from) {
   return w;
 }
 
-CudaDevice device(const py::dict& from) {
-  return {static_cast<int>(number(from, "capability")), static_cast<int>(number(from, "shared_bytes")),
-          static_cast<int>(number(from, "multiprocessors"))};
-}
-
 CudaBasisConv2d call(const py::dict& from) {
   CudaBasisConv2d c{};
   BasisConv2dParams& p = c.params;
   p.weights = weights(from);
-  p.N = number(from, "N");
-  p.H = number(from, "H");
-  p.W = number(from, "W");
-  p.OH = number(from, "OH");
-  p.OW = number(from, "OW");
-  p.pad_top = number(from, "pad_top");
-  p.pad_left = number(from, "pad_left");
-  p.input = address(from, "input");
+  fill_sizes(p, from);
+  p.input = address<>(from, "input");
   const auto strides = from["input_stride"].cast<std::vector<int64_t>>();
   p.input_stride_n = strides.at(0);
   p.input_stride_c = strides.at(1);
   p.input_stride_h = strides.at(2);
   p.input_stride_w = strides.at(3);
-  p.packed = address(from, "packed");
-  p.residual = address(from, "residual");
-  p.output = const_cast<void*>(address(from, "output"));
-  p.maps = const_cast<void*>(address(from, "maps"));
+  p.packed = address<>(from, "packed");
+  p.residual = address<>(from, "residual");
+  p.output = const_cast<void*>(address<>(from, "output"));
+  p.maps = const_cast<void*>(address<>(from, "maps"));
   p.channels_last = from["channels_last"].cast<bool>();
   p.activation = static_cast<Activation>(number(from, "activation"));
-  c.bias = address(from, "bias");
+  c.bias = address<>(from, "bias");
   return c;
 }
 
@@ -71,13 +54,13 @@ PYBIND11_MODULE(MODULE_NAME, m) {
   m.def("pack", [](const py::dict& from) {
     CudaPack pack{};
     pack.weights = weights(from);
-    pack.basis_weight = address(from, "basis_weight");
-    pack.coefficients = address(from, "coefficients");
+    pack.basis_weight = address<>(from, "basis_weight");
+    pack.coefficients = address<>(from, "coefficients");
     const auto basis = from["basis_stride"].cast<std::vector<int64_t>>();
     const auto mixing = from["coefficients_stride"].cast<std::vector<int64_t>>();
     for (int i = 0; i < 4; ++i) pack.basis_stride[i] = basis.at(i);
     for (int i = 0; i < 2; ++i) pack.coefficients_stride[i] = mixing.at(i);
-    pack.packed = const_cast<void*>(address(from, "packed"));
+    pack.packed = const_cast<void*>(address<>(from, "packed"));
     return cuda_pack(pack, nullptr);
   });
   m.def("variant", [](const py::dict& from) {
