@@ -149,6 +149,25 @@ __global__ void wgmma_kernel(const __grid_constant__ TensorMap map, const bf16* 
   }
 }
 
+// Each block of a cluster writes a word a thread into the memory of the next one, and tells it.
+enum { cluster_right, no_cluster_sync, no_wait_for_the_other, no_such_block };
+__global__ void cluster_kernel(const uint32_t* input, uint32_t* output, int blocks, int fault) {
+  uint32_t* memory = reinterpret_cast<uint32_t*>(shared_memory());
+  uint64_t* bar = reinterpret_cast<uint64_t*>(memory + 32);
+  if (threadIdx.x == 0) {
+    bar_init(bar, 1);
+    bar_init_fence();
+  }
+  if (fault != no_cluster_sync) cluster_sync();
+  const int rank = static_cast<int>(blockIdx.x) % blocks, at = static_cast<int>(blockIdx.x * 32 + threadIdx.x);
+  const int next = fault == no_such_block ? blocks : (rank + 1) % blocks;
+  *beside(memory + threadIdx.x, next) = input[at];
+  __syncwarp();
+  if (threadIdx.x == 0) bar_arrive_beside(bar, next);
+  if (fault != no_wait_for_the_other) bar_wait_cluster(bar, 0);
+  output[at] = memory[threadIdx.x];
+}
+
 template <class T>
 T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
@@ -171,6 +190,10 @@ void bind_primitives(pybind11::module_& m) {
   m.def("reverse", [=](uintptr_t input, uintptr_t output, int fault) {
     return launch(reverse_kernel, one, dim3{64, 1, 1}, 1024, nullptr, at<const uint32_t>(input), at<uint32_t>(output),
                   fault);
+  });
+  m.def("cluster", [=](uintptr_t input, uintptr_t output, unsigned grid, int blocks, int fault) {
+    return launch_clusters(cluster_kernel, dim3{grid, 1, 1}, blocks, warp, 256, nullptr, at<const uint32_t>(input),
+                           at<uint32_t>(output), blocks, fault);
   });
   m.def("wgmma", [=](uintptr_t a, uintptr_t b, uintptr_t d, bool stored, int fault) {
     TensorMap map;

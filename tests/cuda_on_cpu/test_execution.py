@@ -99,6 +99,14 @@ WGMMA = {
 }
 
 
+CLUSTER = {
+    "right": "right",
+    "no cluster sync": "an mbarrier is used before bar_init",
+    "no wait for the other": None,
+    "no such block": "beside: no such block",
+}
+
+
 def notice(found, expected, report):
     """A run is right in all orders, or noticed in at least one, with the report that belongs to the fault."""
     wrong = [one for one in found if isinstance(one, str) or not torch.equal(one[0], expected)]
@@ -115,6 +123,19 @@ def test_threads_that_exchange_words(module, fault):
     given, out = words(64, 4), torch.empty(64, dtype=torch.int32)
     run = lambda: module.reverse(given.data_ptr(), out.data_ptr(), list(REVERSE).index(fault))  # noqa: E731
     notice(in_all_orders(module, run, out), given[:, 0].flip(0), REVERSE[fault])
+
+
+@pytest.mark.parametrize("fault", CLUSTER)
+def test_blocks_of_a_cluster(module, fault):
+    """Two clusters of four."""
+    given, out = words(2, 4, 32), torch.empty(2, 4, 32, dtype=torch.int32)
+    arguments = (given.data_ptr(), out.data_ptr(), 8, 4, list(CLUSTER).index(fault))
+    notice(in_all_orders(module, lambda: module.cluster(*arguments), out), given.roll(1, 1), CLUSTER[fault])
+
+
+@pytest.mark.parametrize(("grid", "blocks"), [(6, 4), (16, 16)])
+def test_a_grid_is_whole_clusters_of_at_most_eight_blocks(module, grid, blocks):
+    assert "whole clusters of at most eight blocks" in module.cluster(0, 0, grid, blocks, 0)
 
 
 @pytest.mark.parametrize("stored", [True, False], ids=["stored", "copied"])
