@@ -378,14 +378,16 @@ def _run(tensors: tuple[Any, ...], packed: Tensor | None, arguments: tuple[Any, 
         keep_maps = needs_gradient and tensors[2].requires_grad
         return _apply(*tensors, packed, settings, keep_maps)[0]
     result = _targets_of(settings.backend)[0](*tensors, packed, settings)[0]
-    if packed is not None and settings.backend == "cpu" and not torch.compiler.is_compiling():
+    if packed is not None and settings.backend in native.BACKENDS and not torch.compiler.is_compiling():
         planned.remember(tensors, packed, arguments, settings, lambda: _serves_any_layout(tensors, settings, arguments))
     return result
 
 
 def _serves_any_layout(tensors: tuple[Any, ...], settings: Settings, arguments: tuple[Any, ...]) -> bool:
-    """Whether the CPU's kernels are right for inputs of the other memory format as well."""
+    """Whether the CPU's kernels are right for inputs of the other memory format as well; on CUDA each has its own."""
     input, basis_weight, coefficients = tensors[:3]
+    if input.device.type != "cpu":
+        return False
     (Q, taps_in, R, S), (K, mixed) = basis_weight.shape, coefficients.shape
     layouts = {torch.channels_last: torch.contiguous_format, torch.contiguous_format: torch.channels_last}
     other = layouts[reference.memory_format(input)]

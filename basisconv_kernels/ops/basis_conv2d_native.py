@@ -16,6 +16,7 @@ from basisconv_kernels.core.problem import Conv2dProblem
 from basisconv_kernels.reference import basis_conv2d as reference
 
 OP = "basis_conv2d"
+BACKENDS = ("cpu", "cuda")  # by device; what `forward` runs on
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CUDA_DTYPES = (torch.bfloat16, torch.float16)
 CUDA_LARGEST_Q = 256

@@ -1,4 +1,4 @@
-"""The short way of a repeated eager call of ``basis_conv2d`` with packed weights on the CPU; see ``core.eager``."""
+"""The short way of a repeated eager call of ``basis_conv2d`` with packed weights; see ``core.eager``."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def remember(
     Args:
         tensors: input, basis_weight, coefficients, bias and residual of a call that went the long way.
         packed, arguments: as for ``run``.
-        settings: what the arguments came to, the backend last: the native one for the CPU.
+        settings: what the arguments came to, the backend last: a native one.
         any_layout: tells whether the backend is the same for inputs of the other memory format.
     """
     if plain(*tensors, packed):

@@ -166,43 +166,19 @@ std::tuple<Tensor, Tensor> forward_maps(const Tensor& input, const Tensor& basis
   return {filled.output, *filled.maps};
 }
 
-// A call in one tensor of bytes. Torch takes half a microsecond to hand over a list or a string and a tenth for a
-// tensor: a repeated call of a small layer is as fast again so. It states what its maker saw, beside the settings; a
-// call that looks different is refused, since another backend might be the right one for it.
-constexpr int64_t kAnyLayout = -1;
-struct BasisConv2dPlan {
-  BasisConv2dSettings settings;
-  int64_t filters[4], coefficients[2];  // sizes
-  int64_t dtype, channels_last;         // of input; channels_last is kAnyLayout where it does not matter
-  int64_t packed_bytes;
-};
-
 Tensor plan(const Tensor& input, const Tensor& basis_weight, const Tensor& coefficients,
             const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
             const std::vector<int64_t>& dilation, int64_t groups, const std::optional<std::string>& activation,
             bool precise, bool any_layout) {
-  BasisConv2dPlan made{};
-  made.settings = settings_of(stride, padding, dilation, groups, activation, precise);
-  const BasisConv2dWeights w = describe(basis_weight, coefficients, made.settings);
-  STD_TORCH_CHECK(input.dim() == 4, "basis_conv2d: input must be [N, C, H, W]");
-  for (int i = 0; i < 4; ++i) made.filters[i] = basis_weight.size(i);
-  for (int i = 0; i < 2; ++i) made.coefficients[i] = coefficients.size(i);
-  made.dtype = static_cast<int64_t>(dtype_of(input, "input"));
-  made.channels_last = any_layout ? kAnyLayout : is_channels_last(input);
-  made.packed_bytes = cpu_packed_bytes(w);
-  return bytes_of(made);
+  const BasisConv2dSettings settings = settings_of(stride, padding, dilation, groups, activation, precise);
+  const BasisConv2dWeights w = describe(basis_weight, coefficients, settings);
+  return bytes_of(plan_of(input, basis_weight, coefficients, settings, any_layout, cpu_packed_bytes(w)));
 }
 
 Tensor planned(const Tensor& input, const Tensor& basis_weight, const Tensor& coefficients,
                const std::optional<Tensor>& bias, const std::optional<Tensor>& residual, const Tensor& packed,
                const Tensor& plan) {
-  const BasisConv2dPlan p = from_bytes<BasisConv2dPlan>(plan, "basis_conv2d");
-  bool same = input.dim() == 4 && basis_weight.dim() == 4 && coefficients.dim() == 2;
-  for (int i = 0; i < 4 && same; ++i) same = p.filters[i] == basis_weight.size(i);
-  for (int i = 0; i < 2 && same; ++i) same = p.coefficients[i] == coefficients.size(i);
-  STD_TORCH_CHECK(same && p.dtype == static_cast<int64_t>(dtype_of(input, "input")) &&
-                      (p.channels_last == kAnyLayout || p.channels_last == is_channels_last(input)),
-                  "basis_conv2d_planned: plan was made for another dtype, layout or other weights");
+  const BasisConv2dPlan p = plan_for(input, basis_weight, coefficients, plan);
   return run({input, basis_weight, coefficients, bias, residual, p.settings}, &packed, false, p.packed_bytes).output;
 }
 

@@ -14,10 +14,6 @@ namespace {
 
 void launched(const char* wrong) { STD_TORCH_CHECK(wrong == nullptr, "basis_conv2d on CUDA: ", wrong); }
 
-bool beside(const Tensor& input, const std::optional<Tensor>& other) {
-  return !other || other->device() == input.device();
-}
-
 Tensor pack_on(const BasisConv2dWeights& w, const Tensor& basis_weight, const Tensor& coefficients, void* stream) {
   Tensor packed = torch::stable::empty({cuda_packed_bytes(w)}, ScalarType::Byte, std::nullopt, basis_weight.device());
   CudaPack pack{};
@@ -62,12 +58,15 @@ int64_t packed_bytes(const std::vector<int64_t>& basis_weight_shape, const std::
   return cuda_packed_bytes(w);
 }
 
-FilledBasisConv2d run(const BasisConv2dCall& call, const std::optional<Tensor>& packed, bool keep_maps) {
+FilledBasisConv2d run(const BasisConv2dCall& call, const Tensor* packed, bool keep_maps,
+                      Memory memory = Memory::by_torch) {
   const Tensor& input = call.input;
-  STD_TORCH_CHECK(beside(input, call.basis_weight) && beside(input, call.coefficients) && beside(input, call.bias) &&
-                      beside(input, call.residual) && beside(input, packed),
+  const torch::stable::Device device_of_input = input.device();
+  const auto beside = [&](const Tensor& other) { return other.device() == device_of_input; };
+  STD_TORCH_CHECK(beside(call.basis_weight) && beside(call.coefficients) && (!call.bias || beside(*call.bias)) &&
+                      (!call.residual || beside(*call.residual)) && (!packed || beside(*packed)),
                   "basis_conv2d: all tensors must be on one device");
-  FilledBasisConv2d filled = fill(call, keep_maps, Memory::by_torch);
+  FilledBasisConv2d filled = fill(call, keep_maps, memory);
   if (filled.params.N == 0) return filled;
   const BasisConv2dWeights& w = filled.params.weights;
   check_weights(w);
@@ -103,7 +102,7 @@ Tensor forward(const Tensor& input, const Tensor& basis_weight, const Tensor& co
                const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups,
                const std::optional<std::string>& activation, bool precise) {
   const BasisConv2dSettings settings = settings_of(stride, padding, dilation, groups, activation, precise);
-  return run({input, basis_weight, coefficients, bias, residual, settings}, packed, false).output;
+  return run({input, basis_weight, coefficients, bias, residual, settings}, packed ? &*packed : nullptr, false).output;
 }
 
 std::tuple<Tensor, Tensor> forward_maps(const Tensor& input, const Tensor& basis_weight, const Tensor& coefficients,
@@ -112,8 +111,25 @@ std::tuple<Tensor, Tensor> forward_maps(const Tensor& input, const Tensor& basis
                                         const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
                                         int64_t groups, const std::optional<std::string>& activation, bool precise) {
   const BasisConv2dSettings settings = settings_of(stride, padding, dilation, groups, activation, precise);
-  const FilledBasisConv2d filled = run({input, basis_weight, coefficients, bias, residual, settings}, packed, true);
+  const FilledBasisConv2d filled =
+      run({input, basis_weight, coefficients, bias, residual, settings}, packed ? &*packed : nullptr, true);
   return {filled.output, *filled.maps};
+}
+
+Tensor plan(const Tensor& input, const Tensor& basis_weight, const Tensor& coefficients,
+            const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+            const std::vector<int64_t>& dilation, int64_t groups, const std::optional<std::string>& activation,
+            bool precise, bool any_layout) {
+  const BasisConv2dSettings settings = settings_of(stride, padding, dilation, groups, activation, precise);
+  const BasisConv2dWeights w = describe(basis_weight, coefficients, settings);
+  return bytes_of(plan_of(input, basis_weight, coefficients, settings, any_layout, cuda_packed_bytes(w)));
+}
+
+Tensor planned(const Tensor& input, const Tensor& basis_weight, const Tensor& coefficients,
+               const std::optional<Tensor>& bias, const std::optional<Tensor>& residual, const Tensor& packed,
+               const Tensor& plan) {
+  const BasisConv2dPlan p = plan_for(input, basis_weight, coefficients, plan);
+  return run({input, basis_weight, coefficients, bias, residual, p.settings}, &packed, false, Memory::raw).output;
 }
 
 }  // namespace
@@ -126,6 +142,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(basisconv, m) {
 STABLE_TORCH_LIBRARY_IMPL(basisconv, CUDA, m) {
   m.impl("basis_conv2d", TORCH_BOX(&basisconv::forward));
   m.impl("basis_conv2d_maps", TORCH_BOX(&basisconv::forward_maps));
+  m.impl("basis_conv2d_plan", TORCH_BOX(&basisconv::plan));
+  m.impl("basis_conv2d_planned", TORCH_BOX(&basisconv::planned));
   m.impl("basis_conv2d_pack", TORCH_BOX(&basisconv::pack));
 }
 

@@ -168,4 +168,43 @@ inline FilledBasisConv2d fill(const BasisConv2dCall& call, bool keep_maps, Memor
   return {p, std::move(output), std::move(maps), std::move(kept)};
 }
 
+// --- plans of repeated calls, see docs/dispatch.md -------------------------------------------------------------------
+
+// A call in one tensor of bytes. Torch takes half a microsecond to hand over a list or a string and a tenth for a
+// tensor: a repeated call of a small layer is as fast again so. It states what its maker saw, beside the settings; a
+// call that looks different is refused, since another backend might be the right one for it.
+constexpr int64_t kAnyLayout = -1;
+struct BasisConv2dPlan {
+  BasisConv2dSettings settings;
+  int64_t filters[4], coefficients[2];  // sizes
+  int64_t dtype, channels_last;         // of input; channels_last is kAnyLayout where it does not matter
+  int64_t packed_bytes;                 // on the device of the call
+};
+
+inline BasisConv2dPlan plan_of(const Tensor& input, const Tensor& basis_weight, const Tensor& coefficients,
+                               const BasisConv2dSettings& settings, bool any_layout, int64_t packed_bytes) {
+  BasisConv2dPlan made{};
+  made.settings = settings;
+  STD_TORCH_CHECK(input.dim() == 4, "basis_conv2d: input must be [N, C, H, W]");
+  for (int i = 0; i < 4; ++i) made.filters[i] = basis_weight.size(i);
+  for (int i = 0; i < 2; ++i) made.coefficients[i] = coefficients.size(i);
+  made.dtype = static_cast<int64_t>(dtype_of(input, "input"));
+  made.channels_last = any_layout ? kAnyLayout : is_channels_last(input);
+  made.packed_bytes = packed_bytes;
+  return made;
+}
+
+// The plan of these bytes, if it fits the tensors.
+inline BasisConv2dPlan plan_for(const Tensor& input, const Tensor& basis_weight, const Tensor& coefficients,
+                                const Tensor& bytes) {
+  const BasisConv2dPlan p = from_bytes<BasisConv2dPlan>(bytes, "basis_conv2d");
+  bool same = input.dim() == 4 && basis_weight.dim() == 4 && coefficients.dim() == 2;
+  for (int i = 0; i < 4 && same; ++i) same = p.filters[i] == basis_weight.size(i);
+  for (int i = 0; i < 2 && same; ++i) same = p.coefficients[i] == coefficients.size(i);
+  STD_TORCH_CHECK(same && p.dtype == static_cast<int64_t>(dtype_of(input, "input")) &&
+                      (p.channels_last == kAnyLayout || p.channels_last == is_channels_last(input)),
+                  "basis_conv2d_planned: plan was made for another dtype, layout or other weights");
+  return p;
+}
+
 }  // namespace basisconv
