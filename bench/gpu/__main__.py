@@ -34,7 +34,9 @@ def parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name)
         command.add_argument("--budget", type=float, default=budget, help=f"seconds (default {budget:.0f})")
         command.add_argument("--out", type=Path, default=FOLDER.parent, help="folder of the archive (default out)")
-        command.add_argument("--resume", type=Path, help="archive of an earlier run, whose rows count as done")
+        command.add_argument(
+            "--resume", type=Path, help="archive of an earlier run, or bench/results/DEVICE: its rows are done"
+        )
         command.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: a rehearsal")
         command.add_argument("--folder", type=Path, default=FOLDER, help="where the rows are kept (default out/gpu)")
         if name == "check":
