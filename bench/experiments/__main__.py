@@ -83,7 +83,10 @@ def parallel(
         if seed in wanted[e.name] and (e.name, seed) not in held
     ]
     awaited = {job.after for job in jobs}
-    jobs.sort(key=lambda job: job.key not in awaited and BY_NAME[job.name].tier == 1)  # the longest are of tier 2
+    # What others wait for begins first, then what takes longest: large networks, and layers one by one.
+    jobs.sort(
+        key=lambda job: job.key not in awaited and BY_NAME[job.name].tier == 1 and not BY_NAME[job.name].layerwise
+    )
 
     def finished(job: schedule.Job, row: dict[str, Any]) -> None:
         if commit:
