@@ -20,13 +20,19 @@ def _at(macs: float, seeds: tuple[int, ...]) -> tuple[Experiment, ...]:
     kept = round(macs**0.4, 2)  # of the MACs after pruning; Tucker takes the rest
     half = AGAIN | {"epochs": AGAIN["epochs"] // 2}
     both = (Stage(PruneConfig(macs=kept), **half), Stage(TuckerConfig(macs=round(macs / kept, 3)), **half))
-    made = []
-    for name, stages in (("prune", (prune,)), ("tucker", (tucker,)), ("prune-tucker", both)):
-        question = f"{name.replace('-', ' and ')} at {share} % of the MACs: which needs fewest at one accuracy"
-        made.append(
-            Experiment(f"vgg-{name}-{share}", question, "small-vgg", "vgg-cycle", stages, twin="vgg-cycle-more")
+    question = "pruning, Tucker, or both at {} % of the MACs: which needs fewest at one accuracy"
+    return tuple(
+        Experiment(
+            f"vgg-{name}-{share}",
+            question.format(share),
+            "small-vgg",
+            "vgg-cycle",
+            stages,
+            seeds=seeds,
+            twin="vgg-cycle-more",
         )
-    return tuple(made)
+        for name, stages in (("prune", (prune,)), ("tucker", (tucker,)), ("prune-tucker", both))
+    )
 
 
 LONG = (
