@@ -5,6 +5,8 @@ The decomposition itself is ``layers.decompose``, since the layer needs it too.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from basisconv_kernels.layers.basis_conv2d import BasisConv2d
 from basisconv_kernels.layers.folding import wide
 
 FORMS = ("cosine", "frobenius")
+ROWS_TOGETHER = 512  # of several bases in one product, whose blocks off the diagonal are work for nothing
 
 
 def orthogonality_loss(module_or_tensor: nn.Module | Tensor, groups: int = 1, form: str = "cosine") -> Tensor:
@@ -55,7 +58,47 @@ def orthogonality_loss(module_or_tensor: nn.Module | Tensor, groups: int = 1, fo
             "orthogonality_loss: no BasisConv2d of this module trains its basis, so the loss would train nothing; "
             "call train_basis() on the layers, or compress with train_basis=True"
         )
-    return torch.stack([_loss(layer.basis_weight, layer.groups, form) for layer in layers]).sum()
+    return torch.stack(
+        [_loss(layer.basis_weight, layer.groups, form) for layer in layers if layer.groups > 1 or form != "cosine"]
+        + [_cosine_together(bases) for bases in _batches(layers) if form == "cosine"]
+    ).sum()
+
+
+def _batches(layers: list[BasisConv2d]) -> list[list[Tensor]]:
+    """The ungrouped bases as [Q, D], those of one D, dtype and device together, a few hundred rows at once."""
+    found: list[list[Tensor]] = []
+    last: dict[tuple[int, torch.dtype, torch.device], list[Tensor]] = {}
+    for layer in layers:
+        if layer.groups > 1:
+            continue
+        basis = layer.basis_weight
+        if basis.is_contiguous(memory_format=torch.channels_last):  # the order of a filter's taps does not matter
+            basis = basis.permute(0, 2, 3, 1)
+        rows = basis.flatten(1)
+        key = (rows.shape[1], rows.dtype, rows.device)
+        if key not in last or sum(map(len, last[key])) + len(rows) > ROWS_TOGETHER:
+            last[key] = []
+            found.append(last[key])
+        last[key].append(rows)
+    return found
+
+
+def _cosine_together(bases: list[Tensor]) -> Tensor:
+    """Σ of the cosine form over bases of one row length, by one product: small networks are bound by launches."""
+    block, share = _blocks(tuple(map(len, bases)), bases[0].device)
+    unit = F.normalize(torch.cat(bases).to(wide(bases[0].dtype)), dim=1)
+    gram = unit @ unit.mT
+    within = (block[:, None] == block).fill_diagonal_(False)
+    return ((gram * within).square().sum(1) * share.to(gram.dtype)).sum()
+
+
+@functools.cache
+def _blocks(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of each row: the number of its basis, and 1/(Q(Q−1)). Remembered, since a CUDA graph cannot copy them anew."""
+    with torch.inference_mode(False):
+        block = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+        share = torch.tensor([1 / max(1, size * (size - 1)) for size in sizes], dtype=torch.float64)[block]
+        return block.to(device), share.to(device)
 
 
 def _loss(basis: Tensor, groups: int, form: str) -> Tensor:

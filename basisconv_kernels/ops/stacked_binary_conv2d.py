@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from basisconv_kernels.core import log, registry, tuning
+from basisconv_kernels.core import log, registry, selfcheck, tuning
 from basisconv_kernels.core.autograd import refuse_double_backward
 from basisconv_kernels.core.checks import Pair, Quad
 from basisconv_kernels.core.eager import kinds
@@ -307,6 +307,7 @@ def _run(tensors: tuple[Any, ...], packed: Tensor | None, arguments: tuple[Any, 
     input, bank, index, scale, bias = tensors
     selection = None
     readable = not (traced or index.device.type == "meta" or torch._C._are_functorch_transforms_active())
+    readable = readable and not (index.is_cuda and selfcheck.capturing())  # reading would break a graph's capture
     if packed is None and readable and not torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE):
         check_values(bank, index, sizes.n)
     if index.dim() == 3:

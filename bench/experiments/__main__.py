@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 
-from bench.experiments import latency, report
+from bench.experiments import latency, report, schedule
+from bench.experiments.experiment import Experiment
+from bench.experiments.long import LONG
 from bench.experiments.run import run as run_one
+from bench.experiments.run import run_resident
 from bench.experiments.table import BY_NAME, TABLE
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
@@ -40,26 +44,83 @@ def run(
     ] = report.ROWS,
 ) -> None:
     """Run experiments one after the other; each appends a row a seed."""
-    unknown = set(names or ()) - set(BY_NAME)
-    if unknown:
-        raise typer.BadParameter(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(BY_NAME)}")
     if threads:
         torch.set_num_threads(threads)
     folder.mkdir(parents=True, exist_ok=True)
     output.parent.mkdir(parents=True, exist_ok=True)
-    for experiment in [BY_NAME[name] for name in names] if names else [e for e in TABLE if e.tier == 1]:
+    for experiment in _named(names) if names else [e for e in TABLE if e.tier == 1]:
         for seed in map(int, seeds.split(",")) if seeds else experiment.seeds:
-            if any(row["experiment"] == experiment.name and row["seed"] == seed for row in report.read(output)):
+            if (experiment.name, seed) in _held(output):
                 continue
-            found = run_one(experiment, seed, weights, folder, shorten or None, device)
-            with output.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(found, ensure_ascii=False) + "\n")
-            print(
-                f"{experiment.name} seed {seed}: {100 * found['start_test_accuracy']:.2f} % → "
-                f"{100 * found['test_accuracy']:.2f} %, MACs ÷ {found['macs'][0] / found['macs'][1]:.2f}, "
-                f"{found['seconds']:.0f} s",
-                flush=True,
-            )
+            _add(run_one(experiment, seed, weights, folder, shorten or None, device), output)
+
+
+@app.command()
+def parallel(
+    names: Annotated[list[str] | None, typer.Argument(help="Of experiments; default: all long ones.")] = None,
+    weights: Annotated[Path, typer.Option(help="Folder of the published CIFAR ResNet checkpoints.")] = Path("."),
+    folder: Annotated[Path, typer.Option(help="Where the networks go.")] = Path("out"),
+    seeds: Annotated[str, typer.Option(help="Separated by commas; default: those of the table.")] = "",
+    device: Annotated[str, typer.Option(help="cuda, or cpu for a trial.")] = "cuda",
+    workers: Annotated[int, typer.Option(help="Processes that share the device.")] = 10,
+    seconds: Annotated[float, typer.Option(help="After these, trainings at work are killed and give no row.")] = 1e9,
+    shorten: Annotated[int, typer.Option(help="Steps an epoch, for a trial; its rows say so.")] = 0,
+    commit: Annotated[str, typer.Option(help="Of this unchanged tree, where it is no repository.")] = "",
+    output: Annotated[
+        Path, typer.Option(help="Rows are appended to it; those it holds are not run again.")
+    ] = report.ROWS,
+) -> None:
+    """Run experiments side by side on one device, images and steps resident on it, within a given time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    held, chosen = _held(output), _named(names) if names else list(LONG)
+    wanted = {e.name: [int(s) for s in seeds.split(",")] if seeds else list(e.seeds) for e in chosen}
+    every = sorted({seed for of_one in wanted.values() for seed in of_one})
+    jobs = [
+        schedule.Job(e.name, seed, None if e.start in ("published", "random") else (e.start, 0))
+        for seed in every
+        for e in chosen
+        if seed in wanted[e.name] and (e.name, seed) not in held
+    ]
+    awaited = {job.after for job in jobs}
+    # What others wait for begins first, then what takes longest: large networks, and layers one by one.
+    jobs.sort(
+        key=lambda job: job.key not in awaited and BY_NAME[job.name].tier == 1 and not BY_NAME[job.name].layerwise
+    )
+
+    def finished(job: schedule.Job, row: dict[str, Any]) -> None:
+        if commit:
+            row["git"] = {"commit": commit, "dirty": False}
+        _add(row, output)
+
+    work = functools.partial(run_resident, weights, folder, shorten or None, device)
+    outcome = schedule.run(jobs, work, workers=workers, seconds=seconds, finished=finished)
+    for job, words in outcome.failed.items():
+        print(f"FAILED {job.name} seed {job.seed}: {words}", flush=True)
+    for job in outcome.left:
+        print(f"not done: {job.name} seed {job.seed}", flush=True)
+
+
+def _named(names: list[str]) -> list[Experiment]:
+    unknown = set(names) - set(BY_NAME)
+    if unknown:
+        raise typer.BadParameter(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(BY_NAME)}")
+    return [BY_NAME[name] for name in names]
+
+
+def _held(output: Path) -> set[tuple[str, int]]:
+    """(experiment, seed) of the rows of a file."""
+    return {(row["experiment"], row["seed"]) for row in report.read(output)}
+
+
+def _add(row: dict[str, Any], output: Path) -> None:
+    with output.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+    print(
+        f"{row['experiment']} seed {row['seed']}: {100 * row['start_test_accuracy']:.2f} % → "
+        f"{100 * row['test_accuracy']:.2f} %, MACs ÷ {row['macs'][0] / row['macs'][1]:.2f}, {row['seconds']:.0f} s",
+        flush=True,
+    )
 
 
 @app.command("time")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 from collections.abc import Sequence
@@ -15,7 +16,6 @@ RESULTS = Path(__file__).parent / "results"
 ROWS, LATENCY = RESULTS / "cifar10.jsonl", RESULTS / "latency.jsonl"
 PAGE, PLOTS = ROOT / "docs" / "results.md", ROOT / "docs" / "results"
 START, END = "<!-- rows -->", "<!-- end of rows -->"
-TWIN = {"small-vgg": "vgg-dense-longer"}  # what the accuracy of a network is held against, else its own start
 MARKERS = "os^Dv<>Pp*Xhd"
 
 Row = dict[str, Any]
@@ -53,11 +53,22 @@ class Summary:
         }
 
     @property
+    def dense(self) -> bool:
+        """Whether nothing is converted."""
+        return self.experiment.layerwise is None and all(stage.config is None for stage in self.experiment.stages)
+
+    @property
+    def trained_on(self) -> str:
+        """The devices that trained it; the GPU alone where one did."""
+        found = {row["device"].get("accelerator") or row["device"]["cpu"] for row in self.rows}
+        return ", ".join(sorted(found))
+
+    @property
     def multiplies(self) -> bool:
         """Whether its MACs are multiplications; those of ±1 and ternary weights are additions or bits."""
         words = " ".join(stage["config"] for stage in self.rows[0].get("stages", ()))
         constrained = self.rows[0].get("layers_16_times_smaller", [0])[0]
-        return not constrained and "splits" not in words
+        return not constrained and "binary_layer_bytes" not in self.rows[0] and "splits" not in words
 
 
 def summaries(rows: Sequence[Row], latency: Sequence[Row]) -> list[Summary]:
@@ -75,9 +86,9 @@ def text(rows: Sequence[Row], latency: Sequence[Row]) -> str:
     known = summaries(rows, latency)
     by_name = {summary.experiment.name: summary for summary in known}
     lines = [
-        "| experiment | seeds | accuracy, % | spread | against | MACs ÷ | parameters ÷ | learnable ÷ | file ÷ "
-        "| ms at batch 1 | at 16 |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| experiment | seeds | accuracy, % | spread | against | trained on | MACs ÷ | parameters ÷ | learnable ÷ "
+        "| file ÷ | ms at batch 1 | at 16 |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [_line(summary, by_name) for summary in known]
     lines += ["", "![accuracy against MACs](results/macs.svg) ![against bytes](results/bytes.svg)"]
@@ -94,17 +105,17 @@ def text(rows: Sequence[Row], latency: Sequence[Row]) -> str:
 
 
 def _line(summary: Summary, by_name: dict[str, Summary]) -> str:
-    twin = by_name.get(TWIN.get(summary.experiment.network, ""))
+    twin = by_name.get(summary.experiment.twin or "")
     reference = summary.start if twin is None else twin.accuracy
     named = "its start" if twin is None else twin.experiment.name
-    against = f"{100 * (summary.accuracy - reference):+.2f} to {named}" if summary is not twin else ""
+    alone = twin is None and (summary.experiment.start == "random" or summary.dense)
+    against = "" if alone else f"{100 * (summary.accuracy - reference):+.2f} to {named}"
     times = [f"{summary.ms[b][0]:.2f} → {summary.ms[b][1]:.2f}" if b in summary.ms else "" for b in (1, 16)]
     spread = f"{100 * summary.spread:.2f}" if len(summary.rows) > 1 else "one seed"
     macs = f"{summary.macs:.2f}" + ("" if summary.multiplies else " (in part additions)")
-    return (
-        f"| {summary.experiment.name} | {len(summary.rows)} | {100 * summary.accuracy:.2f} | {spread} | {against} | "
-        f"{macs} | {summary.parameters:.2f} | {summary.learnable:.2f} | {summary.bytes:.1f} | {times[0]} | {times[1]} |"
-    )
+    cells = [summary.experiment.name, str(len(summary.rows)), f"{100 * summary.accuracy:.2f}", spread, against]
+    cells += [summary.trained_on, macs, f"{summary.parameters:.2f}", f"{summary.learnable:.2f}"]
+    return f"| {' | '.join([*cells, f'{summary.bytes:.1f}', *times])} |"
 
 
 def _recipe(summary: Summary) -> str:
@@ -172,7 +183,7 @@ def _plot(path: Path, label: str, points: Sequence[tuple[Summary, float]]) -> No
     with matplotlib.rc_context({"svg.hashsalt": path.stem, "font.size": 9}):
         figure = Figure(figsize=(6.4, 4.0), layout="constrained")
         axes = figure.add_subplot()
-        for (summary, x), marker in zip(points, MARKERS, strict=False):
+        for (summary, x), marker in zip(points, itertools.cycle(MARKERS), strict=False):
             values = [100 * row["test_accuracy"] for row in summary.rows]
             axes.plot([x] * len(values), values, marker, ms=5, alpha=0.8, label=summary.experiment.name)
         axes.set(xlabel=label, ylabel="test accuracy, %", xscale="log")

@@ -2,84 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import nn
-
-from basisconv_kernels import BasisConfig, PruneConfig, StackedBinaryConfig, TuckerConfig, compress, search
-from bench.experiments.setting import EXAMPLE, validation_accuracy
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One conversion, None for none, and the training that follows it.
-
-    Attributes:
-        config: of ``compress``, or a function network → network.
-        epochs: over 50,000 images; the learning rate falls from ``lr`` to 0 along a cosine over all of them.
-        orthogonality: weight of that loss.
-        warm_up: share of the steps in which the rate rises to ``lr`` first.
-        steps: of an epoch, at most.
-    """
-
-    config: Any
-    epochs: int
-    lr: float
-    orthogonality: float = 0.0
-    warm_up: float = 0.0
-    steps: int | None = None
-
-    @property
-    def words(self) -> str:
-        """The configuration, for a row."""
-        if self.config is None:
-            return "none"
-        return str(self.config.__doc__ or "").split("\n")[0] if isinstance(self.config, Callable) else str(self.config)
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """A question and how it is tried.
-
-    Attributes:
-        name: of rows and files.
-        question: what it should show, with the figure hoped for.
-        network: ``resnet20``, ``resnet56`` or ``small-vgg``.
-        start: ``published`` weights, ``random`` ones, or the name of another experiment, whose network of seed 0 it
-            takes up, so that its seeds are those of its own training.
-        stages: one after the other; empty with ``layerwise``.
-        layerwise: arguments of ``TernaryConfig`` beside data and seed.
-        tier: 1, or 2 for what needs a GPU.
-        seeds: how often.
-    """
-
-    name: str
-    question: str
-    network: str
-    start: str
-    stages: tuple[Stage, ...] = ()
-    layerwise: dict[str, Any] | None = None
-    tier: int = 1
-    seeds: tuple[int, ...] = (0, 1, 2)
-
-
-def random_orthogonal(network: nn.Module) -> nn.Module:
-    """Frozen random orthogonal bases of K/2 filters, but in the first convolution; nothing of the weights is kept."""
-    config = BasisConfig(fraction=0.5, keep_dense="never", basis="random_orthogonal")
-    return compress(network, config, example_inputs=torch.randn(EXAMPLE), skip=["features.0"])[0]
-
-
-def searched(network: nn.Module) -> nn.Module:
-    """search: macs=0.25, BasisConv and Tucker at five sizes, loss on the validation images"""
-    return search(network, example_inputs=torch.randn(EXAMPLE), macs=0.25, evaluate=validation_accuracy)[0]
-
+from basisconv_kernels import BasisConfig, PruneConfig, StackedBinaryConfig, TuckerConfig
+from bench.experiments.experiment import Experiment, Stage, random_orthogonal, searched
+from bench.experiments.long import LONG
 
 SHORT: Any = {"epochs": 1, "lr": 0.02}  # what every network gets after its conversion, the dense twin too
 SCRATCH = Stage(None, 4, 0.1, warm_up=0.3)
-TABLE = (
+SHORT_TRAININGS = (
     Experiment("vgg-dense", "the dense twin, from random weights", "small-vgg", "random", (SCRATCH,), seeds=(0,)),
     Experiment(
         "vgg-dense-longer",
@@ -173,27 +105,9 @@ TABLE = (
         "random",
         (Stage(random_orthogonal, SCRATCH.epochs, SCRATCH.lr, warm_up=SCRATCH.warm_up),),
     ),
-    Experiment(
-        "resnet20-basis-quarter",
-        "BasisConv, basis and coefficients trained: MACs ÷ 4 within 1 point",
-        "resnet20",
-        "published",
-        (Stage(BasisConfig(macs=0.25, train_basis=True), 4, 0.05, orthogonality=1e-3),),
-    ),
-    Experiment(
-        "resnet56-spectral",
-        "spectral fine-tuning at energy 0.63: −64.11 % FLOPs, published 92.95 % (one run) from 93.27 %",
-        "resnet56",
-        "published",
-        (
-            Stage(
-                BasisConfig(energy=0.63, train_basis=True, basis_norm=True, keep_dense="never"),
-                60,
-                0.02,
-                orthogonality=1e-3,
-            ),
-        ),
-        tier=2,
-    ),
+)
+TABLE = (
+    *LONG,
+    *(e if e.name == "vgg-dense-longer" else replace(e, twin="vgg-dense-longer") for e in SHORT_TRAININGS),
 )
 BY_NAME = {experiment.name: experiment for experiment in TABLE}

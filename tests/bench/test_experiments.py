@@ -9,11 +9,12 @@ import torch
 
 pytest.importorskip("matplotlib")
 
+from basisconv_kernels import BinaryConfig, StackedBinaryConfig
 from basisconv_kernels.compression.tucker_config import TuckerConfig
 from basisconv_kernels.demo import data
 from bench.experiments import report, setting
 from bench.experiments import run as module
-from bench.experiments.table import TABLE, Experiment, Stage
+from bench.experiments.table import BY_NAME, TABLE, Experiment, Stage
 
 
 def test_the_page_is_that_of_the_rows():
@@ -39,6 +40,8 @@ def test_names_are_told_apart():
     assert len({experiment.name for experiment in TABLE}) == len(TABLE)
     names = {experiment.name for experiment in TABLE}
     assert all(experiment.start in names | {"published", "random"} for experiment in TABLE)
+    assert all(experiment.twin in (names | {None}) - {experiment.name} for experiment in TABLE)
+    assert all(0 in BY_NAME[e.start].seeds for e in TABLE if e.start not in ("published", "random"))
 
 
 @pytest.fixture
@@ -69,3 +72,35 @@ def test_an_experiment_gives_a_row_and_the_same_one_again(few_images, tmp_path):
         assert rows[0][key] == rows[1][key]
     again = module.run(experiment, 1, tmp_path, tmp_path / "a")  # from its finished checkpoints
     assert again["test_accuracy"] == rows[0]["test_accuracy"]
+
+
+@pytest.mark.parametrize("config", [BinaryConfig(), StackedBinaryConfig(splits=2, bank=0.5)], ids=["xnor", "stacked"])
+def test_binary_filters_train_on_the_device_and_their_bytes_are_told(few_images, tmp_path, config):
+    stage = Stage(config, 2, 0.01, optimizer="adam")
+    experiment = Experiment("trial", "none", "small-vgg", "random", (stage,))
+    row = module.run(experiment, 0, tmp_path, tmp_path, resident=True)
+    assert row["resident"] is True
+    assert row["macs"][0] == row["macs"][1]
+    assert row["binary_layer_bytes"][0] == 4 * 4 * 8 * 9  # the first convolution stays dense
+    assert 0 < row["binary_layer_bytes"][1] < row["binary_layer_bytes"][0] / 3
+    assert row["learnable"][1] > row["parameters"][1]  # latents are learned, bits are kept
+    again = module.run(experiment, 0, tmp_path, tmp_path, resident=True)
+    for key in ("test_accuracy", "stages"):
+        assert _timeless(again[key]) == _timeless(row[key])
+
+
+def _timeless(value):
+    if isinstance(value, dict):
+        return {key: _timeless(part) for key, part in value.items() if key != "seconds"}
+    return [_timeless(part) for part in value] if isinstance(value, list) else value
+
+
+def test_the_page_tells_where_a_network_was_trained_and_what_it_is_held_against():
+    rows = report.read(report.ROWS)
+    twin = next(row for row in rows if row["experiment"] == "vgg-dense-longer")
+    own = next(row for row in rows if row["experiment"] == "vgg-tucker")
+    on_gpu = own | {"device": own["device"] | {"accelerator": "Some GPU"}}
+    (line,) = (part for part in report.text([twin, on_gpu], []).splitlines() if part.startswith("| vgg-tucker "))
+    cells = [cell.strip() for cell in line.split("|")]
+    assert cells[6] == "Some GPU"
+    assert cells[5] == f"{100 * (own['test_accuracy'] - twin['test_accuracy']):+.2f} to vgg-dense-longer"

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from basisconv_kernels.compression import basis as module
 from basisconv_kernels.compression.basis import FORMS, PatchCorrelation, orthogonality_loss
 from basisconv_kernels.layers.basis_conv2d import BasisConv2d
 from basisconv_kernels.layers.decompose import break_even, channels_for_energy, decompose, kept_energy, pays
@@ -157,6 +158,28 @@ def test_a_module_sums_over_its_trained_bases():
     assert trained.basis_weight.grad.abs().max() > 0
     with pytest.raises(ValueError, match="no BasisConv2d of this module trains its basis"):
         orthogonality_loss(frozen)
+
+
+def test_a_module_takes_bases_of_one_row_length_together(monkeypatch):
+    monkeypatch.setattr(module, "ROWS_TOGETHER", 12)  # so that one of the products is full
+    sizes = [(4, 5), (4, 7), (4, 6), (2, 3), (2, 1)]
+    layers = [BasisConv2d(C, 8, 3, Q, train_basis=True, dtype=torch.float64) for C, Q in sizes]
+    layers.append(BasisConv2d(4, 8, 3, 6, groups=2, train_basis=True, dtype=torch.float64))
+    layers.append(BasisConv2d(4, 8, 3, 4, train_basis=True, dtype=torch.float64))
+    for layer in layers:
+        nn.init.normal_(layer.basis_weight)
+    with torch.no_grad():
+        layers[1].basis_weight[2] = 0
+    net = nn.ModuleList(layers)
+    layers[-1].to(memory_format=torch.channels_last)
+    assert [len(bases) for bases in module._batches(layers)] == [2, 2, 2]
+    alone = sum(orthogonality_loss(layer.basis_weight, layer.groups) for layer in layers)
+    parameters = [layer.basis_weight for layer in layers]
+    expected = torch.autograd.grad(alone, parameters)
+    loss = orthogonality_loss(net)
+    torch.testing.assert_close(loss, alone, **tolerances.FORMULA)
+    for got, wanted in zip(torch.autograd.grad(loss, parameters), expected, strict=True):
+        torch.testing.assert_close(got, wanted, **tolerances.FORMULA)
 
 
 def test_half_precision_bases_lose_no_accuracy():
