@@ -35,9 +35,8 @@ __global__ void __launch_bounds__(kThreads, Tile::blocks)
   char* memory = shared_memory();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const Window window(p, plan);
-  Jobs<T> jobs{p, reduction, plan, window, memory};
+  Jobs<T, ranks> jobs{p, reduction, plan, window, memory};
   if constexpr (kMayBeginEarly) previous_kernel_done();
-  for (int i = 0; i < plan.ahead; ++i) jobs.issue();
   char* reduced = memory + plan.reduced_offset();
   // ldmatrix.x4 of A, rows of pixels: lanes 0-15 address 16 pixels' columns 0-7 of a k16 step, lanes 16-31 columns
   // 8-15. Of B, rows of filters: two n8 tiles, of each columns 0-7 and 8-15 of the step.
@@ -50,12 +49,14 @@ __global__ void __launch_bounds__(kThreads, Tile::blocks)
     const int part = warp % Tile::parts * own, live = min(own, steps - part), row = warp / Tile::parts;
     const int t_row = lane % 8 + lane / 8 % 2 * 8, t_column = (part * 16 + lane / 16 * 8) * 2;  // of B, transposed
     float m[Tile::each][most][2][4];
-    for (int job = 0, slab = 0, first = 0; job < plan.reduce_jobs; ++job) {
+    for (int job = -plan.ahead, slab = 0, first = 0; job < plan.reduce_jobs; ++job) {
+      if (job >= 0) jobs.wait();
+      jobs.template issue<Kind::reduce>();
+      if (job < 0) continue;
       if (slab == 0) {
 #pragma unroll
         for (int i = 0; i < Tile::each * most * 8; ++i) m[i / 8 / most][i / 8 % most][i / 4 % 2][i % 4] = 0.0f;
       }
-      jobs.next();
       const char* pixels = jobs.slab(job) + (row * 16 + lane % 16) * TuckerPlan::slab_pitch + a_column;
       const char* factor = jobs.slab(job) + plan.image_bytes() + t_row * pitch + t_column;
       const int k_steps = min(kSlab / 16, (reduction.C - slab * kSlab + 15) / 16);
@@ -120,7 +121,8 @@ __global__ void __launch_bounds__(kThreads, Tile::blocks)
     const char* own_pixel = reduced + (pixel_y * p.stride_h * plan.columns + pixel_x * p.stride_w) * pitch + a_column;
     int r = 0, s = 0, slab = 0, left = p.taps * p.slabs;
     for (int job = 0; job < plan.core_jobs; ++job) {
-      jobs.next();
+      jobs.wait();
+      jobs.template issue<Kind::core>();
       const char* tile = jobs.core(job) + (part * 16 + b_row) * core_pitch + b_column;
       const int tiles = min(plan.core_tiles, left);
       left -= tiles;
@@ -170,7 +172,8 @@ __global__ void __launch_bounds__(kThreads, Tile::blocks)
   const int width = mixing_width(plan.core_rows), width_steps = width / 16;
 #pragma unroll 1
   for (int chunk = 0; chunk < plan.chunks; ++chunk) {
-    jobs.next();
+    jobs.wait();
+    jobs.template issue<Kind::mixing>();
     const char* mixing = jobs.mixing(chunk);
 #pragma unroll 1
     for (int first = share * kStagedColumns; first < kChunk; first += Tile::shares * kStagedColumns) {

@@ -36,12 +36,13 @@ BASISCONV_DEVICE void fetch_pixels(const Problem& p, const Reduction& reduction,
     const int bytes = left <= c ? 0 : left - c < 8 ? (left - c) * 2 : 16;
     const int begin = first + threadIdx.x / 8;
     int row = begin / plan.columns, column = begin % plan.columns;
-    for (int pixel = threadIdx.x / 8; pixel < count; pixel += kThreads / 8, column += kThreads / 8) {
-      while (column >= plan.columns) column -= plan.columns, ++row;
+    for (int pixel = threadIdx.x / 8; pixel < count; pixel += kThreads / 8) {
       const int y = window.iy + row, x = window.ix + column;
       const bool inside = bytes > 0 && y >= 0 && y < p.H && x >= 0 && x < p.W;
       const void* from = inside ? static_cast<const void*>(image + y * p.in.h + x * p.in.w + c) : p.basis;
       cp_async16(to + pixel * TuckerPlan::slab_pitch + c * 2, from, inside ? bytes : 0);
+      row += plan.step_rows, column += plan.step_columns;
+      if (column >= plan.columns) column -= plan.columns, ++row;
     }
     return;
   }
@@ -56,40 +57,50 @@ BASISCONV_DEVICE void fetch_pixels(const Problem& p, const Reduction& reduction,
 }
 
 // u_in of one slab, a row a channel; zeros behind the channels and the ranks, up to multiples of 16.
-template <class T>
-BASISCONV_DEVICE void fetch_factor(const Problem& p, const Reduction& reduction, char* to, int pitch, int c0) {
-  const int left = reduction.C - c0, channels = min(kSlab, (left + 15) / 16 * 16), ranks = (p.C + 15) / 16 * 16;
+template <class T, int ranks>
+BASISCONV_DEVICE void fetch_factor(const Problem& p, const Reduction& reduction, char* to, int c0) {
+  constexpr int pitch = TuckerPlan::pitch_of(ranks), lanes = ranks / 8;
+  const int left = reduction.C - c0, channels = min(kSlab, (left + 15) / 16 * 16), padded = (p.C + 15) / 16 * 16;
   const T* factor = static_cast<const T*>(reduction.u_in) + c0 * reduction.stride_c;
   if (reduction.in_16_bytes) {
-    const int pieces = ranks / 8;
-    for (int i = threadIdx.x; i < channels * pieces; i += kThreads) {
-      const int c = i / pieces, rank = i % pieces * 8;
+    const int rank = threadIdx.x % lanes * 8;
+    if (rank >= padded) return;
+    for (int c = threadIdx.x / lanes; c < channels; c += kThreads / lanes) {
       const bool inside = c < left && rank < p.C;
       const void* from = inside ? static_cast<const void*>(factor + c * reduction.stride_c + rank) : p.basis;
       cp_async16(to + c * pitch + rank * 2, from, inside ? 16 : 0);
     }
     return;
   }
-  for (int i = threadIdx.x; i < channels * ranks; i += kThreads) {
-    const int c = i / ranks, rank = i % ranks;
+  for (int i = threadIdx.x; i < channels * padded; i += kThreads) {
+    const int c = i / padded, rank = i % padded;
     *reinterpret_cast<T*>(to + c * pitch + rank * 2) =
         c < left && rank < p.C ? factor[c * reduction.stride_c + rank * reduction.stride_i] : T{0};
   }
 }
 
 // Tiles `begin` to `end` of the packed core, of their rows what the ranks need: without the swizzle, at the pitch here.
+template <int ranks>
 BASISCONV_DEVICE void fetch_core(const Problem& p, const TuckerPlan& plan, char* to, int begin, int end) {
-  const int pieces = min(kSlab, (p.C + 15) / 16 * 16) / 8;
+  constexpr int width = ranks < kSlab ? ranks : kSlab, lanes = width / 8;
+  static_assert(kThreads / lanes % 8 == 0, "a thread keeps its place in the swizzle");
+  const int piece = threadIdx.x % lanes, first = threadIdx.x / lanes, rows = (end - begin) * plan.core_rows;
+  if (piece * 8 >= (p.C + 15) / 16 * 16) return;
   const char* from = p.basis + static_cast<int64_t>(begin) * plan.core_rows * kSlab * 2;
-  for (int i = threadIdx.x; i < (end - begin) * plan.core_rows * pieces; i += kThreads) {
-    const int row = i / pieces, piece = i % pieces;
-    cp_async16(to + row * plan.core_pitch() + piece * 16, from + swizzled(row * kSlab * 2 + piece * 16, kSlab * 2), 16);
+  from += swizzled(first * kSlab * 2 + piece * 16, kSlab * 2);
+  to += first * TuckerPlan::pitch_of(width) + piece * 16;
+  for (int row = first; row < rows; row += kThreads / lanes) {
+    cp_async16(to, from, 16);
+    from += kThreads / lanes * kSlab * 2;
+    to += kThreads / lanes * TuckerPlan::pitch_of(width);
   }
 }
 
 // The sequence of all copies: slabs of the image with theirs of u_in, taps of the core, chunks of coefficients. Every
 // thread issues its part of each.
-template <class T>
+enum class Kind { reduce, core, mixing };
+
+template <class T, int ranks>
 struct Jobs {
   const Problem& p;
   const Reduction& reduction;
@@ -106,32 +117,38 @@ struct Jobs {
   }
   BASISCONV_DEVICE char* mixing(int chunk) const { return memory + chunk % plan.mixing_stages * plan.mixing_tile(); }
 
-  // A group even where nothing is left to copy: as many are under way in the last jobs as in the first.
+  // The next one, of this kind or a later one. A group even where nothing is left to copy: as many are under way in the
+  // last jobs as in the first.
+  template <Kind first_kind>
   BASISCONV_DEVICE void issue() {
-    int job = issued++;
-    if (job < plan.reduce_jobs) {
-      const int c0 = job % reduction.slabs * kSlab, first = job / reduction.slabs * plan.group;
-      fetch_pixels<T>(p, reduction, plan, window, slab(job), first, c0);
-      fetch_factor<T>(p, reduction, slab(job) + plan.image_bytes(), plan.pitch(), c0);
-    } else if ((job -= plan.reduce_jobs) < plan.core_jobs) {
-      const int begin = job * plan.core_tiles, end = min(begin + plan.core_tiles, p.taps * p.slabs);
-      fetch_core(p, plan, core(job), begin, end);
-    } else if ((job -= plan.core_jobs) < plan.chunks) {
-      const char* from = p.mixing + static_cast<int64_t>(job) * plan.mixing_tile();
-      char* to = mixing(job);
+    const int of_core = issued - plan.reduce_jobs, chunk = of_core - plan.core_jobs;
+    if (of_core < 0) {
+      if constexpr (first_kind == Kind::reduce) {
+        const int c0 = issued % reduction.slabs * kSlab, first = issued / reduction.slabs * plan.group;
+        fetch_pixels<T>(p, reduction, plan, window, slab(issued), first, c0);
+        fetch_factor<T, ranks>(p, reduction, slab(issued) + plan.image_bytes(), c0);
+      }
+    } else if (chunk < 0) {
+      if constexpr (first_kind != Kind::mixing) {
+        const int begin = of_core * plan.core_tiles, end = min(begin + plan.core_tiles, p.taps * p.slabs);
+        fetch_core<ranks>(p, plan, core(of_core), begin, end);
+      }
+    } else if (chunk < plan.chunks) {
+      const char* from = p.mixing + static_cast<int64_t>(chunk) * plan.mixing_tile();
+      char* to = mixing(chunk);
       for (int i = threadIdx.x * 16; i < plan.mixing_tile(); i += kThreads * 16) cp_async16(to + i, from + i, 16);
     }
     cp_async_commit();
+    ++issued;
   }
   // The next job's data have landed for all, and all are done with the one before it, whose place is filled anew.
-  BASISCONV_DEVICE void next() {
+  BASISCONV_DEVICE void wait() const {
     if (plan.ahead == 2) {
       cp_async_wait<1>();
     } else {
       cp_async_wait<0>();
     }
     __syncthreads();
-    issue();
   }
 };
 

@@ -47,10 +47,11 @@ struct TuckerPlan {
 
   int ranks;
   bool tall;
-  int core_rows;                                   // Q as it is packed
-  int rows, columns, pixels;                       // of the halo
-  int group, groups;                               // pixels reduced at a time
-  int ahead;                                       // jobs whose copies are under way
+  int core_rows;                // Q as it is packed
+  int rows, columns, pixels;    // of the halo
+  int step_rows, step_columns;  // from a pixel of it to the one that comes a round of the threads later
+  int group, groups;            // pixels reduced at a time
+  int ahead;                    // jobs whose copies are under way
   int reduce_jobs, core_jobs, core_tiles, chunks;  // core_tiles: taps of a slab in a job
   int slab_stages, core_stages, mixing_stages;     // places of the three rings
   int bytes;                                       // of shared memory, 0 where the kernel cannot run
@@ -92,6 +93,9 @@ inline TuckerPlan tucker_plan_of(const Problem& p, const Reduction& first, int s
   plan.rows = static_cast<int>(rows);
   plan.columns = static_cast<int>(columns);
   plan.pixels = plan.rows * plan.columns;
+  constexpr int a_round = TuckerPlan::warps * 32 / 8;  // eight threads a pixel
+  plan.step_rows = a_round / plan.columns;
+  plan.step_columns = a_round % plan.columns;
   const int most = plan.ranks == 16 ? TuckerTile<16, true>::group
                    : tall           ? TuckerTile<32, true>::group
                                     : TuckerTile<32, false>::group;

@@ -13,11 +13,11 @@ from tests.cuda_on_cpu.test_tucker_conv2d_one_pass import ONE, ONE_CORE, case, o
 pytestmark = pytest.mark.xdist_group("cuda_on_cpu")
 
 KERNEL, COPIES, PLAN = "tucker_conv2d.cu", "tucker_conv2d_copies.h", "tucker_conv2d_plan.h"
-BARRIER, SHARES = "__syncthreads();\n    issue();", "__syncthreads();  // both shares of Z"
+BARRIER, SHARES = "__syncthreads();\n  }\n};", "__syncthreads();  // both shares of Z"
 WAITS = ("cp_async_wait<1>();", "cp_async_wait<0>();")
 PLACES = "return jobs < ahead + 1 ? jobs : ahead + 1;"
 T_ROW = "t_row = lane % 8 + lane / 8 % 2 * 8"
-UNSWIZZLED = "from + swizzled(row * kSlab * 2 + piece * 16, kSlab * 2)"
+UNSWIZZLED = "from += swizzled(first * kSlab * 2 + piece * 16, kSlab * 2);"
 COUNT = "if (own_pixel >= count) continue;"
 FAULTS = {
     "no barrier between jobs": (COPIES, BARRIER, f"if (planted != #) {BARRIER}"),
@@ -27,7 +27,7 @@ FAULTS = {
     "a place too few": (PLAN, PLACES, PLACES.replace("return jobs", "if (planted == #) return 1; return jobs")),
     "u_in not transposed": (KERNEL, T_ROW, T_ROW.replace("lane / 8 % 2", "(planted == # ? 0 : lane / 8 % 2)")),
     "the core left swizzled": (
-        COPIES, UNSWIZZLED, f"(planted == # ? from + row * kSlab * 2 + piece * 16 : {UNSWIZZLED})",
+        COPIES, UNSWIZZLED, f"if (planted == #) from += first * kSlab * 2 + piece * 16; else {UNSWIZZLED}",
     ),
     "the wrong share of the filters": (KERNEL, "part = share * own", "part = (planted == # ? 0 : share) * own"),
     "a slab of the core forgotten": (
