@@ -45,8 +45,7 @@ __global__ void __launch_bounds__(kThreads, Tile::blocks)
   // Stage 0.
   {
     constexpr int most = ranks / 16 / Tile::parts;  // 16 ranks at a time
-    const int steps = (p.C + 15) / 16, own = (steps + Tile::parts - 1) / Tile::parts;
-    const int part = warp % Tile::parts * own, live = min(own, steps - part), row = warp / Tile::parts;
+    const int part = warp % Tile::parts * most, row = warp / Tile::parts;
     const int t_row = lane % 8 + lane / 8 % 2 * 8, t_column = (part * 16 + lane / 16 * 8) * 2;  // of B, transposed
     float m[Tile::each][most][2][4];
     for (int job = -plan.ahead, slab = 0, first = 0; job < plan.reduce_jobs; ++job) {
@@ -59,16 +58,12 @@ __global__ void __launch_bounds__(kThreads, Tile::blocks)
       }
       const char* pixels = jobs.slab(job) + (row * 16 + lane % 16) * TuckerPlan::slab_pitch + a_column;
       const char* factor = jobs.slab(job) + plan.image_bytes() + t_row * pitch + t_column;
-      const int k_steps = min(kSlab / 16, (reduction.C - slab * kSlab + 15) / 16);
       const int count = min(plan.group, plan.pixels - first);
 #pragma unroll
       for (int k = 0; k < kSlab / 16; ++k) {
-        if (k >= k_steps) break;
         uint32_t b[most][4];
 #pragma unroll
-        for (int q = 0; q < most; ++q) {
-          if (q < live) ldmatrix_x4_trans(b[q], factor + k * 16 * pitch + q * 32);
-        }
+        for (int q = 0; q < most; ++q) ldmatrix_x4_trans(b[q], factor + k * 16 * pitch + q * 32);
 #pragma unroll
         for (int i = 0; i < Tile::each; ++i) {
           if ((row + i * Tile::down) * 16 >= count) break;
@@ -76,7 +71,6 @@ __global__ void __launch_bounds__(kThreads, Tile::blocks)
           ldmatrix_x4(a, pixels + i * Tile::down * 16 * TuckerPlan::slab_pitch + k * 32);
 #pragma unroll
           for (int q = 0; q < most; ++q) {
-            if (q >= live) break;
             mma_m16n8k16<T>(m[i][q][0], a, b[q][0], b[q][1]);
             mma_m16n8k16<T>(m[i][q][1], a, b[q][2], b[q][3]);
           }
@@ -94,7 +88,6 @@ __global__ void __launch_bounds__(kThreads, Tile::blocks)
           const bool inside = y >= 0 && y < p.H && x >= 0 && x < p.W;
 #pragma unroll
           for (int q = 0; q < most * 2; ++q) {
-            if (q >= live * 2) break;
             const int rank = part * 16 + q * 8 + lane % 4 * 2;
             const float low = m[i][q / 2][q % 2][half * 2], high = m[i][q / 2][q % 2][half * 2 + 1];
             *reinterpret_cast<uint32_t*>(reduced + pixel * pitch + rank * 2) =
@@ -110,8 +103,7 @@ __global__ void __launch_bounds__(kThreads, Tile::blocks)
   // Stage 1: 16 pixels a warp, and its share of the filters.
   constexpr int most = ranks / 16 / Tile::shares;
   const int own_row = warp / Tile::shares, share = warp % Tile::shares;
-  const int steps = plan.core_rows / 16, own = (steps + Tile::shares - 1) / Tile::shares;
-  const int part = share * own, live = min(own, steps - part);
+  const int part = share * most;
   float z[most][2][4];
   const float start = poison(p);
 #pragma unroll
@@ -129,15 +121,12 @@ __global__ void __launch_bounds__(kThreads, Tile::blocks)
       for (int i = 0; i < tiles; ++i, tile += plan.core_tile()) {
         const char* pixels =
             own_pixel + (r * p.dilation_h * plan.columns + s * p.dilation_w) * pitch + slab * kSlab * 2;
-        const int k_steps = min(kSlab / 16, (p.C - slab * kSlab + 15) / 16);
 #pragma unroll
         for (int k = 0; k < (ranks < kSlab ? ranks : kSlab) / 16; ++k) {
-          if (k >= k_steps) break;
           uint32_t a[4];
           ldmatrix_x4(a, pixels + k * 32);
 #pragma unroll
           for (int q = 0; q < most; ++q) {
-            if (q >= live) break;
             uint32_t b[4];
             ldmatrix_x4(b, tile + q * 16 * core_pitch + k * 32);
             mma_m16n8k16<T>(z[q][0], a, b[0], b[1]);
@@ -154,7 +143,6 @@ __global__ void __launch_bounds__(kThreads, Tile::blocks)
   char* maps = memory + plan.maps_offset() + own_row * 16 * pitch;
 #pragma unroll
   for (int i = 0; i < most * 4; ++i) {
-    if (i >= live * 4) break;
     const int q = i / 4, j = i / 2 % 2, half = i % 2, filter = part * 16 + q * 16 + j * 8 + lane % 4 * 2;
     *reinterpret_cast<uint32_t*>(maps + (half * 8 + lane / 4) * pitch + filter * 2) =
         round2<T>(filter < p.Q ? z[q][j][half * 2] : 0.0f, filter + 1 < p.Q ? z[q][j][half * 2 + 1] : 0.0f);
@@ -162,32 +150,28 @@ __global__ void __launch_bounds__(kThreads, Tile::blocks)
   __syncthreads();  // both shares of Z are there
   uint32_t a[ranks / 16][4];
 #pragma unroll
-  for (int q = 0; q < ranks / 16; ++q) {
-    if (q < steps) ldmatrix_x4(a[q], maps + lane % 16 * pitch + a_column + q * 32);
-  }
+  for (int q = 0; q < ranks / 16; ++q) ldmatrix_x4(a[q], maps + lane % 16 * pitch + a_column + q * 32);
 
   // Stage 2.
   const Pixels pixels{window.n, window.oy + own_row * 2, window.ox};
   char* staging = memory + plan.staging_offset() + warp * kStagingBytes;
-  const int width = mixing_width(plan.core_rows), width_steps = width / 16;
 #pragma unroll 1
-  for (int chunk = 0; chunk < plan.chunks; ++chunk) {
-    jobs.wait();
-    jobs.template issue<Kind::mixing>();
-    const char* mixing = jobs.mixing(chunk);
+  for (int chunk = 0; chunk < p.chunks; ++chunk) {
+    if (chunk % plan.chunks_together == 0) {
+      jobs.wait();
+      jobs.template issue<Kind::mixing>();
+    }
+    const char* mixing = jobs.chunk(chunk) + b_row * pitch + b_column;
 #pragma unroll 1
     for (int first = share * kStagedColumns; first < kChunk; first += Tile::shares * kStagedColumns) {
       if (chunk * kChunk + first >= p.K) break;
       float y[kStagedColumns / 8][4] = {};
 #pragma unroll
-      for (int j = 0; j < kStagedColumns / 16; ++j) {
-        const uint32_t row = (first + j * 16 + b_row) * width * 2 + b_column;
+      for (int q = 0; q < ranks / 16; ++q) {
 #pragma unroll
-        for (int q = 0; q < ranks / 16; ++q) {
-          if (q >= steps) break;
+        for (int j = 0; j < kStagedColumns / 16; ++j) {
           uint32_t b[4];
-          const char* side = mixing + q / width_steps * kChunk * width * 2;
-          ldmatrix_x4(b, side + swizzled(row + q % width_steps * 32, width * 2));
+          ldmatrix_x4(b, mixing + (first + j * 16) * pitch + q * 32);
           mma_m16n8k16<T>(y[2 * j], a[q], b[0], b[1]);
           mma_m16n8k16<T>(y[2 * j + 1], a[q], b[2], b[3]);
         }

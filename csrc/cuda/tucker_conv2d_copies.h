@@ -21,18 +21,15 @@ struct Window {
   }
 };
 
-// Pixels of the halo from number `first` on, one slab of channels; zeros outside the image, and behind the channels up
-// to the next multiple of 16.
+// Pixels of the halo from number `first` on, one slab of channels; zeros outside the image and behind the channels.
 template <class T>
 BASISCONV_DEVICE void fetch_pixels(const Problem& p, const Reduction& reduction, const TuckerPlan& plan,
                                    const Window& window, char* to, int first, int c0) {
   const int count = min(plan.group, plan.pixels - first), left = reduction.C - c0;
-  const int channels = min(kSlab, (left + 15) / 16 * 16);
   const T* image = static_cast<const T*>(p.input) + window.n * p.in.n + static_cast<int64_t>(c0) * p.in.c;
   if (p.input_in_16_bytes) {
     // Eight lanes a pixel, 16 bytes a lane: a thread keeps its channels and goes down the pixels.
     const int c = threadIdx.x % 8 * 8;
-    if (c >= channels) return;
     const int bytes = left <= c ? 0 : left - c < 8 ? (left - c) * 2 : 16;
     const int begin = first + threadIdx.x / 8;
     int row = begin / plan.columns, column = begin % plan.columns;
@@ -46,9 +43,9 @@ BASISCONV_DEVICE void fetch_pixels(const Problem& p, const Reduction& reduction,
     }
     return;
   }
-  for (int i = threadIdx.x; i < count * channels; i += kThreads) {
-    const int pixel = p.pixels_side_by_side ? i % count : i / channels;
-    const int c = p.pixels_side_by_side ? i / count : i % channels;
+  for (int i = threadIdx.x; i < count * kSlab; i += kThreads) {
+    const int pixel = p.pixels_side_by_side ? i % count : i / kSlab;
+    const int c = p.pixels_side_by_side ? i / count : i % kSlab;
     const int y = window.iy + (first + pixel) / plan.columns, x = window.ix + (first + pixel) % plan.columns;
     const bool inside = c < left && y >= 0 && y < p.H && x >= 0 && x < p.W;
     *reinterpret_cast<T*>(to + pixel * TuckerPlan::slab_pitch + c * 2) =
@@ -56,43 +53,45 @@ BASISCONV_DEVICE void fetch_pixels(const Problem& p, const Reduction& reduction,
   }
 }
 
-// u_in of one slab, a row a channel; zeros behind the channels and the ranks, up to multiples of 16.
+// u_in of one slab, a row a channel; zeros behind the channels and the ranks.
 template <class T, int ranks>
 BASISCONV_DEVICE void fetch_factor(const Problem& p, const Reduction& reduction, char* to, int c0) {
   constexpr int pitch = TuckerPlan::pitch_of(ranks), lanes = ranks / 8;
-  const int left = reduction.C - c0, channels = min(kSlab, (left + 15) / 16 * 16), padded = (p.C + 15) / 16 * 16;
+  const int left = reduction.C - c0;
   const T* factor = static_cast<const T*>(reduction.u_in) + c0 * reduction.stride_c;
   if (reduction.in_16_bytes) {
     const int rank = threadIdx.x % lanes * 8;
-    if (rank >= padded) return;
-    for (int c = threadIdx.x / lanes; c < channels; c += kThreads / lanes) {
+#pragma unroll
+    for (int c = threadIdx.x / lanes; c < kSlab; c += kThreads / lanes) {
       const bool inside = c < left && rank < p.C;
       const void* from = inside ? static_cast<const void*>(factor + c * reduction.stride_c + rank) : p.basis;
       cp_async16(to + c * pitch + rank * 2, from, inside ? 16 : 0);
     }
     return;
   }
-  for (int i = threadIdx.x; i < channels * padded; i += kThreads) {
-    const int c = i / padded, rank = i % padded;
+  for (int i = threadIdx.x; i < kSlab * ranks; i += kThreads) {
+    const int c = i / ranks, rank = i % ranks;
     *reinterpret_cast<T*>(to + c * pitch + rank * 2) =
         c < left && rank < p.C ? factor[c * reduction.stride_c + rank * reduction.stride_i] : T{0};
   }
 }
 
-// Tiles `begin` to `end` of the packed core, of their rows what the ranks need: without the swizzle, at the pitch here.
-template <int ranks>
-BASISCONV_DEVICE void fetch_core(const Problem& p, const TuckerPlan& plan, char* to, int begin, int end) {
-  constexpr int width = ranks < kSlab ? ranks : kSlab, lanes = width / 8;
-  static_assert(kThreads / lanes % 8 == 0, "a thread keeps its place in the swizzle");
-  const int piece = threadIdx.x % lanes, first = threadIdx.x / lanes, rows = (end - begin) * plan.core_rows;
-  if (piece * 8 >= (p.C + 15) / 16 * 16) return;
-  const char* from = p.basis + static_cast<int64_t>(begin) * plan.core_rows * kSlab * 2;
-  from += swizzled(first * kSlab * 2 + piece * 16, kSlab * 2);
-  to += first * TuckerPlan::pitch_of(width) + piece * 16;
-  for (int row = first; row < rows; row += kThreads / lanes) {
-    cp_async16(to, from, 16);
-    from += kThreads / lanes * kSlab * 2;
-    to += kThreads / lanes * TuckerPlan::pitch_of(width);
+// Packed tiles of `packed_rows` rows of `packed_width` numbers into tiles of `rows` rows of `width`: at the pitch of
+// the kernel instead of the swizzle, with zeros behind them.
+template <int rows, int width>
+BASISCONV_DEVICE void fetch_tiles(const Problem& p, char* to, const char* from, int tiles, int packed_rows,
+                                  int packed_width) {
+  constexpr int lanes = width / 8, pitch = TuckerPlan::pitch_of(width);
+  const int column = threadIdx.x % lanes * 8, first = threadIdx.x / lanes;
+  // What is wider than a swizzled row lies in tiles side by side.
+  const int side = column / kSlab * packed_rows * kSlab * 2, within = column % kSlab * 2, row_bytes = packed_width * 2;
+  const int bytes = min(row_bytes, kSlab * 2);
+  const int tile_bytes = packed_rows * row_bytes;
+  for (int at = first; at < tiles * rows; at += kThreads / lanes) {
+    const int tile = at / rows, row = at % rows;
+    const bool there = row < packed_rows && column < packed_width;
+    const char* piece = from + tile * tile_bytes + side + swizzled(row * bytes + within, bytes);
+    cp_async16(to + at * pitch + column * 2, there ? piece : p.basis, there ? 16 : 0);
   }
 }
 
@@ -102,6 +101,7 @@ enum class Kind { reduce, core, mixing };
 
 template <class T, int ranks>
 struct Jobs {
+  static constexpr int ranks_of_slab = ranks < kSlab ? ranks : kSlab;
   const Problem& p;
   const Reduction& reduction;
   const TuckerPlan& plan;
@@ -115,28 +115,31 @@ struct Jobs {
   BASISCONV_DEVICE char* core(int job) const {
     return memory + plan.core_offset() + job % plan.core_stages * plan.core_tiles * plan.core_tile();
   }
-  BASISCONV_DEVICE char* mixing(int chunk) const { return memory + chunk % plan.mixing_stages * plan.mixing_tile(); }
+  BASISCONV_DEVICE char* chunk(int number) const {
+    return memory + number % (plan.mixing_stages * plan.chunks_together) * plan.mixing_tile();
+  }
 
   // The next one, of this kind or a later one. A group even where nothing is left to copy: as many are under way in the
   // last jobs as in the first.
   template <Kind first_kind>
   BASISCONV_DEVICE void issue() {
-    const int of_core = issued - plan.reduce_jobs, chunk = of_core - plan.core_jobs;
+    const int of_core = issued - plan.reduce_jobs, job = of_core - plan.core_jobs;
     if (of_core < 0) {
       if constexpr (first_kind == Kind::reduce) {
         const int c0 = issued % reduction.slabs * kSlab, first = issued / reduction.slabs * plan.group;
         fetch_pixels<T>(p, reduction, plan, window, slab(issued), first, c0);
         fetch_factor<T, ranks>(p, reduction, slab(issued) + plan.image_bytes(), c0);
       }
-    } else if (chunk < 0) {
+    } else if (job < 0) {
       if constexpr (first_kind != Kind::mixing) {
         const int begin = of_core * plan.core_tiles, end = min(begin + plan.core_tiles, p.taps * p.slabs);
-        fetch_core<ranks>(p, plan, core(of_core), begin, end);
+        const char* from = p.basis + static_cast<int64_t>(begin) * plan.core_rows * kSlab * 2;
+        fetch_tiles<ranks, ranks_of_slab>(p, core(of_core), from, end - begin, plan.core_rows, kSlab);
       }
-    } else if (chunk < plan.chunks) {
-      const char* from = p.mixing + static_cast<int64_t>(chunk) * plan.mixing_tile();
-      char* to = mixing(chunk);
-      for (int i = threadIdx.x * 16; i < plan.mixing_tile(); i += kThreads * 16) cp_async16(to + i, from + i, 16);
+    } else if (job < plan.mixing_jobs) {
+      const int begin = job * plan.chunks_together, end = min(begin + plan.chunks_together, p.chunks);
+      const char* from = p.mixing + static_cast<int64_t>(begin) * kChunk * plan.core_rows * 2;
+      fetch_tiles<kChunk, ranks>(p, chunk(begin), from, end - begin, kChunk, plan.core_rows);
     }
     cp_async_commit();
     ++issued;

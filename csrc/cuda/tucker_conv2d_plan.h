@@ -47,25 +47,25 @@ struct TuckerPlan {
 
   int ranks;
   bool tall;
-  int core_rows;                // Q as it is packed
-  int rows, columns, pixels;    // of the halo
-  int step_rows, step_columns;  // from a pixel of it to the one that comes a round of the threads later
-  int group, groups;            // pixels reduced at a time
-  int ahead;                    // jobs whose copies are under way
-  int reduce_jobs, core_jobs, core_tiles, chunks;  // core_tiles: taps of a slab in a job
-  int slab_stages, core_stages, mixing_stages;     // places of the three rings
-  int bytes;                                       // of shared memory, 0 where the kernel cannot run
+  int core_rows;                                // Q as it is packed
+  int rows, columns, pixels;                    // of the halo
+  int step_rows, step_columns;                  // from a pixel of it to the one that comes a round of the threads later
+  int group, groups;                            // pixels reduced at a time
+  int ahead;                                    // jobs whose copies are under way
+  int reduce_jobs, core_jobs, core_tiles;       // core_tiles: taps of a slab in a job
+  int mixing_jobs, chunks_together;             // chunks of coefficients in a job
+  int slab_stages, core_stages, mixing_stages;  // places of the three rings
+  int bytes;                                    // of shared memory, 0 where the kernel cannot run
 
   BASISCONV_EITHER static constexpr int pitch_of(int ranks) { return ranks * 2 + 16; }
   BASISCONV_EITHER int pitch() const { return pitch_of(ranks); }  // of M, Z and u_in
   BASISCONV_EITHER int core_pitch() const { return pitch_of(ranks < kSlab ? ranks : kSlab); }
-  BASISCONV_EITHER int core_tile() const { return core_rows * core_pitch(); }
-  BASISCONV_EITHER int mixing_tile() const { return kChunk * core_rows * 2; }
+  BASISCONV_EITHER int core_tile() const { return ranks * core_pitch(); }
+  BASISCONV_EITHER int mixing_tile() const { return kChunk * pitch(); }
   BASISCONV_EITHER int tile_y() const { return tall ? 16 : 8; }
   BASISCONV_EITHER int image_bytes() const { return group * slab_pitch; }
   BASISCONV_EITHER int slab_bytes() const { return image_bytes() + kSlab * pitch(); }
-  // The coefficients are swizzled by their address: they come first, at multiples of 1024.
-  BASISCONV_EITHER int core_offset() const { return mixing_stages * mixing_tile(); }
+  BASISCONV_EITHER int core_offset() const { return mixing_stages * chunks_together * mixing_tile(); }
   BASISCONV_EITHER int reduced_offset() const { return core_offset() + core_stages * core_tiles * core_tile(); }
   BASISCONV_EITHER int slab_offset() const { return reduced_offset() + pixels * pitch(); }
   // Z and the epilogue's staging lie over the slabs, which nobody reads after the first stage.
@@ -102,7 +102,6 @@ inline TuckerPlan tucker_plan_of(const Problem& p, const Reduction& first, int s
   plan.groups = static_cast<int>(tiles_of(plan.pixels, most));
   plan.group = plan.groups > 1 ? most : static_cast<int>(tiles_of(plan.pixels, 16)) * 16;
   plan.reduce_jobs = plan.groups * first.slabs;
-  plan.chunks = p.chunks;
   const int all = p.taps * p.slabs;
   if (int64_t{all} * plan.core_rows > shared_limit * int64_t{64}) return plan;  // and so no count below overflows
   for (int ahead = 2; ahead > 0; --ahead) {
@@ -117,11 +116,14 @@ inline TuckerPlan tucker_plan_of(const Problem& p, const Reduction& first, int s
       sized.core_jobs = static_cast<int>(tiles_of(all, tiles));
       sized.slab_stages = places(sized.reduce_jobs);
       sized.core_stages = places(sized.core_jobs);
-      sized.mixing_stages = places(sized.chunks);
       if (int64_t{sized.core_stages} * tiles * sized.core_tile() > shared_limit) continue;
-      if (sized.end() > shared_limit) continue;
-      sized.bytes = sized.end();
-      return sized;
+      for (const int together : {4, 2, 1}) {
+        sized.chunks_together = p.chunks < together ? p.chunks : together;
+        sized.mixing_jobs = static_cast<int>(tiles_of(p.chunks, sized.chunks_together));
+        sized.mixing_stages = places(sized.mixing_jobs);
+        sized.bytes = sized.end();
+        if (sized.bytes <= shared_limit) return sized;
+      }
     }
   }
   return plan;

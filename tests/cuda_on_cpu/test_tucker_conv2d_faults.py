@@ -17,7 +17,7 @@ BARRIER, SHARES = "__syncthreads();\n  }\n};", "__syncthreads();  // both shares
 WAITS = ("cp_async_wait<1>();", "cp_async_wait<0>();")
 PLACES = "return jobs < ahead + 1 ? jobs : ahead + 1;"
 T_ROW = "t_row = lane % 8 + lane / 8 % 2 * 8"
-UNSWIZZLED = "from += swizzled(first * kSlab * 2 + piece * 16, kSlab * 2);"
+UNSWIZZLED = "swizzled(row * bytes + within, bytes);"
 COUNT = "if (own_pixel >= count) continue;"
 FAULTS = {
     "no barrier between jobs": (COPIES, BARRIER, f"if (planted != #) {BARRIER}"),
@@ -26,10 +26,8 @@ FAULTS = {
     "no barrier before stage 2": (KERNEL, SHARES, f"if (planted != #) {SHARES}"),
     "a place too few": (PLAN, PLACES, PLACES.replace("return jobs", "if (planted == #) return 1; return jobs")),
     "u_in not transposed": (KERNEL, T_ROW, T_ROW.replace("lane / 8 % 2", "(planted == # ? 0 : lane / 8 % 2)")),
-    "the core left swizzled": (
-        COPIES, UNSWIZZLED, f"if (planted == #) from += first * kSlab * 2 + piece * 16; else {UNSWIZZLED}",
-    ),
-    "the wrong share of the filters": (KERNEL, "part = share * own", "part = (planted == # ? 0 : share) * own"),
+    "weights left swizzled": (COPIES, UNSWIZZLED, f"(planted == # ? row * bytes + within : {UNSWIZZLED[:-1]});"),
+    "the wrong share of the filters": (KERNEL, "part = share * most", "part = (planted == # ? 0 : share) * most"),
     "a slab of the core forgotten": (
         KERNEL, "pitch + slab * kSlab * 2;", "pitch + (planted != #) * slab * kSlab * 2;",
     ),
@@ -43,8 +41,11 @@ FAULTS = {
     "M outside of the image": (
         KERNEL, "const bool inside = y >= 0", "const bool inside = (planted == # || y >= 0)",
     ),
-    "steps of the coefficients confused": (
-        KERNEL, "q % width_steps * 32", "(planted == # ? 0 : q % width_steps) * 32",
+    "halves of wide coefficients confused": (
+        COPIES, "side = column / kSlab * packed", "side = (planted != #) * column / kSlab * packed",
+    ),
+    "chunks fetched over each other": (
+        COPIES, "end - begin, kChunk, plan.core_rows", "planted == # ? 1 : end - begin, kChunk, plan.core_rows",
     ),
 }  # fmt: skip
 
@@ -64,7 +65,7 @@ CASES = (
     case("a_window_in_groups", "1 72 17 17 20 20 24 3 3", padding=ONE, stride=(2, 2)),
     case("slabs_of_the_core", "1 72 7 7 100 100 40 3 3", padding=ONE),
 )
-SMALL = {**H200, "shared_bytes": 99 * 1024}
+SMALL = {**H200, "shared_bytes": 104 * 1024}
 
 
 def findings(module):

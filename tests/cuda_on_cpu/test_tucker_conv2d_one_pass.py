@@ -79,7 +79,7 @@ def test_the_plans_that_these_run(tucker_module):
     assert {plan["groups"] > 1 for plan in plans} == {True, False}
 
 
-@pytest.mark.parametrize(("kilobytes", "ahead"), [(163, 2), (140, 2), (99, 1)])
+@pytest.mark.parametrize(("kilobytes", "ahead"), [(163, 2), (144, 2), (104, 1)])
 def test_less_shared_memory(tucker_module, kilobytes, ahead):
     """Fewer taps a job, then fewer jobs ahead."""
     device = {**ADA, "shared_bytes": kilobytes * 1024}
