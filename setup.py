@@ -40,11 +40,20 @@ PAIR_KERNELS = ["csrc/cpu/basis_conv2d.cpp"]
 AMX_KERNELS = ["csrc/cpu/basis_conv2d_amx.cpp"]
 CUDA_KERNELS = [
     f"csrc/cuda/{name}.cu"
-    for name in ("basis_conv2d", "basis_conv2d_sm80", "binary_conv2d", "binary_conv2d_sm80", "bitpack", "facts")
+    for name in (
+        "basis_conv2d",
+        "basis_conv2d_sm80",
+        "binary_conv2d",
+        "binary_conv2d_sm80",
+        "bitpack",
+        "facts",
+        "tucker_conv2d",
+    )
 ]
 SM90A_KERNELS = ["csrc/cuda/basis_conv2d_sm90a.cu"]
 CUDA_GLUE = [
-    f"csrc/ops/{name}.cpp" for name in ("basis_conv2d_cuda", "binary_conv2d_cuda", "bitpack_cuda", "cuda_stream")
+    f"csrc/ops/{name}.cpp"
+    for name in ("basis_conv2d_cuda", "binary_conv2d_cuda", "bitpack_cuda", "cuda_stream", "tucker_conv2d_cuda")
 ]
 CUDA_ARCHITECTURES = "8.0;9.0a+PTX"
 ONCE = [

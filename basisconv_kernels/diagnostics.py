@@ -35,7 +35,12 @@ EXTRAS = {"cli": ("typer", "rich"), "report": ("matplotlib", "jinja2"), "triton"
 OTHERS = ("torch", "numpy", "safetensors", "torchvision")
 PACKAGE = Path(__file__).resolve().parent
 PASSED = "passed on this device"
-DEVICES = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}  # any other backend follows its tensors
+DEVICES = {
+    "cpu": "cpu",
+    "cuda": "cuda",
+    "cuda_one_pass": "cuda",
+    "triton": "cuda",
+}  # any other backend follows its tensors
 
 
 def op_modules() -> dict[str, ModuleType]:

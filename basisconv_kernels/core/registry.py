@@ -76,7 +76,7 @@ def absent(backend: str) -> str | None:
         if importlib.util.find_spec("triton") is None:
             return "Triton is not installed: pip install basisconv_kernels[triton]"
         return None if torch.cuda.is_available() or env.triton_interprets() else "no CUDA device"
-    if backend == "cuda":
+    if backend in ("cuda", "cuda_one_pass"):
         if (missing := extension.load()) is not None:
             return missing
         if "cuda" not in extension.facts():

@@ -17,11 +17,12 @@ from basisconv_kernels.core.layout import memory_format
 from basisconv_kernels.core.problem import TuckerConv2dProblem
 from basisconv_kernels.core.registry import Candidate
 from basisconv_kernels.ops import tucker_conv2d_native as native
+from basisconv_kernels.ops import tucker_conv2d_one_pass as one_pass
 from basisconv_kernels.ops import tucker_conv2d_planned as planned
 from basisconv_kernels.ops import tucker_conv2d_triton as triton
 from basisconv_kernels.ops import tucker_conv2d_unfused as unfused
 from basisconv_kernels.ops.tucker_conv2d_arguments import normal_form
-from basisconv_kernels.ops.tucker_conv2d_model import slower_than_plain
+from basisconv_kernels.ops.tucker_conv2d_model import ONE_PASS, slower_than_plain
 from basisconv_kernels.reference import tucker_conv2d as reference
 
 OP = "tucker_conv2d"
@@ -56,6 +57,12 @@ def _reference_supports(problem: TuckerConv2dProblem) -> list[str]:
 
 CANDIDATES = (
     Candidate("cpu", "basisconv_kernels.ops.tucker_conv2d_native:forward", _cpu_supports),
+    Candidate(
+        ONE_PASS,
+        "basisconv_kernels.ops.tucker_conv2d_one_pass:forward",
+        one_pass.supports,
+        check="basisconv_kernels.ops.tucker_conv2d_selfcheck:cuda_one_pass",
+    ),
     Candidate(
         "cuda",
         "basisconv_kernels.ops.tucker_conv2d_native:forward",

@@ -8,6 +8,8 @@ its way through memory.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from basisconv_kernels.core import tuning
 from basisconv_kernels.core.problem import Conv2dProblem, TuckerConv2dProblem
@@ -15,6 +17,7 @@ from basisconv_kernels.ops import basis_conv2d_model as basis
 from basisconv_kernels.ops.basis_conv2d_model import CACHE, MEMORY, OPERATIONS, REACHED
 
 OP = "tucker_conv2d"
+ONE_PASS, TWO_PASSES = "cuda_one_pass", "cuda"  # backends
 
 
 def last_two_stages(problem: TuckerConv2dProblem) -> Conv2dProblem:
@@ -24,13 +27,34 @@ def last_two_stages(problem: TuckerConv2dProblem) -> Conv2dProblem:
 
 
 def slower_than_plain(problem: TuckerConv2dProblem) -> dict[str, str]:
-    """{backend: by how much, in words} of those slower than plain PyTorch: as measured, else on a GPU as predicted."""
+    """{backend: by how much, in words} of those slower than plain PyTorch: as measured, else on a GPU as predicted.
+
+    The CUDA kernel of the whole chain is passed over unless it was measured to be faster than two passes.
+    """
     known = {backend for entry in tuning.entries_for(OP, problem) for backend in entry["ms"]}
     predicted = basis.predicted_slower(last_two_stages(problem))
     if "triton" in predicted and one_pass_pays(problem):
         predicted.pop("triton")
     unknown = {name: words for name, words in predicted.items() if name not in known}
-    return {**unknown, **tuning.slower(OP, problem)}
+    found = {**unknown, **tuning.slower(OP, problem)}
+    if problem.device == "cuda" and (why := against_one_pass(tuning.entries_for(OP, problem))):
+        found.setdefault(ONE_PASS, why)
+    return found
+
+
+def against_one_pass(entries: Sequence[Mapping[str, Any]]) -> str | None:
+    """Why the CUDA kernels keep to two passes; None where measured times of the weights say that one is faster.
+
+    In no entry may one pass be slower, by quartiles as everywhere, and in one it must be faster.
+    """
+    pairs = [(e["ms"][ONE_PASS], e["ms"][TWO_PASSES], e) for e in entries if {ONE_PASS, TWO_PASSES} <= e["ms"].keys()]
+    for one, two, entry in pairs:
+        if one["q1"] > two["q3"]:
+            times = f"{one['median']:.3f} ms against {two['median']:.3f} ms"
+            return f"measured slower than two passes, {times} ({tuning.circumstances(dict(entry))})"
+    if not pairs:
+        return "was not measured beside two passes with these weights"
+    return None if any(one["q3"] < two["q1"] for one, two, _ in pairs) else "measured no faster than two passes"
 
 
 def one_pass_pays(problem: TuckerConv2dProblem) -> bool:

@@ -11,6 +11,8 @@ from basisconv_kernels.core.selfcheck import Check
 from basisconv_kernels.ops import basis_conv2d_selfcheck as basis
 from basisconv_kernels.ops import tucker_conv2d_model as model
 
+OP = "tucker_conv2d"
+
 
 def triton(problem: TuckerConv2dProblem) -> Check:
     """The variant of the basis kernel behind the first 1×1, or of the chain in one pass."""
@@ -24,6 +26,13 @@ def cuda(problem: TuckerConv2dProblem) -> Check:
     """The variant of the basis kernel behind the first 1×1."""
     variant = basis.cuda(model.last_two_stages(problem)).variant.replace("basis_conv2d", "tucker_conv2d", 1)
     return Check(variant, functools.partial(against_reference, "cuda", problem))
+
+
+def cuda_one_pass(problem: TuckerConv2dProblem) -> Check:
+    """The variant of the kernel of the whole chain: its ranks, and what the channels of the input are read by."""
+    inner = basis.cuda(model.last_two_stages(problem)).variant.replace("basis_conv2d cuda", f"{OP} cuda_one_pass", 1)
+    variant = f"{inner} of channels aligned to {min(problem.C & -problem.C, 8)}"
+    return Check(variant, functools.partial(against_reference, "cuda_one_pass", problem))
 
 
 def against_reference(backend: str, problem: TuckerConv2dProblem) -> None:

@@ -140,12 +140,13 @@ def _work(asked: argparse.Namespace) -> int:
     if asked.what == "sanitizer":
         steps = check.sanitizer_steps(about)
     elif asked.what == "bench":
-        from bench.gpu import bits, layers, networks, timing
+        from bench.gpu import bits, chains, layers, networks, timing
 
         meter = timing.meter(asked.device)
         rows = layers.steps(about, asked.device, meter)
-        beyond = [*bits.steps(about, asked.device, meter), *networks.steps(about, asked.device, meter)]
-        # The layers that count, then binary layers and a taste of all, then the rest.
+        parts = (bits, chains, networks)
+        beyond = [step for part in parts for step in part.steps(about, asked.device, meter)]
+        # The layers that count, then binary layers, chains and a taste of all, then the rest.
         steps = [*rows[: layers.FIRST], *beyond, *rows[layers.FIRST :]]
     elif asked.what == "probe":
         from bench.gpu import probe

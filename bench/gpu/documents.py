@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from basisconv_kernels.core import tuning
+from basisconv_kernels.ops import tucker_conv2d_model as model
 from bench.gpu import facts, keep
 from bench.gpu.journal import PASSED, WRONG
 from bench.gpu.report import subject
@@ -37,6 +39,12 @@ PROVEN: tuple[tuple[str, str, str, Callable[[str, str], bool]], ...] = (
         "its cases and gradients",
         "as the kernels",
         lambda part, backend: "tucker" in part and backend == "cuda",
+    ),
+    (
+        "`tucker_conv2d` on CUDA in one pass",
+        "every template, in three orders of the threads",
+        "sm_80, sm_90",
+        lambda part, backend: backend == model.ONE_PASS,
     ),
     (
         "CUDA kernels",
@@ -139,7 +147,7 @@ def _us(rows: Mapping[str, Mapping[str, Any]], engine: str, bench: Content) -> s
     row = rows.get(engine)
     if row is None:
         return "–"
-    mark = "†" if engine in (*OURS, "auto") and row["sources"] != bench["sources"] else ""
+    mark = "†" if engine in (*OURS, model.ONE_PASS, "auto") and row["sources"] != bench["sources"] else ""
     times = row.get("graph_cold")
     return f"{times['median']:.1f}{mark}" if times else "–"
 
@@ -167,7 +175,32 @@ def choice(entries: Sequence[Mapping[str, Any]], problem: Mapping[str, Any], ste
     same = [e for e in entries if e["step"] == step and tuning._weights_key("", e["problem"]) == key]
     slower = {name for entry in same for name in tuning.slower_in(dict(entry))}
     known = {name for entry in same for name in entry["ms"]}
-    return next((name for name in OURS if name in known - slower), PLAIN)
+    if model.against_one_pass(same) is not None:
+        slower.add(model.ONE_PASS)
+    return next((name for name in (model.ONE_PASS, *OURS) if name in known - slower), PLAIN)
+
+
+def is_chain(row: Mapping[str, Any]) -> bool:
+    """Whether a row is about ``tucker_conv2d``."""
+    return "layer" in row and re.search(r"_i\d+_q\d+$", row["layer"]) is not None
+
+
+def _plain(row: Mapping[str, Any], training: bool) -> bool:
+    return "layer" in row and ("frozen" in row) == training and not is_chain(row)
+
+
+def chains(bench: Content, entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The table of these rows, if there are any."""
+    ours = ("cuda", model.ONE_PASS, "triton")
+    rows = []
+    for name, engines in by_subject(bench, is_chain).items():
+        of = [e for e in entries if e["problem"] == keep.problem_of(name).to_json()]
+        times = [text for engine in ours for text in (_us(engines, engine, bench), _times_faster(engines, engine))]
+        plain = [_us(engines, engine, bench) for engine in ("two_step", "dense")]
+        rows.append([name, *plain, *times, choice(entries, of[0]["problem"], tuning.FORWARD) if of else "–"])
+    titles = [f"{engine}{more}" for engine in ("two passes", "one pass", "triton") for more in (", µs", ", × faster")]
+    head = ["Tucker chain", "three convolutions, µs", "dense, µs", *titles, "automatic choice"]
+    return [table(head, rows)] if rows else []
 
 
 def layers(bench: Content) -> str:
@@ -175,7 +208,7 @@ def layers(bench: Content) -> str:
     entries = keep.tuned_entries(bench)
     parts = []
     for title, training in (("layer", False), ("training step", True)):
-        found = by_subject(bench, lambda row, training=training: "layer" in row and ("frozen" in row) == training)
+        found = by_subject(bench, lambda row, training=training: _plain(row, training))
         shown = (*OURS, *(("auto",) if any("auto" in engines for engines in found.values()) else ()))
         rows = []
         for name, engines in found.items():
@@ -191,6 +224,7 @@ def layers(bench: Content) -> str:
         ours = [f"{engine}{more}" for engine in shown for more in (", µs", ", × faster")]
         head = [title, f"{PLAIN}, µs", *([] if training else ["dense, µs"]), *ours, "automatic choice"]
         parts += [table(head, rows)] if rows else []
+    parts += chains(bench, entries)
     bits = by_subject(bench, lambda row: str(row.get("layer", "")).startswith("binary_"))
     if bits:
         rows = [

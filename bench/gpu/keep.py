@@ -19,6 +19,7 @@ from typing import Any
 from basisconv_kernels.core import timing_cuda, tuning
 from basisconv_kernels.core.problem import Conv2dProblem, TuckerConv2dProblem
 from basisconv_kernels.core.timing import Spread
+from basisconv_kernels.ops.tucker_conv2d_model import ONE_PASS
 from bench.gpu import facts
 from bench.gpu.journal import FINAL, PASSED, STARTED, WRONG
 
@@ -27,7 +28,7 @@ FORMAT = "basisconv-gpu-rows"
 KINDS = ("bench", "probe", "check")
 UNFINISHED = "unfinished"
 # The engines of the bench by the backends whose times they are.
-BACKENDS = {"two_step": tuning.PLAIN, "cuda": "cuda", "triton": "triton"}
+BACKENDS = {"two_step": tuning.PLAIN, "cuda": "cuda", ONE_PASS: ONE_PASS, "triton": "triton"}
 WAYS = {"graph": "graph_cold", "eager": "eager"}
 
 
@@ -137,7 +138,7 @@ def part_of(key: str) -> tuple[str, str]:
         return key.split()[0], ""
     words = re.findall(r"[a-z]+", test)
     backend = next((name for name in ("reference", "triton", "cuda") if name in words), "")
-    return file, backend
+    return file, ONE_PASS if ONE_PASS in test else backend
 
 
 def text_of(head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
@@ -206,9 +207,9 @@ def problem_of(layer: str) -> Conv2dProblem:
     Raises:
         KeyError: the bench has no such layer.
     """
-    from bench.gpu.layers import by_priority
+    from bench.gpu import chains, layers
 
-    known = {each.name: each.problem for each, _ in by_priority()}
+    known = {each.name: each.problem for part in (layers, chains) for each, _ in part.by_priority()}
     return replace(known[layer], device="cuda")
 
 

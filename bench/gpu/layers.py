@@ -8,7 +8,7 @@ against NaN.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,8 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from basisconv_kernels import BackendUnavailable, basis_conv2d, basis_conv2d_pack, tucker_conv2d
+from basisconv_kernels import (
+    BackendUnavailable,
+    basis_conv2d,
+    basis_conv2d_pack,
+    tucker_conv2d,
+    tucker_conv2d_pack,
+)
 from basisconv_kernels.core.problem import Conv2dProblem, TuckerConv2dProblem
+from basisconv_kernels.ops.tucker_conv2d_model import ONE_PASS
 from basisconv_kernels.testing import tolerances, tucker_conv2d_bounds
 from bench.gpu import facts
 from bench.gpu.journal import Step, Unavailable
@@ -80,8 +87,6 @@ def by_priority() -> Iterator[tuple[Layer, tuple[str, ...]]]:
         for C, K, side in RESNET:
             for share in SHARES:
                 yield Layer(C, K, side, N, share), engines
-    for C, K, side in RESNET:
-        yield Layer(C, K, side, 32, 4, tucker=True), engines
     for C, K, side in RESNET:
         yield Layer(C, K, side, 32, 4), CHOSEN
     for C, K, side in RESNET[:ROWS_COMPILED]:
@@ -153,7 +158,8 @@ class Prepared:
         settings: dict[str, Any] = {"padding": 1, "activation": "relu", "backend": backend}
         if self.u_in is not None:
             weights = (self.u_in, self.basis, self.mixing, self.bias)
-            return lambda x: tucker_conv2d(x, *weights, **settings)
+            packed = tucker_conv2d_pack(self.basis, self.mixing) if engine != "triton" else None
+            return lambda x: tucker_conv2d(x, *weights, packed=packed, **settings)
         packed = basis_conv2d_pack(self.basis, self.mixing) if engine in ("cuda", "cpu", "auto") else None
         return lambda x: basis_conv2d(x, self.basis, self.mixing, self.bias, packed=packed, **settings)
 
@@ -204,11 +210,18 @@ def measure(layer: Layer, engine: str, device: str, meter: Meter) -> dict[str, A
 
 def steps(about: Mapping[str, Any], device: str, meter: Meter) -> list[Step]:
     """All rows by priority; in a rehearsal small layers on the CPU's engines."""
+    return steps_of(by_priority(), about, device, meter)
+
+
+def steps_of(
+    rows: Iterable[tuple[Layer, tuple[str, ...]]], about: Mapping[str, Any], device: str, meter: Meter
+) -> list[Step]:
+    """One a layer and engine, in this order."""
     found: dict[str, Step] = {}
-    for layer, engines in by_priority():
+    for layer, engines in rows:
         if device == "cpu":
             layer = replace(layer, N=min(layer.N, 2), side=min(layer.side, 9))
-            engines = tuple("cpu" if e in OURS else e for e in engines if not e.endswith("_compiled"))
+            engines = tuple("cpu" if e in (*OURS, ONE_PASS) else e for e in engines if not e.endswith("_compiled"))
         for engine in engines:
             key = f"{layer.name} {engine}"
             stamp = facts.stamp(dict(about), ours=engine not in (*BASELINES, *COMPILED))

@@ -29,13 +29,13 @@ def _basis(backend: str, gradients: bool = False, **changes: Any) -> None:
             testing.check_gradients(case, kernel)
 
 
-def _tucker(backend: str) -> None:
+def _tucker(backend: str, **changes: Any) -> None:
     import torch
 
     from basisconv_kernels import testing, tucker_conv2d
     from basisconv_kernels.core.problem import TuckerConv2dProblem
 
-    sizes = {**SIZES, **FLAGS, "dtype": torch.bfloat16, "device": "cuda", "rank_in": 16}
+    sizes = {**SIZES, **FLAGS, "dtype": torch.bfloat16, "device": "cuda", "rank_in": 16, **changes}
     case = testing.TuckerCase("small", "", TuckerConv2dProblem(**sizes))
     testing.check_tucker(case, functools.partial(tucker_conv2d, backend=backend))
 
@@ -66,6 +66,8 @@ CALLS: dict[str, Callable[[], None]] = {
     "binary_cuda_pieces": functools.partial(_bits, C=256, K=64),
     "binary_cuda_codes_strided": functools.partial(_bits, K=16, planes=2, unsigned=True, stride=(5, 6)),
     "tucker_cuda": functools.partial(_tucker, "cuda"),
+    "tucker_cuda_one_pass": functools.partial(_tucker, "cuda_one_pass"),
+    "tucker_cuda_one_pass_strided": functools.partial(_tucker, "cuda_one_pass", C=19, Q=100, stride=(2, 2)),
     "tucker_triton": functools.partial(_tucker, "triton"),
 }
 

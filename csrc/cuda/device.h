@@ -137,6 +137,13 @@ BASISCONV_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
                : "r"(shared_address(row))
                : "memory");
 }
+// The same, each matrix transposed: lane 4g + t has rows 2t and 2t + 1 of column g.
+BASISCONV_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
 
 // c[16, 8] += a[16, 16] . b[8, 16]^T. a: (g, 2t..), (g+8, 2t..), (g, 2t+8..), (g+8, 2t+8..); b: (g, 2t..), (g, 2t+8..);
 // c: (g, 2t), (g, 2t+1), (g+8, 2t), (g+8, 2t+1).

@@ -36,6 +36,7 @@ HERE = {
     "basisconv_kernels/reference/tucker_conv2d.py",
     "basisconv_kernels/ops/tucker_conv2d.py",
     "basisconv_kernels/layers/tucker_conv2d.py",
+    "csrc/cuda/tucker_conv2d.cu",
     "triton_kernels/tucker_conv2d.py",
     "tests/ops/test_tucker_conv2d.py",
 }

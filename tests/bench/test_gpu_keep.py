@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from basisconv_kernels.core import machine, tuning
+from basisconv_kernels.ops import tucker_conv2d_model as model
 from bench.gpu import __main__ as command
-from bench.gpu import documents, keep
-from bench.gpu.layers import by_priority
+from bench.gpu import chains, documents, keep, layers
 
 ROOT = Path(__file__).parents[2]
 CONTEXT = {
@@ -119,8 +119,24 @@ def test_the_table_is_one_that_automatic_choice_reads(kept, tmp_path, monkeypatc
 
 
 def test_every_layer_of_the_bench_has_a_problem_with_its_op():
-    for layer, _ in by_priority():
+    for layer, _ in (*layers.by_priority(), *chains.by_priority()):
         assert keep._op(keep.problem_of(layer.name)) == ("tucker_conv2d" if layer.tucker else "basis_conv2d")
+
+
+def test_chains_have_a_table_of_their_own_and_decide_about_one_pass(kept):
+    name = "64to64_at56_n32_i16_q16"
+    lines = [timed("two_step", 40.0, layer=name), timed("dense", 45.0, layer=name), timed("cuda", 20.0, layer=name)]
+    head = "| Tucker chain | three convolutions, µs | dense, µs | two passes, µs |"
+    two = documents.layers(kept(bench=lines)["bench"])
+    assert head in two
+    assert "| – | – | – | – | cuda |" in two
+    lines.append(timed("cuda_one_pass", 10.0, layer=name))
+    bench = kept(bench=lines)["bench"]
+    one = documents.layers(bench)
+    assert f"| {name} | 40.0 | 45.0 | 20.0 | 2.00, 2.00 | 10.0 | 4.00, 4.00 | – | – | cuda_one_pass |" in one
+    entries = keep.tuned_entries(bench)
+    assert {entry["op"] for entry in entries} == {"tucker_conv2d"}
+    assert model.against_one_pass(entries) is None
 
 
 # --- the documents ----------------------------------------------------------------------------------------------------

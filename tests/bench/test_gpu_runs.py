@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bench.gpu import __main__ as command
-from bench.gpu import check, facts, keep, layers, networks, probe, probe_source, report, small
+from bench.gpu import chains, check, facts, keep, layers, networks, probe, probe_source, report, small
 from bench.gpu.archive import Archive, take_up
 from bench.gpu.journal import DIED, FAILED, HUNG, PASSED, SKIPPED, Journal, Step, Unavailable, work
 from bench.gpu.supervise import REPLACE_ME, supervise
@@ -269,7 +269,17 @@ def test_priorities():
     assert batches.index(1) < batches.index(128)
     assert {layer.N for layer, _ in rows} == {1, 32, 128}
     assert {layer.share for layer, _ in rows} == {2, 4}
-    assert any(layer.tucker for layer, _ in rows)
+    assert not any(layer.tucker for layer, _ in rows)
+
+
+def test_chains_are_measured_in_one_pass_and_in_two_beside_three_convolutions():
+    rows = list(chains.by_priority())
+    assert rows[0] == (layers.Layer(64, 64, 56, 32, 4, tucker=True), chains.ENGINES)
+    assert {(layer.N, layer.tucker) for layer, _ in rows} == {(32, True), (1, True)}
+    assert {"two_step", "dense", "cuda", "cuda_one_pass", "triton"} == set(chains.ENGINES)
+    rehearsed = [step.key for step in chains.steps(ABOUT, "cpu", None)]
+    assert "64to64_at9_n2_i16_q16 cpu" in rehearsed
+    assert not any("cuda" in key for key in rehearsed)
 
 
 ABOUT = {"device": {"name": "Abacus", "capability": "9.0"}, "versions": {"torch": "2", "triton": "3"}, "sources": "abc"}

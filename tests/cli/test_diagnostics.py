@@ -75,7 +75,7 @@ def test_ops_says_what_the_candidates_say(basisconv):
             for dtype in checks.FLOAT_DTYPES:
                 problem = diagnostics._ordinary(dtype, row["device"])
                 assert row["dtypes"][diagnostics.dtype_name(dtype)] == list(candidate.supports(problem))
-    assert {row["backend"] for row in rows} == {candidate.name for candidate in op.CANDIDATES}
+    assert {row["backend"] for row in rows if row["op"] == op.OP} == {candidate.name for candidate in op.CANDIDATES}
     lines = basisconv("ops").out.splitlines()
     assert len(lines) == 1 + len(rows)
     assert lines[0].split()[:3] == ["op", "backend", "device"]

@@ -9,6 +9,8 @@ import pytest
 from tests.cuda_on_cpu import building
 
 KERNELS = sorted(building.CUDA.glob("basis_conv2d*.cu"))
+# The kernel of the whole chain and the packing of its weights; module.cpp's kernels stay out of it.
+CHAIN = [building.CUDA / "basis_conv2d.cu", building.CUDA / "tucker_conv2d.cu"]
 BITS = [building.CUDA / "bitpack.cu", *sorted(building.CUDA.glob("binary_conv2d*.cu"))]
 
 
@@ -23,3 +25,9 @@ def module() -> ModuleType:
 def binary_module() -> ModuleType:
     """The kernels of bits as they are."""
     return building.build("basisconv_binary", [*BITS, building.HERE / "binary_module.cpp"])
+
+
+@pytest.fixture(scope="session")
+def tucker_module() -> ModuleType:
+    """The one-pass kernel of ``tucker_conv2d`` as it is."""
+    return building.build("basisconv_tucker", [*CHAIN, building.HERE / "tucker_module.cpp"])

@@ -1,68 +1,16 @@
 // The CUDA kernels of basis_conv2d, run on the CPU, as a Python module of the tests. Tensors come as addresses. It is
 // compiled as one with what it binds: the kernels, and primitives.cu or planted faults.
 #include "../../csrc/cuda/basis_conv2d_sm90a.h"
-#include "requests.h"
+#include "basis_requests.h"
 
 namespace py = pybind11;
 using namespace basisconv;
 using namespace requests;
 
-namespace {
-
-BasisConv2dWeights weights(const py::dict& from) {
-  BasisConv2dWeights w{};
-  w.C = number(from, "C");
-  w.Q = number(from, "Q");
-  w.K = number(from, "K");
-  w.R = number(from, "R");
-  w.S = number(from, "S");
-  std::tie(w.stride_h, w.stride_w) = pair(from, "stride");
-  std::tie(w.dilation_h, w.dilation_w) = pair(from, "dilation");
-  w.groups = number(from, "groups");
-  w.mixing_groups = number(from, "mixing_groups");
-  w.dtype = from["dtype"].cast<std::string>() == "bfloat16" ? DType::bf16 : DType::f16;
-  w.precise = from["precise"].cast<bool>();
-  return w;
-}
-
-CudaBasisConv2d call(const py::dict& from) {
-  CudaBasisConv2d c{};
-  BasisConv2dParams& p = c.params;
-  p.weights = weights(from);
-  fill_sizes(p, from);
-  p.input = address<>(from, "input");
-  const auto strides = from["input_stride"].cast<std::vector<int64_t>>();
-  p.input_stride_n = strides.at(0);
-  p.input_stride_c = strides.at(1);
-  p.input_stride_h = strides.at(2);
-  p.input_stride_w = strides.at(3);
-  p.packed = address<>(from, "packed");
-  p.residual = address<>(from, "residual");
-  p.output = const_cast<void*>(address<>(from, "output"));
-  p.maps = const_cast<void*>(address<>(from, "maps"));
-  p.channels_last = from["channels_last"].cast<bool>();
-  p.activation = static_cast<Activation>(number(from, "activation"));
-  c.bias = address<>(from, "bias");
-  return c;
-}
-
-}  // namespace
-
 PYBIND11_MODULE(MODULE_NAME, m) {
   m.def("set_order", [](int order) { cuda_on_cpu::order = static_cast<cuda_on_cpu::Order>(order); });
   m.def("packed_bytes", [](const py::dict& from) { return cuda_packed_bytes(weights(from)); });
-  m.def("pack", [](const py::dict& from) {
-    CudaPack pack{};
-    pack.weights = weights(from);
-    pack.basis_weight = address<>(from, "basis_weight");
-    pack.coefficients = address<>(from, "coefficients");
-    const auto basis = from["basis_stride"].cast<std::vector<int64_t>>();
-    const auto mixing = from["coefficients_stride"].cast<std::vector<int64_t>>();
-    for (int i = 0; i < 4; ++i) pack.basis_stride[i] = basis.at(i);
-    for (int i = 0; i < 2; ++i) pack.coefficients_stride[i] = mixing.at(i);
-    pack.packed = const_cast<void*>(address<>(from, "packed"));
-    return cuda_pack(pack, nullptr);
-  });
+  m.def("pack", [](const py::dict& from) { return cuda_pack(pack_of(from), nullptr); });
   m.def("variant", [](const py::dict& from) {
     const char* reason = nullptr;
     const CudaVariant chosen = cuda_variant(call(from), device(from), &reason);

@@ -24,6 +24,8 @@ REVIEWED = building.HERE / "resources.json"
 KERNELS = {
     "sm_80": ("basis_conv2d_sm80.cu", "80"),
     "sm_90a": ("basis_conv2d_sm90a.cu", "90a"),
+    "chain_sm_80": ("tucker_conv2d.cu", "80"),
+    "chain_sm_90": ("tucker_conv2d.cu", "90"),
     "packing": ("basis_conv2d.cu", "80"),
     "bits_sm_80": ("binary_conv2d_sm80.cu", "80"),
     "bits_sm_90": ("binary_conv2d_sm80.cu", "90"),
@@ -31,7 +33,11 @@ KERNELS = {
     "packing_of_bits": ("bitpack.cu", "80"),
 }
 # float16 differs from bfloat16 in one conversion: it and ``precise``, most of the time, are left to the long run.
-SHORTER = (("launch_filters<f16>", "launch_filters<bf16>"), ("<T, Q16, true>", "<T, Q16, false>"))
+SHORTER = (
+    ("launch_filters<f16>", "launch_filters<bf16>"),
+    ("launch_ranks<f16>", "launch_ranks<bf16>"),
+    ("<T, Q16, true>", "<T, Q16, false>"),
+)
 
 
 def setup_module_of_the_package():
@@ -56,12 +62,17 @@ def disassembler(name: str) -> str:
     return found
 
 
+FLAGS = {"basis_conv2d_sm90a": "shared out", "tucker_conv2d": "tall"}  # what a true template argument says
+
+
 def short(mangled: str) -> str:
     """``basis_conv2d_sm90a bf16 64 9 1 shared out`` or ``binary_conv2d_sm80 2 8`` from a mangled name."""
-    name = re.search(r"\d((?:basis|binary)_conv2d_(?:sm\d+a?|pack(?:_[a-z]+?)?)|bitpack_[a-z]+?)(?:I|EN)", mangled)
+    name = re.search(
+        r"\d((?:basis|binary)_conv2d_(?:sm\d+a?|pack(?:_[a-z]+?)?)|tucker_conv2d|bitpack_[a-z]+?)(?:I|EN)", mangled
+    )
     assert name, mangled
     dtype = re.search(r"(b?f16)E|_[a-z]+I([fi])L", mangled)
-    numbers, flag = re.findall(r"Li(\d+)E", mangled), "shared out" if "sm90a" in name[1] else "precise"
+    numbers, flag = re.findall(r"Li(\d+)E", mangled), FLAGS.get(name[1], "precise")
     words = [name[1], {"f": "f32", "i": "i32"}.get(dtype[2], dtype[1]) if dtype else "", *numbers]
     return " ".join([*filter(None, words), *([flag] if "Lb1E" in mangled else [])])
 
@@ -77,7 +88,7 @@ def compiled(request, tmp_path_factory):
     csrc = folder / "csrc"
     shutil.copytree(building.ROOT / "csrc", csrc)
     if not request.config.getoption("--full"):
-        for path in (csrc / "cuda").glob("basis_conv2d_sm*.cu"):
+        for path in [*(csrc / "cuda").glob("basis_conv2d_sm*.cu"), csrc / "cuda" / "tucker_conv2d.cu"]:
             text = path.read_text(encoding="utf-8")
             for whole, part in SHORTER:
                 text = text.replace(whole, part)
@@ -127,7 +138,7 @@ def test_nothing_spills_and_nothing_is_serialised(compiled, name):
 def test_registers_are_those_that_were_reviewed(compiled, name):
     version, sources = compiled
     reviewed = json.loads(REVIEWED.read_text(encoding="utf-8"))
-    twice = " on sm_90" if name == "bits_sm_90" else ""  # the one source that two architectures compile here
+    twice = " on sm_90" if name.endswith("_sm_90") else ""  # sources that two architectures compile here
     found = {f"{kernel}{twice}": used["registers"] for kernel, used in resources(sources[name][0]).items()}
     if version not in reviewed:
         pytest.skip(f"nvcc {version} was not reviewed; {REVIEWED.name} has {', '.join(reviewed)}. Found: {found}")
@@ -139,6 +150,8 @@ INSTRUCTIONS = {
     "sm_80": ({"HMMA", "LDSM", "LDGSTS"}, {"LDL", "STL"}),
     "sm_90a": ({"HGMMA", "LDSM", "UTMALDG", "UBLKCP", "SYNCS"}, {"HMMA", "LDL", "STL"}),
     "packing": (set(), {"LDL", "STL"}),
+    "chain_sm_80": ({"HMMA", "LDSM", "LDGSTS"}, {"LDL", "STL"}),
+    "chain_sm_90": ({"HMMA", "LDSM", "LDGSTS"}, {"LDL", "STL"}),
     "bits_sm_80": ({"BMMA", "LDSM", "LDGSTS"}, {"LDL", "STL", "CALL"}),
     "bits_sm_90": ({"BMMA", "LDSM", "LDGSTS"}, {"LDL", "STL", "CALL"}),
     "packing_of_filters": (set(), {"LDL", "STL"}),

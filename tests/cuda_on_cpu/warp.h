@@ -202,6 +202,27 @@ inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
   });
   memcpy(r, out.r, sizeof r);
 }
+inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
+  using namespace cuda_on_cpu;
+  using In = const char*;
+  struct Out {
+    uint32_t r[4];
+  } out;
+  shared_offset(row, 16, 16, "ldmatrix");
+  together<In, Out>("ldmatrix transposed", static_cast<In>(row), out, [](const In* const* in, Out* const* out) {
+    for (int m = 0; m < 4; ++m) {
+      const char* rows[8];
+      for (int i = 0; i < 8; ++i) rows[i] = *in[m * 8 + i];
+      count_conflicts(rows);
+      for (int lane = 0; lane < kWarp; ++lane) {
+        for (int i = 0; i < 2; ++i) {
+          memcpy(reinterpret_cast<char*>(&out[lane]->r[m]) + i * 2, rows[lane % 4 * 2 + i] + lane / 4 * 2, 2);
+        }
+      }
+    }
+  });
+  memcpy(r, out.r, sizeof r);
+}
 
 template <class T>
 void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {

@@ -104,6 +104,14 @@ def test_ldmatrix(wrappers):
     assert torch.equal(out.cpu(), given.view(4, 8, 4))
 
 
+def test_ldmatrix_transposed(wrappers):
+    """A register of lane 4g + t has rows 2t and 2t + 1 of column g."""
+    given, out = words(32, 4), unwritten(wrappers, 4, 8, 4)
+    wrappers("matrices_transposed", given.to(wrappers.device), out)
+    matrices = given.view(torch.int16).view(4, 8, 8)
+    assert torch.equal(out.cpu().view(torch.int16).view(4, 8, 8), matrices.transpose(1, 2))
+
+
 @pytest.mark.parametrize(("name", "dtype"), [("mma_bf16", BF16), ("mma_f16", F16), ("mma_tf32", torch.float32)])
 def test_products_of_a_warp(wrappers, name, dtype):
     depth = 8 if dtype == torch.float32 else 16

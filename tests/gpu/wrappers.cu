@@ -66,12 +66,17 @@ __global__ void extremes_kernel(const uint32_t* a, const uint32_t* b, uint32_t* 
   smaller[i] = min2<T>(a[i], b[i]);
 }
 
+template <bool transposed>
 __global__ void ldmatrix_kernel(const uint32_t* input, uint32_t* output) {
   uint32_t* tile = reinterpret_cast<uint32_t*>(shared_memory());
   for (int i = 0; i < 4; ++i) tile[threadIdx.x * 4 + i] = input[threadIdx.x * 4 + i];
   __syncthreads();
   uint32_t r[4];
-  ldmatrix_x4(r, tile + threadIdx.x * 4);
+  if constexpr (transposed) {
+    ldmatrix_x4_trans(r, tile + threadIdx.x * 4);
+  } else {
+    ldmatrix_x4(r, tile + threadIdx.x * 4);
+  }
   for (int i = 0; i < 4; ++i) output[i * 32 + threadIdx.x] = r[i];
 }
 
@@ -268,7 +273,10 @@ BASISCONV_TEST cluster(int blocks, const uint32_t* input, uint32_t* output) {
       [&] { return launch_clusters(cluster_kernel, grid, blocks, block, 1024, nullptr, input, output, blocks); });
 }
 BASISCONV_TEST matrices(const uint32_t* input, uint32_t* output) {
-  return guarded([&] { return launch(ldmatrix_kernel, one, warp, 512, nullptr, input, output); });
+  return guarded([&] { return launch(ldmatrix_kernel<false>, one, warp, 512, nullptr, input, output); });
+}
+BASISCONV_TEST matrices_transposed(const uint32_t* input, uint32_t* output) {
+  return guarded([&] { return launch(ldmatrix_kernel<true>, one, warp, 512, nullptr, input, output); });
 }
 BASISCONV_TEST mma_bf16(const bf16* a, const bf16* b, float* c) {
   return guarded([&] { return launch(mma_kernel<bf16>, one, warp, 0, nullptr, a, b, c); });
