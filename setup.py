@@ -42,7 +42,7 @@ CUDA_KERNELS = [
     f"csrc/cuda/{name}.cu"
     for name in ("basis_conv2d", "basis_conv2d_sm80", "binary_conv2d", "binary_conv2d_sm80", "bitpack", "facts")
 ]
-SM90A_KERNELS = ["csrc/cuda/basis_conv2d_sm90a.cu"]
+SM90A_KERNELS = ["csrc/cuda/basis_conv2d_sm90a.cu", "csrc/cuda/binary_conv2d_sm90a.cu"]
 CUDA_GLUE = [
     f"csrc/ops/{name}.cpp" for name in ("basis_conv2d_cuda", "binary_conv2d_cuda", "bitpack_cuda", "cuda_stream")
 ]

@@ -27,6 +27,7 @@ KERNELS = {
     "packing": ("basis_conv2d.cu", "80"),
     "bits_sm_80": ("binary_conv2d_sm80.cu", "80"),
     "bits_sm_90": ("binary_conv2d_sm80.cu", "90"),
+    "bits_sm_90a": ("binary_conv2d_sm90a.cu", "90a"),
     "packing_of_filters": ("binary_conv2d.cu", "80"),
     "packing_of_bits": ("bitpack.cu", "80"),
 }
@@ -61,7 +62,8 @@ def short(mangled: str) -> str:
     name = re.search(r"\d((?:basis|binary)_conv2d_(?:sm\d+a?|pack(?:_[a-z]+?)?)|bitpack_[a-z]+?)(?:I|EN)", mangled)
     assert name, mangled
     dtype = re.search(r"(b?f16)E|_[a-z]+I([fi])L", mangled)
-    numbers, flag = re.findall(r"Li(\d+)E", mangled), "shared out" if "sm90a" in name[1] else "precise"
+    numbers = re.findall(r"Li(\d+)E", mangled)
+    flag = "precise" if "sm80" in name[1] else "pairs" if "binary" in name[1] else "shared out"
     words = [name[1], {"f": "f32", "i": "i32"}.get(dtype[2], dtype[1]) if dtype else "", *numbers]
     return " ".join([*filter(None, words), *([flag] if "Lb1E" in mangled else [])])
 
@@ -141,6 +143,7 @@ INSTRUCTIONS = {
     "packing": (set(), {"LDL", "STL"}),
     "bits_sm_80": ({"BMMA", "LDSM", "LDGSTS"}, {"LDL", "STL", "CALL"}),
     "bits_sm_90": ({"BMMA", "LDSM", "LDGSTS"}, {"LDL", "STL", "CALL"}),
+    "bits_sm_90a": ({"BGMMA", "LDSM", "ACQBULK"}, {"BMMA", "LDL", "STL", "CALL"}),
     "packing_of_filters": (set(), {"LDL", "STL"}),
     "packing_of_bits": (set(), {"LDL", "STL", "CALL"}),
 }
