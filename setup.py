@@ -50,7 +50,7 @@ CUDA_KERNELS = [
         "tucker_conv2d",
     )
 ]
-SM90A_KERNELS = ["csrc/cuda/basis_conv2d_sm90a.cu"]
+SM90A_KERNELS = ["csrc/cuda/basis_conv2d_sm90a.cu", "csrc/cuda/binary_conv2d_sm90a.cu"]
 CUDA_GLUE = [
     f"csrc/ops/{name}.cpp"
     for name in ("basis_conv2d_cuda", "binary_conv2d_cuda", "bitpack_cuda", "cuda_stream", "tucker_conv2d_cuda")

@@ -31,10 +31,15 @@ from basisconv_kernels.reference.binary_conv2d_problem import BinaryConv2dProble
 from basisconv_kernels.testing import tolerances
 from bench.gpu import facts
 from bench.gpu.journal import Step, Unavailable
-from bench.gpu.layers import RESNET, SEED
+from bench.gpu.layers import SEED
 from bench.gpu.timing import Call, Meter
 
 ENGINES = ("dense", "packed_to_packed", "packed_to_bf16", "bf16_to_bf16")
+# C, K, side, N: the layers of a ResNet, the one that says most first; a larger batch; the layers of a VGG.
+LAYERS = (
+    (128, 128, 28, 32), (256, 256, 14, 32), (64, 64, 56, 32), (512, 512, 7, 32), (128, 128, 28, 128),
+    (256, 256, 56, 32), (128, 128, 112, 32),
+)  # fmt: skip
 BITS_IN_BF16 = 16
 
 
@@ -161,8 +166,8 @@ def measure(layer: BinaryLayer, engine: str, device: str, meter: Meter) -> dict[
 def steps(about: Mapping[str, Any], device: str, meter: Meter) -> list[Step]:
     """All rows; in a rehearsal small layers on the CPU's engine."""
     found = []
-    for C, K, side in RESNET:
-        layer = BinaryLayer(C, K, side) if device == "cuda" else BinaryLayer(C, K, min(side, 7), 2)
+    for C, K, side, N in LAYERS if device == "cuda" else LAYERS[:4]:
+        layer = BinaryLayer(C, K, side, N) if device == "cuda" else BinaryLayer(C, K, min(side, 7), 2)
         for engine in ENGINES:
             stamp = facts.stamp(dict(about), ours=engine != "dense")
             run = functools.partial(measure, layer, engine, device, meter)

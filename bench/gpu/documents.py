@@ -59,7 +59,7 @@ PROVEN: tuple[tuple[str, str, str, Callable[[str, str], bool]], ...] = (
     (
         "`binary_conv2d`, `bitpack`, stacked filters of bits, on CUDA",
         "every template, in three orders of the threads",
-        "sm_80, sm_90",
+        "sm_80, sm_90, sm_90a",
         lambda part, backend: (
             backend in ("cuda", "")
             and part.startswith(("tests/gpu/test_binary", "tests/ops/test_b", "tests/ops/test_stacked"))

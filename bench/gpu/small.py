@@ -54,7 +54,7 @@ def _bits(**changes: Any) -> None:
         testing.check_pack(case, functools.partial(bitpack, backend="cuda"))
 
 
-# The sm_90a kernel wants channels_last; NCHW is what sends a call to sm_80's on any device.
+# The sm_90a kernels want channels_last; NCHW is what sends a call to sm_80's on any device.
 CALLS: dict[str, Callable[[], None]] = {
     "cuda": functools.partial(_basis, "cuda"),
     "cuda_sm80": functools.partial(_basis, "cuda", channels_last=False),
@@ -64,6 +64,8 @@ CALLS: dict[str, Callable[[], None]] = {
     "triton_gradients": functools.partial(_basis, "triton", gradients=True),
     "binary_cuda": functools.partial(_bits, C=60, K=60, groups=3, channels_last=False),
     "binary_cuda_pieces": functools.partial(_bits, C=256, K=64),
+    "binary_cuda_pairs": functools.partial(_bits, C=64, K=72, planes=1),
+    "binary_cuda_sm80": functools.partial(_bits, C=256, K=64, channels_last=False),
     "binary_cuda_codes_strided": functools.partial(_bits, K=16, planes=2, unsigned=True, stride=(5, 6)),
     "tucker_cuda": functools.partial(_tucker, "cuda"),
     "tucker_cuda_one_pass": functools.partial(_tucker, "cuda_one_pass"),

@@ -1,7 +1,7 @@
 // binary_conv2d on CUDA: what a call asks for, and the packing of weights.
 #include <climits>
 
-#include "binary_conv2d_problem.h"
+#include "binary_conv2d_sm90a.h"
 
 namespace basisconv::cuda::binary {
 namespace {
@@ -164,7 +164,14 @@ const char* cuda_binary_conv2d(const CudaBinaryConv2d& call, const CudaDevice& d
   if (p.output_type == BinaryOutput::packed && !cuda_binary_packs_output(p.weights)) {
     return "packed output of groups that end inside a byte: take whole numbers and pack them";
   }
-  return binary::run_sm80(binary::problem_of(call), device, static_cast<Stream>(stream));
+  const binary::Problem problem = binary::problem_of(call);
+#ifndef BASISCONV_WITHOUT_SM90A
+  if (binary::hopper_takes(problem, device)) {
+    const binary::HopperPlan plan = binary::hopper_plan(problem, device);
+    if (plan.bytes > 0) return binary::run_sm90a(problem, plan, static_cast<Stream>(stream));
+  }
+#endif
+  return binary::run_sm80(problem, device, static_cast<Stream>(stream));
 }
 
 }  // namespace basisconv

@@ -16,6 +16,7 @@ namespace {
 
 constexpr int kBitpackThreads = 128;
 constexpr int kMostPlanes = 4;
+constexpr int kTurns = 4;
 
 struct BitpackProblem {
   const void* input;
@@ -50,6 +51,21 @@ BASISCONV_DEVICE uint32_t bits_of_number(const BitpackProblem& p, T number, int 
   return p.flip[c] ? x <= bound : x >= bound;
 }
 
+// Which of eight 16-bit floats are no numbers from zero on, a bit each. Two and two in a word: a magnitude carries into
+// the place of the sign where it is not zero, or where it is beyond infinity's.
+template <class T>
+BASISCONV_DEVICE uint32_t below_zero(const uint4& eight) {
+  constexpr uint32_t signs = 0x80008000u, nan = __is_same(T, bf16) ? 0x007F007Fu : 0x03FF03FFu;
+  const uint32_t words[4] = {eight.x, eight.y, eight.z, eight.w};
+  uint32_t found = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t magnitude = words[i] & ~signs;
+    found = found >> 2 | (((words[i] & (magnitude + ~signs)) | (magnitude + nan)) & signs);
+  }
+  return (found >> 9 & 0x55) | (found >> 24 & 0xAA);
+}
+
 struct Row {
   int64_t input, output;  // elements before the row of the first plane; words
   int64_t plane;          // words
@@ -60,34 +76,50 @@ BASISCONV_DEVICE Row row_of(const BitpackProblem& p) {
   return {n * p.stride_n + y * p.stride_h, n * p.planes * plane + y * line, plane};
 }
 
-// Eight channels a thread: C is a multiple of 8, and every pixel begins at a multiple of 16 bytes.
+// Eight channels of a pixel a thread and turn: C is a multiple of 8, and every pixel begins at a multiple of 16 bytes.
+// The loads of `kTurns` turns are under way at once: memory is far away, and little is done with what comes.
 template <class T, int most_planes>
 __global__ void __launch_bounds__(kBitpackThreads) bitpack_bytes(const BitpackProblem p) {
   constexpr int pieces = sizeof(T) / 2;
   const Row row = row_of(p);
-  const int bytes = p.words * 4, all = p.W * bytes;
-  for (int i = blockIdx.y * kBitpackThreads + threadIdx.x; i < all; i += gridDim.y * kBitpackThreads) {
-    const int x = i / bytes, c = i % bytes * 8;
-    uint32_t found[most_planes] = {};
-    if (c < p.C) {
-      union {
-        uint4 loaded[pieces];
-        T numbers[8];
-      } eight;
+  const int bytes = p.words * 4, all = p.W * bytes, step = gridDim.y * kBitpackThreads;
+  for (int first = blockIdx.y * kBitpackThreads + threadIdx.x; first < all; first += kTurns * step) {
+    union {
+      uint4 loaded[pieces];
+      T numbers[8];
+    } eight[kTurns];
+    int channel[kTurns];
+#pragma unroll
+    for (int turn = 0; turn < kTurns; ++turn) {
+      const int i = first + turn * step, x = i / bytes, c = i % bytes * 8;
+      channel[turn] = c;
+#pragma unroll
+      for (int j = 0; j < pieces; ++j) eight[turn].loaded[j] = uint4{0, 0, 0, 0};
+      if (i >= all || c >= p.C) continue;
       const T* from = static_cast<const T*>(p.input) + row.input + x * p.stride_w + c;
 #pragma unroll
-      for (int j = 0; j < pieces; ++j) eight.loaded[j] = reinterpret_cast<const uint4*>(from)[j];
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const uint32_t bits = bits_of_number(p, eight.numbers[j], c + j);
-#pragma unroll
-        for (int plane = 0; plane < most_planes; ++plane) found[plane] |= (bits >> plane & 1) << j;
-      }
+      for (int j = 0; j < pieces; ++j) eight[turn].loaded[j] = reinterpret_cast<const uint4*>(from)[j];
     }
 #pragma unroll
-    for (int plane = 0; plane < most_planes; ++plane) {
-      if (plane >= p.planes) break;
-      reinterpret_cast<uint8_t*>(p.output + row.output + plane * row.plane)[i] = static_cast<uint8_t>(found[plane]);
+    for (int turn = 0; turn < kTurns; ++turn) {
+      const int i = first + turn * step, c = channel[turn];
+      if (i >= all) break;
+      uint32_t found[most_planes] = {};
+      if (sizeof(T) == 2 && most_planes == 1 && !p.codes && p.threshold == nullptr) {
+        if (c < p.C) found[0] = below_zero<T>(eight[turn].loaded[0]) ^ 0xFF;
+      } else if (c < p.C) {
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          const uint32_t bits = bits_of_number(p, eight[turn].numbers[j], c + j);
+#pragma unroll
+          for (int plane = 0; plane < most_planes; ++plane) found[plane] |= (bits >> plane & 1) << j;
+        }
+      }
+#pragma unroll
+      for (int plane = 0; plane < most_planes; ++plane) {
+        if (plane >= p.planes) break;
+        reinterpret_cast<uint8_t*>(p.output + row.output + plane * row.plane)[i] = static_cast<uint8_t>(found[plane]);
+      }
     }
   }
 }
@@ -132,9 +164,12 @@ const char* launch_bitpack(const CudaBitpack& call, Stream stream) {
   constexpr int64_t piece = 16 / sizeof(T);
   const bool whole = p.stride_c == 1 && p.C % 8 == 0 && p.stride_n % piece == 0 && p.stride_h % piece == 0 &&
                      p.stride_w % piece == 0 && reinterpret_cast<uintptr_t>(p.input) % 16 == 0;
-  constexpr int64_t each = 4, most = 65535;  // items of a thread; blocks of a row
+  constexpr int64_t most = 65535, few = 1024;  // blocks of a row; of all
   const int64_t items = params.W * p.words * (whole ? 4 : 1);
-  const int64_t blocks = (items + kBitpackThreads * each - 1) / (kBitpackThreads * each);
+  const auto blocks_of = [&](int64_t each) { return (items + kBitpackThreads * each - 1) / (kBitpackThreads * each); };
+  int64_t each = kTurns;  // items of a thread
+  while (each > 1 && params.N * params.H * blocks_of(each) < few) each /= 2;
+  const int64_t blocks = blocks_of(each);
   const dim3 grid{static_cast<unsigned>(params.N * params.H), static_cast<unsigned>(blocks < most ? blocks : most), 1};
   const auto kernel = p.planes == 1 ? (whole ? bitpack_bytes<T, 1> : bitpack_words<T, 1>)
                                     : (whole ? bitpack_bytes<T, kMostPlanes> : bitpack_words<T, kMostPlanes>);

@@ -197,5 +197,26 @@ BASISCONV_DEVICE void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], const 
   }
 }
 
+// Single bits, 32 a word: d[64, N] += popcount(a[64, 256] AND b[N, 256]). a as mma_m16n8k256_and_popc holds it, warp
+// for warp; b is the tile of this number among swizzled ones of N rows of 32 bytes, one behind the other.
+#define BASISCONV_I4(i) "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3])
+#define BASISCONV_I16(i) BASISCONV_I4(i), BASISCONV_I4(i + 4), BASISCONV_I4(i + 8), BASISCONV_I4(i + 12)
+#define BASISCONV_I32(i) BASISCONV_I16(i), BASISCONV_I16(i + 16)
+#define BASISCONV_I64(i) BASISCONV_I32(i), BASISCONV_I32(i + 32)
+#define BASISCONV_WGMMA_BITS(n, d_places, a_places, d_operands)                                                  \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n" n "k256.s32.b1.b1.and.popc {" d_places "}, {" a_places ", 1;" \
+               : d_operands                                                                                      \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor))
+template <int N>
+BASISCONV_DEVICE void wgmma_rs_bits(int (&d)[N / 2], const uint32_t (&a)[4], const void* tiles, int number) {
+  static_assert(N == 32 || N == 64 || N == 128, "add the shape above");
+  const uint64_t first = wgmma_descriptor(shared_address(tiles), 32);
+  const uint64_t descriptor =
+      first >> 32 << 32 | (static_cast<uint32_t>(first) + static_cast<uint32_t>(number) * (N * 2));
+  if constexpr (N == 32) BASISCONV_WGMMA_BITS("32", BASISCONV_P16, "%16,%17,%18,%19}, %20", BASISCONV_I16(0));
+  if constexpr (N == 64) BASISCONV_WGMMA_BITS("64", BASISCONV_P32, "%32,%33,%34,%35}, %36", BASISCONV_I32(0));
+  if constexpr (N == 128) BASISCONV_WGMMA_BITS("128", BASISCONV_P64, "%64,%65,%66,%67}, %68", BASISCONV_I64(0));
+}
+
 }  // namespace basisconv::cuda
 #endif

@@ -20,6 +20,8 @@ def test_a_row_of_a_binary_layer_is_checked_and_timed(engine):
     assert report.subject(json.loads(json.dumps(data))) == "binary_32to40_at6_n2"
     keys = [step.key for step in bits.steps(ABOUT, "cuda", None)]
     assert f"binary_512to512_at7_n32 {engine}" in keys
+    assert f"binary_128to128_at28_n128 {engine}" in keys
+    assert len(set(keys)) == len(keys)
 
 
 @pytest.mark.parametrize(("engine", "why"), [("dense", "relative error"), ("packed_to_bf16", "off by more")])

@@ -1,6 +1,6 @@
 // The CUDA kernels of binary_conv2d and bitpack, run on the CPU, as a Python module of the tests. Tensors come as
 // addresses. It is compiled as one with what it binds.
-#include "../../csrc/cuda/binary_conv2d_problem.h"
+#include "../../csrc/cuda/binary_conv2d_sm90a.h"
 #include "../../csrc/cuda/bitpack.h"
 #include "requests.h"
 
@@ -72,10 +72,30 @@ PYBIND11_MODULE(MODULE_NAME, m) {
                                           const_cast<void*>(address<void>(from, "packed")), nullptr));
   });
   m.def("reason", [](const py::dict& from) { return words_or_none(cuda_binary_reason(call(from), device(from))); });
-  // What went wrong, or None, and (8x8 matrices read, bank conflicts).
+  m.def("quotient", [](int numerator, int by) { return cuda::binary::Divisor::of(by).of_quotient(numerator); });
+  // The plan of sm_90a's kernel: filters and warpgroups of a block, rounds, blocks, bytes; None where sm_80's runs.
+  m.def("hopper_plan", [](const py::dict& from) -> py::object {
+    const cuda::binary::Problem problem = cuda::binary::problem_of(call(from));
+    if (!cuda::binary::hopper_takes(problem, device(from))) return py::none();
+    const cuda::binary::HopperPlan plan = cuda::binary::hopper_plan(problem, device(from));
+    if (plan.bytes == 0) return py::none();
+    return py::make_tuple(plan.columns, plan.warpgroups, plan.rounds, plan.grid() * plan.blocks, plan.bytes);
+  });
+  // What went wrong, or None, and (8x8 matrices read, bank conflicts). `plan`: with that plan of sm_90a's kernel.
   m.def("run", [](const py::dict& from) {
+    using namespace cuda::binary;
     cuda_on_cpu::counters = {};
-    const char* wrong = cuda_binary_conv2d(call(from), device(from), nullptr);
+    const char* wrong = nullptr;
+    if (from.contains("plan")) {
+      const auto [columns, warpgroups] = pair(from, "plan");
+      const Problem problem = problem_of(call(from));
+      const HopperPlan plan =
+          hopper_plan_of(problem, device(from), static_cast<int>(columns), static_cast<int>(warpgroups));
+      wrong =
+          !hopper_takes(problem, device(from)) || plan.bytes == 0 ? "no such plan" : run_sm90a(problem, plan, nullptr);
+    } else {
+      wrong = cuda_binary_conv2d(call(from), device(from), nullptr);
+    }
     return std::make_tuple(words_or_none(wrong), cuda_on_cpu::counters.matrices, cuda_on_cpu::counters.conflicts);
   });
 #ifdef PLANTED

@@ -33,10 +33,21 @@ def poison(size: Sequence[int], dtype: torch.dtype, layout: torch.memory_format 
 
 
 class EmulatedBinary:
-    """The kernels on a device. Every call runs in all orders of the threads, which must agree bit for bit."""
+    """The kernels on a device. Every call runs in all orders of the threads, which must agree bit for bit.
 
-    def __init__(self, module: ModuleType, device: dict[str, int], orders: Sequence[str] = ORDERS):
-        self.module, self.device, self.orders = module, device, orders
+    ``plan``: the filters and warpgroups of a block of sm_90a's kernel; without it the kernels choose. ``chosen`` holds
+    what they chose for the last call.
+    """
+
+    def __init__(
+        self,
+        module: ModuleType,
+        device: dict[str, int],
+        orders: Sequence[str] = ORDERS,
+        plan: tuple[int, int] | None = None,
+    ):
+        self.module, self.device, self.orders, self.plan = module, device, orders, plan
+        self.chosen: tuple[int, ...] | None = None
         self.matrices = self.conflicts = 0
 
     def _in_all_orders(self, run: Any) -> Tensor:
@@ -131,9 +142,11 @@ class EmulatedBinary:
             else:
                 wanted = torch.int32 if output == "int32" else dtype
                 result, kind = poison((N, weight.shape[0], OH, OW), wanted, layout), OUTPUTS[wanted]
-            wrong, self.matrices, self.conflicts = self.module.run(
-                {**request, "output": address(result), "output_type": kind}
-            )
+            asked = {**request, "output": address(result), "output_type": kind}
+            self.chosen = self.module.hopper_plan(asked)
+            if self.plan is not None:
+                asked["plan"] = self.plan
+            wrong, self.matrices, self.conflicts = self.module.run(asked)
             assert wrong is None, wrong
             return result
 

@@ -33,12 +33,12 @@ struct Mbarrier {
 inline std::map<const void*, Mbarrier> mbarriers;
 
 struct Wgmma {
-  float* d;
+  float* d;  // of single bits: whole numbers, which only memcpy looks at
   int n, row_bytes, k;
   const uint32_t* a;
   uint32_t a_at_issue[4];
   const char* tile;
-  float (*decode)(uint32_t);
+  float (*decode)(uint32_t);  // null for single bits
 };
 struct WgmmaThread {
   std::vector<Wgmma> open;
@@ -136,9 +136,40 @@ inline void issue(uint64_t* at, const BulkCopy& copy) {
   wake_waiting(bar);
 }
 
+// One wgmma of single bits, of a whole warpgroup whose first thread is `first`.
+inline void run_wgmma_bits(int first, size_t group, size_t index) {
+  const Wgmma& w = wgmma_threads[first].groups[group][index];
+  constexpr int words = 8;
+  std::vector<uint32_t> b(static_cast<size_t>(w.n) * words);
+  for (size_t i = 0; i < b.size(); ++i) {
+    const uint32_t offset = basisconv::cuda::swizzled(static_cast<uint32_t>(i) * 4, w.row_bytes);
+    memcpy(&b[i], &async_view[w.tile - shared_of_cluster + offset], 4);
+  }
+  for (int warp = first; warp < first + kWarpgroup; warp += kWarp) {
+    uint32_t a[16][words];
+    for (int i = 0; i < 16; ++i) {
+      for (int k = 0; k < words; ++k) {
+        a[i][k] = wgmma_threads[warp + i % 8 * 4 + k % 4].groups[group][index].a_at_issue[i / 8 + k / 4 * 2];
+      }
+    }
+    for (int lane = 0; lane < kWarp; ++lane) {
+      WgmmaThread& thread = wgmma_threads[warp + lane];
+      std::vector<float>& sums = thread.sums[thread.groups[group][index].d];
+      for (int i = 0; i < w.n / 2; ++i) {
+        const int row = lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+        int sum;
+        memcpy(&sum, &sums[i], 4);
+        for (int k = 0; k < words; ++k) sum += __builtin_popcount(a[row][k] & b[column * words + k]);
+        memcpy(&sums[i], &sum, 4);
+      }
+    }
+  }
+}
+
 // One wgmma of a whole warpgroup whose first thread is `first`.
 inline void run_wgmma(int first, size_t group, size_t index) {
   const Wgmma& w = wgmma_threads[first].groups[group][index];
+  if (w.decode == nullptr) return run_wgmma_bits(first, group, index);
   std::vector<float> b(static_cast<size_t>(w.n) * 16);
   for (int j = 0; j < w.n; ++j) {
     for (int k = 0; k < 16; ++k) {
@@ -281,16 +312,31 @@ template <int newest>
 void wgmma_wait() {
   cuda_on_cpu::wait_wgmma(newest);
 }
-template <class T, int N, int row_bytes>
-void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], const void* tile, int k) {
+// `d` stands for N / 2 accumulators of 4 bytes.
+inline void issue_wgmma(const cuda_on_cpu::Wgmma& w) {
   using namespace cuda_on_cpu;
   WgmmaThread& mine = wgmma_threads[block.self];
-  shared_offset(tile, static_cast<size_t>(N) * row_bytes, row_bytes * 8, "wgmma");
+  shared_offset(w.tile, static_cast<size_t>(w.n) * w.row_bytes, w.row_bytes * 8, "wgmma");
   if (!mine.fenced) fail("wgmma without wgmma_fence since the last commit");
-  if (k * 32 >= row_bytes) fail("wgmma: the column block lies outside the tile's rows");
-  if (mine.sums.count(d) == 0) mine.sums[d] = std::vector<float>(d, d + N / 2);
-  for (float& value : d) value = std::numeric_limits<float>::quiet_NaN();
-  mine.open.push_back({d, N, row_bytes, k, a, {a[0], a[1], a[2], a[3]}, static_cast<const char*>(tile), decode<T>});
+  if (w.k * 32 >= w.row_bytes) fail("wgmma: the column block lies outside the tile's rows");
+  if (mine.sums.count(w.d) == 0) {
+    std::vector<float>& sums = mine.sums[w.d];
+    sums.resize(w.n / 2);
+    memcpy(sums.data(), w.d, sums.size() * sizeof(float));
+  }
+  const std::vector<float> unknown(w.n / 2, std::numeric_limits<float>::quiet_NaN());
+  memcpy(w.d, unknown.data(), unknown.size() * sizeof(float));
+  mine.open.push_back(w);
+}
+template <class T, int N, int row_bytes>
+void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], const void* tile, int k) {
+  issue_wgmma(
+      {d, N, row_bytes, k, a, {a[0], a[1], a[2], a[3]}, static_cast<const char*>(tile), cuda_on_cpu::decode<T>});
+}
+template <int N>
+void wgmma_rs_bits(int (&d)[N / 2], const uint32_t (&a)[4], const void* tiles, int number) {
+  const char* tile = static_cast<const char*>(tiles) + number * N * 32;
+  issue_wgmma({reinterpret_cast<float*>(d), N, 32, 0, a, {a[0], a[1], a[2], a[3]}, tile, nullptr});
 }
 
 }  // namespace basisconv::cuda

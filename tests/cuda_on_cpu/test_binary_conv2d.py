@@ -110,6 +110,13 @@ def test_packing(binary_module, case, dtype):
     testing.check_pack(case.at(dtype=dtype), EmulatedBinary(binary_module, A100).bitpack)
 
 
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+def test_packing_of_every_16_bit_float(binary_module, dtype):
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype).view(1, 4, 64, 256).permute(0, 3, 1, 2)
+    found = EmulatedBinary(binary_module, A100).bitpack(every)
+    assert torch.equal(found.words, packing.forward(every, None, 1, "sign"))
+
+
 @pytest.mark.parametrize("channels", [5, 72])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
 def test_packing_of_whole_numbers(binary_module, channels, layout):

@@ -29,6 +29,7 @@ KERNELS = {
     "packing": ("basis_conv2d.cu", "80"),
     "bits_sm_80": ("binary_conv2d_sm80.cu", "80"),
     "bits_sm_90": ("binary_conv2d_sm80.cu", "90"),
+    "bits_sm_90a": ("binary_conv2d_sm90a.cu", "90a"),
     "packing_of_filters": ("binary_conv2d.cu", "80"),
     "packing_of_bits": ("bitpack.cu", "80"),
 }
@@ -62,7 +63,8 @@ def disassembler(name: str) -> str:
     return found
 
 
-FLAGS = {"basis_conv2d_sm90a": "shared out", "tucker_conv2d": "tall"}  # what a true template argument says
+# What a true template argument says.
+FLAGS = {"basis_conv2d_sm90a": "shared out", "binary_conv2d_sm90a": "pairs", "tucker_conv2d": "tall"}
 
 
 def short(mangled: str) -> str:
@@ -154,6 +156,7 @@ INSTRUCTIONS = {
     "chain_sm_90": ({"HMMA", "LDSM", "LDGSTS"}, {"LDL", "STL"}),
     "bits_sm_80": ({"BMMA", "LDSM", "LDGSTS"}, {"LDL", "STL", "CALL"}),
     "bits_sm_90": ({"BMMA", "LDSM", "LDGSTS"}, {"LDL", "STL", "CALL"}),
+    "bits_sm_90a": ({"BGMMA", "LDSM", "ACQBULK"}, {"BMMA", "LDL", "STL", "CALL"}),
     "packing_of_filters": (set(), {"LDL", "STL"}),
     "packing_of_bits": (set(), {"LDL", "STL", "CALL"}),
 }

@@ -132,6 +132,13 @@ inline uint32_t __ballot_sync(uint32_t, int predicate) {
   return out;
 }
 inline int __popc(uint32_t value) { return __builtin_popcount(value); }
+// Four of the eight bytes of two words, each by a hexadecimal digit of the selector.
+inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) {
+  const uint64_t both = static_cast<uint64_t>(high) << 32 | low;
+  uint32_t out = 0;
+  for (int i = 0; i < 4; ++i) out |= static_cast<uint32_t>(both >> (selector >> 4 * i & 7) * 8 & 0xFF) << 8 * i;
+  return out;
+}
 
 namespace basisconv::cuda {
 

@@ -16,6 +16,7 @@ from basisconv_kernels.ops import binary_conv2d_selfcheck, bitpack_selfcheck
 from basisconv_kernels.reference.binary_conv2d_problem import BinaryConv2dProblem
 from basisconv_kernels.testing.binary_conv2d import arguments
 from tests.cuda_on_cpu.test_binary_conv2d import LARGER
+from tests.cuda_on_cpu.test_binary_conv2d_sm90a import CASES
 
 kernel = functools.partial(binary_conv2d, backend="cuda")
 gpu = pytest.mark.gpu
@@ -32,6 +33,52 @@ def a_case(**sizes):
 @pytest.mark.parametrize("case", LARGER, ids=lambda case: case.name)
 def test_sizes_that_fill_slabs_and_tiles(case, dtype):
     testing.check_binary(case.at(device="cuda", dtype=dtype), kernel)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_what_the_kernel_of_hopper_takes(case, dtype):
+    testing.check_binary(case.at(device="cuda", dtype=dtype), kernel)
+
+
+@gpu
+@pytest.mark.parametrize("kernel_size", [1, 3])
+@pytest.mark.parametrize("K", [32, 72, 128, 256])
+@pytest.mark.parametrize(("C", "side", "N"), [(64, 56, 32), (128, 28, 32), (256, 14, 32), (512, 7, 32), (128, 28, 3)])
+def test_whole_layers(C, side, N, K, kernel_size):
+    """Blocks of 32, 64 and 128 filters, one round and several."""
+    border = (kernel_size // 2,) * 4
+    sizes = {"N": N, "C": C, "H": side, "W": side, "K": K, "R": kernel_size, "S": kernel_size, "padding": border}
+    testing.check_binary(a_case(**sizes, planes=1), kernel)
+
+
+@gpu
+def test_calls_that_follow_each_other_at_once():
+    """Each kernel may begin while the one ahead still runs, and must not read before that one has written."""
+    weights = [torch.randn(128, 128, 3, 3, device="cuda") for _ in range(2)]
+    packed = [binary_conv2d_pack(w) for w in weights]
+    bits = bitpack(torch.randn(32, 128, 28, 28, device="cuda"))
+
+    def chain(x):
+        for _ in range(10):
+            for w, p in zip(weights, packed, strict=True):
+                x = kernel(x, w, packed=p, padding=1, output="packed")
+        return x
+
+    expected = bits
+    for _ in range(10):
+        for w in weights:
+            sums = binary_conv2d(expected, w, padding=1, output="int32", backend="reference")
+            expected = bitpack(sums, backend="reference")
+    for _ in range(5):
+        assert torch.equal(chain(bits).words, expected.words)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = chain(bits)
+    for _ in range(20):
+        graph.replay()
+    assert torch.equal(captured.words, expected.words)
 
 
 KINDS = pytest.mark.parametrize("planes", [0, 1, 2], ids=["real", "signs", "codes"])

@@ -50,7 +50,7 @@ def population(word):
 
 
 def test_lanes(wrappers):
-    given, out = words(32), unwritten(wrappers, 4, 32)
+    given, out = words(32), unwritten(wrappers, 5, 32)
     wrappers("lanes", given.to(wrappers.device), out)
     ballot = sum((int(word) & 1) << lane for lane, word in enumerate(given))
     out = out.cpu()
@@ -58,6 +58,9 @@ def test_lanes(wrappers):
     assert torch.equal(out[1], given[3].expand(32))
     assert all(int(word) & 0xFFFFFFFF == ballot for word in out[2])
     assert out[3].tolist() == [population(word) for word in given]
+    eight = torch.stack([given, given[torch.arange(32) ^ 1]], 1).view(torch.uint8)  # of a lane and of its neighbour
+    digits = torch.tensor([0, 4, 2, 6]) ^ (torch.arange(32) % 8)[:, None]
+    assert torch.equal(out[4].view(torch.uint8).view(32, 4), eight.gather(1, digits))
 
 
 def test_cp_async_fills_with_zeros(wrappers):
@@ -180,6 +183,16 @@ def test_products_of_a_warpgroup(wrappers, n, row_bytes, stored, dtype):
     arguments = (int(dtype == BF16), n, row_bytes, int(stored))
     wrappers("wgmma", *arguments, a.to(dtype).to(wrappers.device), aligned(wrappers, image), got)
     assert torch.equal(got.cpu(), d + a.float() @ b.float().T)
+
+
+@pytest.mark.parametrize("n", [32, 64, 128])
+def test_products_of_bits_of_a_warpgroup(wrappers, n):
+    a, b, d = words(64, 16), words(n, 16, seed=1), whole(64, n, seed=2).int()
+    got = d.to(wrappers.device, copy=True)
+    wrappers("wgmma_bits", n, a.to(wrappers.device), b.to(wrappers.device), got)
+    counts = torch.tensor([bin(byte).count("1") for byte in range(256)])
+    both = (a[:, None] & b[None]).contiguous().view(torch.uint8)
+    assert torch.equal(got.cpu(), d + counts[both.int()].sum(2).int())
 
 
 def test_the_device_code_compiles():

@@ -37,6 +37,7 @@ __global__ void lanes_kernel(const uint32_t* input, uint32_t* output) {
   output[32 + lane] = __shfl_sync(~0u, input[lane], 3);
   output[64 + lane] = __ballot_sync(~0u, input[lane] & 1);
   output[96 + lane] = static_cast<uint32_t>(__popc(input[lane]));
+  output[128 + lane] = __byte_perm(input[lane], input[lane ^ 1], 0x6240 ^ (lane % 8 * 0x1111));
 }
 
 // 16 bytes a lane, of which lane l copies l % 17; the rest must be zero.
@@ -231,6 +232,34 @@ __global__ void wgmma_kernel(const T* a, const T* b, float* d, bool stored) {
   for (int i = 0; i < N / 2; ++i) d[(row + i / 2 % 2 * 8) * N + i / 4 * 8 + t * 2 + i % 2] = sum[i];
 }
 
+// d[64, N] += popcount(a[64, 512] AND b[N, 512]): single bits, a tile of b for each 256 of them.
+template <int N>
+__global__ void wgmma_bits_kernel(const uint32_t* a, const uint32_t* b, int* d) {
+  constexpr int words = 8, row_bytes = words * 4, tiles = 2, all = words * tiles;
+  char* memory = shared_memory();
+  const int thread = threadIdx.x, lane = thread % 32, row = thread / 32 * 16 + lane / 4, t = lane % 4;
+  for (int i = thread; i < N * all; i += 128) {
+    const int at = i / all * row_bytes + i % words * 4, tile = i / words % tiles;
+    *reinterpret_cast<uint32_t*>(memory + tile * N * row_bytes + swizzled(at, row_bytes)) = b[i];
+  }
+  fence_proxy_async();
+  __syncthreads();
+  int sum[N / 2];
+  for (int i = 0; i < N / 2; ++i) sum[i] = d[(row + i / 2 % 2 * 8) * N + i / 4 * 8 + t * 2 + i % 2];
+  uint32_t left[tiles][4];
+#pragma unroll
+  for (int tile = 0; tile < tiles; ++tile) {
+#pragma unroll
+    for (int r = 0; r < 4; ++r) left[tile][r] = a[(row + r % 2 * 8) * all + tile * words + r / 2 * 4 + t];
+  }
+  wgmma_fence();
+#pragma unroll
+  for (int tile = 0; tile < tiles; ++tile) wgmma_rs_bits<N>(sum, left[tile], memory, tile);
+  wgmma_commit();
+  wgmma_wait<0>();
+  for (int i = 0; i < N / 2; ++i) d[(row + i / 2 % 2 * 8) * N + i / 4 * 8 + t * 2 + i % 2] = sum[i];
+}
+
 template <class T, int N>
 const char* wgmma_rows(int row_bytes, const T* a, const T* b, float* d, bool stored) {
   const int bytes = N * row_bytes + 64;
@@ -309,5 +338,11 @@ BASISCONV_TEST box(int is_bf16, const void* image, int N, int H, int W, int C, i
 BASISCONV_TEST wgmma(int is_bf16, int n, int row_bytes, int stored, const void* a, const void* b, float* d) {
   return guarded([&] {
     return is_bf16 ? wgmma_of<bf16>(n, row_bytes, a, b, d, stored) : wgmma_of<f16>(n, row_bytes, a, b, d, stored);
+  });
+}
+BASISCONV_TEST wgmma_bits(int n, const uint32_t* a, const uint32_t* b, int* d) {
+  return guarded([&] {
+    const auto kernel = n == 32 ? wgmma_bits_kernel<32> : n == 64 ? wgmma_bits_kernel<64> : wgmma_bits_kernel<128>;
+    return launch(kernel, one, warpgroup, n * 64, nullptr, a, b, d);
   });
 }

@@ -1,0 +1,148 @@
+// The plan of the sm_90a kernel of binary_conv2d: which calls it takes, how many filters and pixels a block has, what
+// it holds of the image. Pure functions of the sizes, tested without a device.
+#pragma once
+#include "binary_conv2d_problem.h"
+
+namespace basisconv::cuda::binary {
+
+// A quotient by a multiplication, right while numerator * divisor is below 2^32.
+struct Divisor {
+  int by;
+  uint32_t inverse;
+
+  BASISCONV_EITHER static Divisor of(int by) {
+    return {by, static_cast<uint32_t>((0xFFFFFFFFull + static_cast<uint64_t>(by)) / static_cast<uint64_t>(by))};
+  }
+  BASISCONV_EITHER int of_quotient(int numerator) const {
+    if (by == 1) return numerator;
+    return static_cast<int>(static_cast<uint64_t>(static_cast<uint32_t>(numerator)) * inverse >> 32);
+  }
+};
+
+// A block has 64 * warpgroups pixels, one behind the other through the batch, and `columns` filters. Of the image it
+// holds a band: whole rows with their padding, counted on from image to image, `image_rows` each.
+struct HopperPlan {
+  static constexpr int tile_pixels = 64;  // of a warpgroup
+  static constexpr int most_pixels_of_an_image = 60000;
+  // Warpgroups that the registers of a multiprocessor are enough for, and of one block.
+  BASISCONV_EITHER static constexpr int most_at_once(int columns) { return columns == 128 ? 4 : columns == 64 ? 5 : 6; }
+  BASISCONV_EITHER static constexpr int most_of_a_block(int columns) {
+    return columns == 32 ? 3 : most_at_once(columns);
+  }
+
+  int columns, warpgroups, blocks;  // blocks: of filters
+  bool pairs;                       // at most 64 channels: signs and their complement are one unit, a step has two taps
+  int units, taps, steps;           // units of a pixel's signs
+  int jump_h, jump_w;               // from one output's window to the next, in the band
+  int step_h, step_w;               // from one pixel of the band to the next, in the image
+  int down, right;                  // from tap to tap, in the band
+  int rows;                         // of the band
+  Divisor width, image_rows;        // pixels of the band's rows; its rows of an image
+  Divisor line_units, by_units;     // of a row of the band, of a pixel
+  Divisor image, line;              // outputs
+  int tiles, rounds, per_sm;
+  int bytes;  // of shared memory; 0 where the kernel cannot run
+
+  BASISCONV_EITHER int pixels() const { return tile_pixels * warpgroups; }
+  BASISCONV_EITHER int filter_bytes() const { return steps * columns * 2 * kUnitBytes; }
+  BASISCONV_EITHER int plane_bytes() const { return rows * width.by * kUnitBytes; }
+  BASISCONV_EITHER int constants_offset() const { return filter_bytes() + (pairs ? 1 : 2 * units) * plane_bytes(); }
+  BASISCONV_EITHER int grid() const { return static_cast<int>(ceil_div(tiles, rounds)); }
+};
+
+// Whether the kernel's way is one for this call; the plan says whether its memory is enough. Sums of signs over an even
+// number of channels are even without a padding that counts.
+inline bool hopper_takes(const Problem& p, const CudaDevice& device) {
+#ifdef BASISCONV_WITHOUT_SM90A
+  return false;
+#endif
+  const bool nine = p.R == 3 && p.S == 3, one = p.R == 1 && p.S == 1;
+  if (device.capability != 90 || (!nine && !one)) return false;  // sm_90a code runs on 9.0 alone
+  if (p.codes || p.planes != 1 || p.groups != 1 || p.C % 2 != 0) return false;
+  if (p.K <= kFewFilters || (p.words != 2 && !p.input_in_16_bytes)) return false;
+  if (reinterpret_cast<uintptr_t>(p.input) % 8 != 0) return false;
+  if (p.output_type != BinaryOutput::packed && !p.output_in_16_bytes) return false;
+  const int64_t image = int64_t{p.OH} * p.OW, all = image * p.N, rows = int64_t{p.OH} * p.stride_h + p.R * p.dilation_h;
+  return image <= HopperPlan::most_pixels_of_an_image && rows <= 30000 && all < int64_t{1} << 30 &&
+         int64_t{p.C} * p.R * p.S < 1 << 22;
+}
+
+inline HopperPlan hopper_plan_of(const Problem& p, const CudaDevice& device, int columns, int warpgroups) {
+  HopperPlan plan{};
+  plan.columns = columns;
+  plan.warpgroups = warpgroups;
+  plan.blocks = static_cast<int>(ceil_div(p.K, columns));
+  plan.pairs = p.words == 2;
+  plan.units = plan.pairs ? 1 : p.words / kUnitWords;
+  plan.taps = p.R * p.S;
+  plan.steps = plan.pairs ? (plan.taps + 1) / 2 : plan.taps * plan.units;
+  // Of a 1x1 filter's strides the band holds only what is used.
+  const bool one = plan.taps == 1;
+  plan.jump_h = one ? 1 : p.stride_h, plan.jump_w = one ? 1 : p.stride_w;
+  plan.step_h = one ? p.stride_h : 1, plan.step_w = one ? p.stride_w : 1;
+  plan.down = p.dilation_h, plan.right = p.dilation_w;
+  const int64_t width = (p.OW - 1) * int64_t{plan.jump_w} + (p.S - 1) * int64_t{p.dilation_w} + 1;
+  const int64_t height = (p.OH - 1) * int64_t{plan.jump_h} + (p.R - 1) * int64_t{p.dilation_h} + 1;
+  const int64_t image = int64_t{p.OH} * p.OW, last = plan.pixels() - 1;
+  // Lines of outputs that a block may touch, and how often it may go on to the next image.
+  const auto least = [](int64_t a, int64_t b) { return a < b ? a : b; };
+  const int64_t lines = least(ceil_div(last, p.OW) + 1, int64_t{p.N} * p.OH);
+  const int64_t crossings = least(ceil_div(last, image), p.N - 1);
+  const int64_t window = (p.R - 1) * int64_t{p.dilation_h} + 1;
+  const int64_t more = window > plan.jump_h ? window - plan.jump_h : 0;
+  const int64_t rows = (lines - 1) * plan.jump_h + crossings * more + window;
+  constexpr int constants = 2 * 4;
+  const int64_t planes = plan.pairs ? 1 : 2 * plan.units;
+  const int64_t bytes =
+      int64_t{plan.steps} * columns * 2 * kUnitBytes + planes * rows * width * kUnitBytes + columns * constants;
+  if (bytes > device.shared_bytes) return plan;
+  plan.rows = static_cast<int>(rows);
+  plan.width = Divisor::of(static_cast<int>(width));
+  plan.image_rows = Divisor::of(static_cast<int>(height));
+  plan.image = Divisor::of(static_cast<int>(image));
+  plan.line = Divisor::of(p.OW);
+  plan.by_units = Divisor::of(plan.units);
+  plan.line_units = Divisor::of(static_cast<int>(width * plan.units));
+  constexpr int reserved = 1024;  // of every block
+  const int by_memory = static_cast<int>((device.shared_bytes + reserved) / (bytes + reserved));
+  const int by_registers = HopperPlan::most_at_once(columns) / warpgroups;
+  plan.per_sm = by_memory < by_registers ? by_memory : by_registers;
+  plan.tiles = static_cast<int>(ceil_div(image * p.N, plan.pixels()));
+  const int slots = device.multiprocessors * plan.per_sm / plan.blocks;
+  plan.rounds = static_cast<int>(ceil_div(plan.tiles, slots > 0 ? slots : 1));
+  plan.bytes = static_cast<int>(bytes);
+  return plan;
+}
+
+// Clocks of a call. Of each round: what it waits for; pixels that warps bring, 32 units at a time; wgmma of 64 pixels,
+// alone and with others, by the rates of an H200; outputs. Once: filters, and what a launch takes.
+inline int64_t hopper_clocks(const HopperPlan& plan, const CudaDevice& device) {
+  const int columns = plan.columns;
+  const int alone = columns == 128 ? 72 : columns == 64 ? 54 : 45, step = columns == 128 ? 64 : columns == 64 ? 33 : 20;
+  const int64_t blocks = ceil_div(int64_t{plan.grid()} * plan.blocks, device.multiprocessors);
+  const int64_t at_once = blocks * plan.warpgroups, warps = 4 * int64_t{plan.warpgroups};
+  const int64_t together = at_once * step * plan.steps, chain = int64_t{alone} * plan.steps;
+  constexpr int each = 150;  // of a warp for 32 units, with as many others as there are
+  const int64_t filters = ceil_div(int64_t{plan.steps} * columns / 32, warps) * each;
+  const int64_t pixels = ceil_div(int64_t{plan.rows} * plan.line_units.by, 32 * warps) * each * (1 + at_once / 4);
+  const int64_t outputs = at_once * columns * 4;
+  return 3000 + filters + plan.rounds * (2000 + pixels + (together > chain ? together : chain) + outputs);
+}
+
+// The quickest plan by that count; `bytes` is 0 where none fits.
+inline HopperPlan hopper_plan(const Problem& p, const CudaDevice& device) {
+  HopperPlan best{};
+  for (int columns = 128; columns >= 32; columns /= 2) {
+    if (columns / 2 >= p.K) continue;
+    for (int warpgroups = 1; warpgroups <= HopperPlan::most_of_a_block(columns); ++warpgroups) {
+      const HopperPlan plan = hopper_plan_of(p, device, columns, warpgroups);
+      if (plan.bytes == 0) continue;
+      if (best.bytes == 0 || hopper_clocks(plan, device) < hopper_clocks(best, device)) best = plan;
+    }
+  }
+  return best;
+}
+
+const char* run_sm90a(const Problem& problem, const HopperPlan& plan, Stream stream);
+
+}  // namespace basisconv::cuda::binary
