@@ -138,12 +138,12 @@ def _work(asked: argparse.Namespace) -> int:
     if asked.what == "sanitizer":
         steps = check.sanitizer_steps(about)
     elif asked.what == "bench":
-        from bench.gpu import bits, layers, networks, timing
+        from bench.gpu import bits, filters_of_bits, layers, networks, timing
 
         meter = timing.meter(asked.device)
         rows = layers.steps(about, asked.device, meter)
-        beyond = [*bits.steps(about, asked.device, meter), *networks.steps(about, asked.device, meter)]
-        # The layers that count, then binary layers and a taste of all, then the rest.
+        beyond = [step for part in (bits, filters_of_bits, networks) for step in part.steps(about, asked.device, meter)]
+        # The layers that count, then layers of bits and a taste of all, then the rest.
         steps = [*rows[: layers.FIRST], *beyond, *rows[layers.FIRST :]]
     elif asked.what == "probe":
         from bench.gpu import probe

@@ -37,6 +37,7 @@ HERE = {
     "basisconv_kernels/ops/tucker_conv2d.py",
     "basisconv_kernels/layers/tucker_conv2d.py",
     "triton_kernels/tucker_conv2d.py",
+    *(f"triton_kernels/{op}.py" for op in ("bitpack", "binary_conv2d", "stacked_binary_conv2d", "ternary_conv2d")),
     "tests/ops/test_tucker_conv2d.py",
 }
 
