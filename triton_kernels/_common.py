@@ -19,7 +19,8 @@ FAR = 2**31 - 2**20  # the largest offset in 32 bits; tiles reach past the last 
 # multiples of 16. Strides, C, Q and K are left out, since the width of a load hangs on them.
 ANY_SIZE = (
     "pixels", "N", "H", "W", "OH", "OW", "R", "S", "stride_y", "stride_x", "top", "left", "dilation_y",
-    "dilation_x", "GROUPS", "tiles",
+    "dilation_x", "GROUPS", "tiles", "LOW", "splits", "n_filters", "words", "out_words",
+    "group_words",
 )  # fmt: skip
 
 

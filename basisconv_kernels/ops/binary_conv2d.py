@@ -17,6 +17,7 @@ from basisconv_kernels.core.packed import PackedTensor, Threshold
 from basisconv_kernels.core.registry import Candidate
 from basisconv_kernels.ops import binary_conv2d_native as native
 from basisconv_kernels.ops import binary_conv2d_planned as planned
+from basisconv_kernels.ops import binary_conv2d_triton as triton
 from basisconv_kernels.ops.binary_conv2d_arguments import Sizes, check_scale_group, normal_form
 from basisconv_kernels.reference import binary_conv2d as reference
 from basisconv_kernels.reference.binary_conv2d import Settings
@@ -48,6 +49,12 @@ CANDIDATES = (
         "basisconv_kernels.ops.binary_conv2d_native:forward",
         native.cuda_supports,
         check="basisconv_kernels.ops.binary_conv2d_selfcheck:cuda",
+    ),
+    Candidate(
+        "triton",
+        "basisconv_kernels.ops.binary_conv2d_triton:forward",
+        triton.supports,
+        check="basisconv_kernels.ops.binary_conv2d_selfcheck:triton",
     ),
     Candidate("reference", "basisconv_kernels.reference.binary_conv2d:forward", _reference_supports),
 )

@@ -1,4 +1,4 @@
-"""What must pass on a GPU before ``binary_conv2d`` chooses its CUDA kernels there by itself; see ``core.selfcheck``."""
+"""What must pass on a GPU before ``binary_conv2d`` chooses a backend there by itself; see ``core.selfcheck``."""
 
 from __future__ import annotations
 
@@ -37,7 +37,33 @@ def cuda(problem: BinaryConv2dProblem) -> Check:
     return Check(" ".join(words), functools.partial(against_reference, "cuda", problem))
 
 
-def sizes(problem: BinaryConv2dProblem) -> list[tuple[int, int, int]]:
+def triton(problem: BinaryConv2dProblem) -> Check:
+    """The variant of the Triton kernels: popcounts of packed input, products of matrix instructions of real one."""
+    kind = f"{problem.planes}-bit codes" if problem.unsigned else "packed signs" if problem.planes else "signs"
+    words = [f"binary_conv2d triton {kind} {dtype_name(problem.dtype)}", *triton_words(problem)]
+    return Check(" ".join(words), functools.partial(against_reference, "triton", problem))
+
+
+def triton_words(problem: Any) -> list[str]:
+    """What decides the code of a Triton kernel with filters of bits, beside its kind and dtype, and its geometry."""
+    C, K = problem.C // problem.groups, problem.K // problem.groups
+    return [
+        "channels_last" if problem.channels_last else "NCHW",
+        f"{problem.R}×{problem.S} stride {problem.stride[0]},{problem.stride[1]}",
+        f"C≤{max(32, 1 << (C - 1).bit_length())} aligned to {min(C & -C, 64)}",
+        f"K≤{max(16, 1 << (K - 1).bit_length())} aligned to {min(K & -K, 16)}",
+        *(["groups"] if problem.groups > 1 else []),
+    ]
+
+
+def is_tf32(dtype: torch.dtype) -> bool:
+    """Whether Triton's products of real numbers of a dtype use TF32 now: where cuDNN's convolutions would."""
+    from basisconv_kernels.triton_kernels import configs
+
+    return configs.arithmetic_of(dtype, False) == configs.TF32
+
+
+def sizes(problem: Any) -> list[tuple[int, int, int]]:
     """N, H, W: odd, even, and pixels enough for the larger tile, of which each 64 filters make blocks of their own."""
     cores = torch.cuda.get_device_properties(None).multi_processor_count if torch.cuda.is_available() else 1
     blocks = problem.groups * math.ceil(problem.K // problem.groups / FILTERS)

@@ -14,6 +14,7 @@ from basisconv_kernels.core.packed import ENCODINGS, PackedTensor, Threshold, ch
 from basisconv_kernels.core.problem import dtype_name
 from basisconv_kernels.core.registry import Candidate
 from basisconv_kernels.ops import bitpack_native as native
+from basisconv_kernels.ops import bitpack_triton as triton
 from basisconv_kernels.reference import bitpack as reference
 
 OP = "bitpack"
@@ -60,6 +61,12 @@ CANDIDATES = (
         "basisconv_kernels.ops.bitpack_native:forward",
         _cuda_supports,
         check="basisconv_kernels.ops.bitpack_selfcheck:cuda",
+    ),
+    Candidate(
+        "triton",
+        "basisconv_kernels.ops.bitpack_triton:forward",
+        triton.supports,
+        check="basisconv_kernels.ops.bitpack_selfcheck:triton",
     ),
     Candidate("reference", "basisconv_kernels.reference.bitpack:forward", _reference_supports),
 )

@@ -1,4 +1,4 @@
-"""What must pass on a GPU before ``bitpack`` chooses its CUDA kernel there by itself; see ``core.selfcheck``."""
+"""What must pass on a GPU before ``bitpack`` chooses a backend there by itself; see ``core.selfcheck``."""
 
 from __future__ import annotations
 
@@ -21,6 +21,14 @@ def cuda(problem: Any) -> Check:
     return Check(
         f"bitpack cuda {dtype_name(problem.dtype)}",
         functools.partial(against_reference, "cuda", problem.dtype, problem.device),
+    )
+
+
+def triton(problem: Any) -> Check:
+    """The kernels of a dtype: their forms are all in one check."""
+    return Check(
+        f"bitpack triton {dtype_name(problem.dtype)}",
+        functools.partial(against_reference, "triton", problem.dtype, problem.device),
     )
 
 

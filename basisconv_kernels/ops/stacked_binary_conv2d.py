@@ -18,6 +18,7 @@ from basisconv_kernels.core.packed import PackedTensor
 from basisconv_kernels.core.registry import Candidate
 from basisconv_kernels.ops import stacked_binary_conv2d_native as native
 from basisconv_kernels.ops import stacked_binary_conv2d_planned as planned
+from basisconv_kernels.ops import stacked_binary_conv2d_triton as triton
 from basisconv_kernels.ops.stacked_binary_conv2d_arguments import OP, Sizes, check_values, normal_form
 from basisconv_kernels.reference import stacked_binary_conv2d as reference
 from basisconv_kernels.reference.stacked_binary_conv2d import Settings
@@ -48,6 +49,12 @@ CANDIDATES = (
         "basisconv_kernels.ops.stacked_binary_conv2d_native:forward_on_cuda",
         native.cuda_supports,
         check="basisconv_kernels.ops.stacked_binary_conv2d_native:cuda_check",
+    ),
+    Candidate(
+        "triton",
+        "basisconv_kernels.ops.stacked_binary_conv2d_triton:forward",
+        triton.supports,
+        check="basisconv_kernels.ops.stacked_binary_conv2d_selfcheck:triton",
     ),
     Candidate("reference", "basisconv_kernels.reference.stacked_binary_conv2d:forward", _reference_supports),
 )

@@ -16,6 +16,7 @@ from basisconv_kernels.core.packed import PackedTensor
 from basisconv_kernels.core.registry import Candidate
 from basisconv_kernels.ops import ternary_conv2d_native as native
 from basisconv_kernels.ops import ternary_conv2d_planned as planned
+from basisconv_kernels.ops import ternary_conv2d_triton as triton
 from basisconv_kernels.ops.ternary_conv2d_arguments import OP, Sizes, check_planes, normal_form
 from basisconv_kernels.reference import ternary_conv2d as reference
 from basisconv_kernels.reference.bitpack import unpack as unpack_bits
@@ -57,6 +58,12 @@ def _cpu_supports(problem: TernaryConv2dProblem) -> list[str]:
 
 CANDIDATES = (
     Candidate("cpu", "basisconv_kernels.ops.ternary_conv2d_native:forward", _cpu_supports),
+    Candidate(
+        "triton",
+        "basisconv_kernels.ops.ternary_conv2d_triton:forward",
+        triton.supports,
+        check="basisconv_kernels.ops.ternary_conv2d_selfcheck:triton",
+    ),
     Candidate("reference", "basisconv_kernels.ops.ternary_conv2d:_reference_forward", _reference_supports),
 )
 

@@ -198,6 +198,7 @@ def ternary_forward_bound(
     scale: Tensor | None,
     negative_scale: Tensor | None,
     bias: Tensor | None,
+    tf32: bool = False,
 ) -> Bound:
     """Rule 1 for ``ternary_conv2d``: one rounding of the result, and the additions of D numbers in any order."""
     x = input.double()
@@ -210,6 +211,8 @@ def ternary_forward_bound(
     largest = largest if n is None else torch.maximum(largest, n.abs())
     sums = ternary.forward(x.abs(), either, largest, None, None if b is None else b.abs(), *geometry, None)
     allowed = lost_in_sums(problem.dtype, problem.taps + EXTRA_ADDITIONS) * sums
+    if tf32 and problem.dtype == torch.float32:
+        allowed += TF32_SHARE * sums
     allowed += UNIT_ROUNDOFF[problem.dtype] * expected.abs()
     smallest = torch.finfo(problem.dtype).smallest_normal * torch.finfo(problem.dtype).eps
     return Bound(expected, allowed * SECOND_ORDER + smallest, sums)
@@ -291,6 +294,7 @@ def stacked_bound(
     index: Tensor,
     scale: Tensor | None,
     bias: Tensor | None,
+    tf32: bool = False,
 ) -> Bound:
     """Rule 1 for ``stacked_binary_conv2d``: sums of ±values in any order, a factor, an offset, one rounding.
 
@@ -311,6 +315,8 @@ def stacked_bound(
     smallest = torch.finfo(p.dtype).smallest_normal * torch.finfo(p.dtype).eps
     u = UNIT_ROUNDOFF[p.dtype]
     allowed = lost_in_sums(p.dtype, p.taps + p.splits + EXTRA_ADDITIONS) * sums + u * expected.abs()
+    if tf32 and p.dtype == torch.float32:
+        allowed += TF32_SHARE * sums
     return Bound(expected, allowed * SECOND_ORDER + smallest, torch.maximum(partial_sums, sums / sqrt(p.taps)))
 
 

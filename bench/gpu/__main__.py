@@ -140,13 +140,13 @@ def _work(asked: argparse.Namespace) -> int:
     if asked.what == "sanitizer":
         steps = check.sanitizer_steps(about)
     elif asked.what == "bench":
-        from bench.gpu import bits, chains, layers, networks, timing
+        from bench.gpu import bits, chains, filters_of_bits, layers, networks, timing
 
         meter = timing.meter(asked.device)
         rows = layers.steps(about, asked.device, meter)
-        parts = (bits, chains, networks)
+        parts = (bits, filters_of_bits, chains, networks)
         beyond = [step for part in parts for step in part.steps(about, asked.device, meter)]
-        # The layers that count, then binary layers, chains and a taste of all, then the rest.
+        # The layers that count, then layers of bits, chains and a taste of all, then the rest.
         steps = [*rows[: layers.FIRST], *beyond, *rows[layers.FIRST :]]
     elif asked.what == "probe":
         from bench.gpu import probe

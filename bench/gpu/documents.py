@@ -26,7 +26,16 @@ PROVEN: tuple[tuple[str, str, str, Callable[[str, str], bool]], ...] = (
         "Triton kernels",
         "float32, float16: forward, gradients, every row of the table",
         "every row, four architectures; gradients in five layouts",
-        lambda part, backend: "tucker" not in part and (backend == "triton" or part.startswith("tests/triton")),
+        lambda part, backend: (
+            not any(word in part for word in ("tucker", "bits"))
+            and (backend == "triton" or part.startswith("tests/triton"))
+        ),
+    ),
+    (
+        "ternary, stacked and binary convolutions, `bitpack`, in Triton",
+        "float32, float16: every case of the ops, drawn geometries",
+        "every tile and form, sm_80 and sm_90",
+        lambda part, _: part == "tests/gpu/test_triton_bits.py",
     ),
     (
         "`tucker_conv2d` in Triton, one pass and two",

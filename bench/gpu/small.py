@@ -40,7 +40,7 @@ def _tucker(backend: str, **changes: Any) -> None:
     testing.check_tucker(case, functools.partial(tucker_conv2d, backend=backend))
 
 
-def _bits(**changes: Any) -> None:
+def _bits(backend: str = "cuda", **changes: Any) -> None:
     import torch
 
     from basisconv_kernels import binary_conv2d, bitpack, testing
@@ -49,9 +49,25 @@ def _bits(**changes: Any) -> None:
     sizes = {**SIZES, "C": 70, "dtype": torch.bfloat16, "device": "cuda", "channels_last": True, **changes}
     sizes.pop("Q")
     case = testing.BinaryCase("small", "", BinaryConv2dProblem(**sizes))
-    testing.check_binary(case, functools.partial(binary_conv2d, backend="cuda"))
+    testing.check_binary(case, functools.partial(binary_conv2d, backend=backend))
     if not case.problem.planes:
-        testing.check_pack(case, functools.partial(bitpack, backend="cuda"))
+        testing.check_pack(case, functools.partial(bitpack, backend=backend))
+
+
+def _real_and_bits() -> None:
+    import torch
+
+    from basisconv_kernels import stacked_binary_conv2d, ternary_conv2d, testing
+    from basisconv_kernels.reference.stacked_binary_conv2d_problem import StackedBinaryConv2dProblem
+    from basisconv_kernels.reference.ternary_conv2d_problem import TernaryConv2dProblem
+    from basisconv_kernels.testing import ternary_conv2d as ternary
+
+    sizes = {**SIZES, "C": 72, "dtype": torch.bfloat16, "device": "cuda", "channels_last": True}
+    sizes.pop("Q")
+    case = ternary.TernaryCase("small", "", TernaryConv2dProblem(**sizes, scales="two"))
+    ternary.check(case, functools.partial(ternary_conv2d, backend="triton"))
+    stacked = testing.StackedCase("small", "", StackedBinaryConv2dProblem(**sizes, n=7, splits=2))
+    testing.check_stacked(stacked, functools.partial(stacked_binary_conv2d, backend="triton"))
 
 
 # The sm_90a kernels want channels_last; NCHW is what sends a call to sm_80's on any device.
@@ -67,6 +83,9 @@ CALLS: dict[str, Callable[[], None]] = {
     "binary_cuda_pairs": functools.partial(_bits, C=64, K=72, planes=1),
     "binary_cuda_sm80": functools.partial(_bits, C=256, K=64, channels_last=False),
     "binary_cuda_codes_strided": functools.partial(_bits, K=16, planes=2, unsigned=True, stride=(5, 6)),
+    "binary_triton": functools.partial(_bits, "triton", planes=1, C=60, K=60, groups=3),
+    "bits_triton": functools.partial(_bits, "triton"),
+    "ternary_and_stacked_triton": _real_and_bits,
     "tucker_cuda": functools.partial(_tucker, "cuda"),
     "tucker_cuda_one_pass": functools.partial(_tucker, "cuda_one_pass"),
     "tucker_cuda_one_pass_strided": functools.partial(_tucker, "cuda_one_pass", C=19, Q=100, stride=(2, 2)),

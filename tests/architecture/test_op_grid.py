@@ -38,6 +38,7 @@ HERE = {
     "basisconv_kernels/layers/tucker_conv2d.py",
     "csrc/cuda/tucker_conv2d.cu",
     "triton_kernels/tucker_conv2d.py",
+    *(f"triton_kernels/{op}.py" for op in ("bitpack", "binary_conv2d", "stacked_binary_conv2d", "ternary_conv2d")),
     "tests/ops/test_tucker_conv2d.py",
 }
 

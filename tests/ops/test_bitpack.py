@@ -14,8 +14,8 @@ from basisconv_kernels.core import registry
 from basisconv_kernels.ops.bitpack import CANDIDATES
 
 DEVICE = {"cuda": "cuda"}  # of the tensors; the CPU for all others
-# A GPU's backends are listed anywhere and run where there is a device.
-AVAILABLE = [c.name for c in CANDIDATES if registry.absent(c.name) is None or c.name in DEVICE]
+# A GPU's backends are listed anywhere and run where there is a device; Triton's run in tests/triton and tests/gpu.
+AVAILABLE = [c.name for c in CANDIDATES if c.name in DEVICE or (c.name != "triton" and not registry.absent(c.name))]
 NATIVE = (torch.float32, torch.bfloat16, torch.float16)
 DTYPES = {"cpu": NATIVE, "cuda": NATIVE, "reference": (torch.float32, torch.float64)}
 
