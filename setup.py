@@ -47,13 +47,21 @@ CUDA_KERNELS = [
         "binary_conv2d_sm80",
         "bitpack",
         "facts",
+        "ternary_conv2d",
         "tucker_conv2d",
     )
 ]
-SM90A_KERNELS = ["csrc/cuda/basis_conv2d_sm90a.cu", "csrc/cuda/binary_conv2d_sm90a.cu"]
+SM90A_KERNELS = [f"csrc/cuda/{op}_conv2d_sm90a.cu" for op in ("basis", "binary", "ternary")]
 CUDA_GLUE = [
     f"csrc/ops/{name}.cpp"
-    for name in ("basis_conv2d_cuda", "binary_conv2d_cuda", "bitpack_cuda", "cuda_stream", "tucker_conv2d_cuda")
+    for name in (
+        "basis_conv2d_cuda",
+        "binary_conv2d_cuda",
+        "bitpack_cuda",
+        "cuda_stream",
+        "ternary_conv2d_cuda",
+        "tucker_conv2d_cuda",
+    )
 ]
 CUDA_ARCHITECTURES = "8.0;9.0a+PTX"
 ONCE = [

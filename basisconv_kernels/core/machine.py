@@ -30,10 +30,16 @@ def cuda_device() -> dict[str, str] | None:
     return {"name": properties.name, "capability": f"{properties.major}.{properties.minor}"}
 
 
-def against_capability(least: int = 8) -> list[str]:
-    """Why kernels for compute capability ``least``.0 cannot run on the current device; empty where there is none."""
+def against_capability(least: int = 8, most: int | None = None) -> list[str]:
+    """Why kernels for compute capability ``least``.0 cannot run on the current device; empty where there is none.
+
+    ``most`` is the last major version that they run on, None if there is none.
+    """
     device = cuda_device()
-    if device is None or int(device["capability"].partition(".")[0]) >= least:
+    if device is None:
+        return []
+    major = int(device["capability"].partition(".")[0])
+    if least <= major <= (major if most is None else most):
         return []
     return [f"needs compute capability {least}.0, {device['name']} has {device['capability']}"]
 

@@ -17,7 +17,8 @@ from basisconv_kernels.core.packed import PackedTensor, unpack_planes
 from basisconv_kernels.core.problem import dtype_name
 from basisconv_kernels.core.selfcheck import Check
 from basisconv_kernels.ops import binary_conv2d_native as binary
-from basisconv_kernels.ops import binary_conv2d_selfcheck
+from basisconv_kernels.ops import binary_conv2d_selfcheck, stacked_binary_conv2d_selfcheck
+from basisconv_kernels.ops import ternary_conv2d_cuda as ternary
 from basisconv_kernels.reference.binary_conv2d_problem import BinaryConv2dProblem
 from basisconv_kernels.reference.stacked_binary_conv2d import Settings, stacked_filters
 from basisconv_kernels.reference.stacked_binary_conv2d_problem import StackedBinaryConv2dProblem
@@ -82,20 +83,39 @@ def forward_on_cuda(
     packed: Tensor | None,
     settings: Settings,
 ) -> Tensor:
-    """Signs and codes with full filters: at one bit their products cost less than adding up maps of a bank."""
-    return _popcounts(input, bank, index, scale, bias, packed, settings)
+    """Full filters: on tensor cores, with real numbers or bits, products cost less than adding up maps of a bank."""
+    if settings.binarize or settings.encoding is not None:
+        return _popcounts(input, bank, index, scale, bias, packed, settings)
+    if packed is None:
+        low = settings.channels // settings.groups // index.shape[1]
+        packed = ternary.pack(_signs(_full_filters(bank, index, settings.packed_bank, low)), settings.channels)
+    elif packed.device != input.device or packed.dtype != torch.uint8:
+        raise ValueError(
+            f"{OP}: packed must be what stacked_binary_conv2d_pack gives, uint8 on {input.device}, "
+            f"got {packed.dtype} on {packed.device}; pack the filters again"
+        )
+    geometry = (settings.stride, settings.padding, settings.dilation)
+    kernel = (bank.shape[2], bank.shape[3])
+    return ternary.run(input, packed, scale, bias, index.shape[0], kernel, geometry, settings.activation)
+
+
+def _signs(filters: Tensor) -> Tensor:
+    """Words [K, 1, R, S, words] of ±1."""
+    return torch.ops.basisconv.bitpack.default(filters, None, None, 1, False)
 
 
 def cuda_supports(problem: StackedBinaryConv2dProblem) -> list[str]:
-    """The reasons against the CUDA kernels of ``binary_conv2d``."""
-    if not isinstance(problem, StackedBinaryConv2dProblem):  # a plain layer, open in its mode: it says what it can
-        return [*binary.cuda_supports(problem), "takes signs and codes only"]
-    against = binary.cuda_supports(_with_full_filters(problem))
-    return against if problem.mode != "real" else [*against, "takes signs and codes only, here are real numbers"]
+    """The reasons against the CUDA kernels of ``binary_conv2d``, for real numbers against that of ternary filters."""
+    p = problem
+    if isinstance(p, StackedBinaryConv2dProblem) and p.mode != "real":
+        return binary.cuda_supports(_with_full_filters(p))
+    return ternary.against(p.device, p.dtype, p.channels_last, p.C, p.groups)  # a plain layer is open in its mode
 
 
 def cuda_check(problem: StackedBinaryConv2dProblem) -> Check:
     """The check of the kernels that run."""
+    if problem.mode == "real":
+        return stacked_binary_conv2d_selfcheck.cuda(problem)
     return binary_conv2d_selfcheck.cuda(_with_full_filters(problem))
 
 
@@ -167,9 +187,9 @@ def stacked_binary_conv2d_pack(
 
     Returns:
         Tensor[bytes] (uint8), still bits, good for this instruction set only and checked on use; None where no native
-        kernel exists (on CUDA for real input), and then ``packed=None`` is right. Where full filters cost less than
-        stacking maps (a bank of about K filters or more), they are what is packed: ``stacked_binary_conv2d_form`` says
-        which.
+        kernel exists, and then ``packed=None`` is right. Where full filters cost less than stacking maps (a bank of
+        about K filters or more, and always on CUDA, where those for real input are numbers of two bytes), they are what
+        is packed: ``stacked_binary_conv2d_form`` says which.
 
     Raises:
         RuntimeError: bank values other than ±1, or an index out of range.
@@ -181,7 +201,9 @@ def stacked_binary_conv2d_pack(
     values = bank.words if isinstance(bank, PackedTensor) else bank
     low = bank.channels if isinstance(bank, PackedTensor) else bank.shape[1]
     if on_cuda and not binarize_input:
-        return None
+        channels = low * index.shape[1] * groups
+        filters = _full_filters(values, index, packed, low)
+        return ternary.pack(_signs(filters), channels) if ternary.packs(filters, channels, groups) else None
     if on_cuda or (binarize_input and by_popcount(values.shape[0], index.shape[0], groups)):
         return binary.binary_conv2d_pack(_full_filters(values, index, packed, low), groups=groups)
     return _pack(values, index, packed, low, groups)

@@ -1,4 +1,4 @@
-"""What must pass on a GPU before ``stacked_binary_conv2d`` chooses its Triton kernel there; see ``core.selfcheck``."""
+"""What must pass on a GPU before ``stacked_binary_conv2d`` chooses a kernel there; see ``core.selfcheck``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import Any
 from basisconv_kernels.core.problem import dtype_name
 from basisconv_kernels.core.selfcheck import Check
 from basisconv_kernels.ops import binary_conv2d_selfcheck as bits
+from basisconv_kernels.ops import ternary_conv2d_selfcheck
 from basisconv_kernels.reference.stacked_binary_conv2d_problem import StackedBinaryConv2dProblem
+from basisconv_kernels.reference.ternary_conv2d_problem import TernaryConv2dProblem
 
 
 def triton(problem: StackedBinaryConv2dProblem) -> Check:
@@ -24,6 +26,14 @@ def triton(problem: StackedBinaryConv2dProblem) -> Check:
         *bits.triton_words(problem),
     ]
     return Check(" ".join(words), functools.partial(against_reference, "triton", problem))
+
+
+def cuda(problem: StackedBinaryConv2dProblem) -> Check:
+    """The variant of the CUDA kernel for real activations, that of ``ternary_conv2d`` with full filters."""
+    p = problem
+    full = TernaryConv2dProblem(C=p.C, K=p.K, R=p.R, S=p.S, stride=p.stride, dilation=p.dilation, dtype=p.dtype)
+    name = ternary_conv2d_selfcheck.cuda(full).variant.replace("ternary", "stacked_binary", 1)
+    return Check(name, functools.partial(against_reference, "cuda", problem))
 
 
 def against_reference(backend: str, problem: StackedBinaryConv2dProblem) -> None:

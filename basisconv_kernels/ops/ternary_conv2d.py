@@ -14,6 +14,7 @@ from basisconv_kernels.core.checks import Pair, Quad
 from basisconv_kernels.core.layout import laid_out, memory_format
 from basisconv_kernels.core.packed import PackedTensor
 from basisconv_kernels.core.registry import Candidate
+from basisconv_kernels.ops import ternary_conv2d_cuda as cuda
 from basisconv_kernels.ops import ternary_conv2d_native as native
 from basisconv_kernels.ops import ternary_conv2d_planned as planned
 from basisconv_kernels.ops import ternary_conv2d_triton as triton
@@ -41,23 +42,14 @@ def _reference_supports(problem: TernaryConv2dProblem) -> list[str]:
     return []
 
 
-def _cpu_supports(problem: TernaryConv2dProblem) -> list[str]:
-    against = []
-    if native.OUTDATED:
-        against.append("the native library does not have this op; build it again")
-    if problem.device != "cpu":
-        against.append(f"runs on the CPU, the tensors are on {problem.device}")
-    if problem.dtype not in native.DTYPES:
-        against.append(f"has no {problem.dtype} kernel")
-    if problem.R * problem.S > native.MOST_TAPS:
-        against.append(
-            f"takes filters of at most {native.MOST_TAPS} taps a channel, these have {problem.R}×{problem.S}"
-        )
-    return against
-
-
 CANDIDATES = (
-    Candidate("cpu", "basisconv_kernels.ops.ternary_conv2d_native:forward", _cpu_supports),
+    Candidate("cpu", "basisconv_kernels.ops.ternary_conv2d_native:forward", native.cpu_supports),
+    Candidate(
+        "cuda",
+        "basisconv_kernels.ops.ternary_conv2d_cuda:forward",
+        cuda.supports,
+        check="basisconv_kernels.ops.ternary_conv2d_selfcheck:cuda",
+    ),
     Candidate(
         "triton",
         "basisconv_kernels.ops.ternary_conv2d_triton:forward",

@@ -14,6 +14,8 @@ from basisconv_kernels.core.autograd import refuse_gradients
 from basisconv_kernels.core.checks import Pair
 from basisconv_kernels.core.layout import memory_format
 from basisconv_kernels.core.packed import WORD_BITS, PackedTensor
+from basisconv_kernels.ops import ternary_conv2d_cuda as cuda
+from basisconv_kernels.reference.ternary_conv2d_problem import TernaryConv2dProblem
 
 OP = "ternary_conv2d"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -43,6 +45,20 @@ def forward(
         return torch.ops.basisconv.ternary_conv2d.default(*arguments)
     with torch._C._AutoDispatchBelowAutograd():  # gradients are our Function's; asking autograd costs 5 us a call
         return torch.ops.basisconv.ternary_conv2d.default(*arguments)
+
+
+def cpu_supports(problem: TernaryConv2dProblem) -> list[str]:
+    """The reasons against the CPU kernel."""
+    against = []
+    if OUTDATED:
+        against.append("the native library does not have this op; build it again")
+    if problem.device != "cpu":
+        against.append(f"runs on the CPU, the tensors are on {problem.device}")
+    if problem.dtype not in DTYPES:
+        against.append(f"has no {problem.dtype} kernel")
+    if problem.R * problem.S > MOST_TAPS:
+        against.append(f"takes filters of at most {MOST_TAPS} taps a channel, these have {problem.R}×{problem.S}")
+    return against
 
 
 def takes_bits(bits: PackedTensor, planes: Tensor) -> bool:
@@ -82,8 +98,11 @@ def ternary_conv2d_pack(planes: Tensor, channels: int, *, groups: int = 1) -> Te
 
     Returns:
         Tensor[bytes] (uint8), the same on every processor and checked on use; None where the native kernel does not
-        take these planes, and then ``packed=None`` is right.
+        take these planes, and then ``packed=None`` is right. On CUDA the filters as numbers, two bytes each, in the
+        order in which tensor cores read them.
     """
+    if cuda.packs(planes, channels, groups):
+        return cuda.pack(planes, channels)
     too_large = planes.shape[2] * planes.shape[3] > MOST_TAPS
     if not PRESENT or planes.device.type != "cpu" or too_large:
         return None

@@ -1,8 +1,9 @@
-"""What must pass on a GPU before ``ternary_conv2d`` chooses its Triton kernel there; see ``core.selfcheck``."""
+"""What must pass on a GPU before ``ternary_conv2d`` chooses a kernel there; see ``core.selfcheck``."""
 
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +22,18 @@ def triton(problem: TernaryConv2dProblem) -> Check:
         *bits.triton_words(problem),
     ]
     return Check(" ".join(words), functools.partial(against_reference, "triton", problem))
+
+
+def cuda(problem: TernaryConv2dProblem) -> Check:
+    """The variant of the CUDA kernel: what decides template, plan and tails."""
+    words = [
+        f"ternary_conv2d cuda {dtype_name(problem.dtype)}",
+        f"{problem.R}×{problem.S} stride {problem.stride[0]},{problem.stride[1]}",
+        *([f"dilation {problem.dilation[0]},{problem.dilation[1]}"] if problem.dilation != (1, 1) else []),
+        f"slabs {math.ceil(problem.C / 64)}" + (" whole" if problem.C % 64 == 0 else ""),
+        f"K≤{max(64, 1 << (problem.K - 1).bit_length())} aligned to {min(problem.K & -problem.K, 8)}",
+    ]
+    return Check(" ".join(words), functools.partial(against_reference, "cuda", problem))
 
 
 def against_reference(backend: str, problem: TernaryConv2dProblem) -> None:

@@ -6,6 +6,7 @@
 #include "basis_conv2d.h"
 #include "device.h"
 #include "encoders.h"
+#include "tags.h"
 
 namespace basisconv::cuda {
 
@@ -72,16 +73,10 @@ inline Packing packing_of(const BasisConv2dWeights& w) {
   p.mixing_bytes = p.chunks * kChunk * p.Q16 * 2;
   return p;
 }
-// Says of packed weights what they were made for. FNV-1a over everything that decides where a number lies.
+// Says of packed weights what they were made for: everything that decides where a number lies.
 inline uint64_t tag_of(const BasisConv2dWeights& w) {
   constexpr int64_t version = 1;
-  uint64_t hash = 0xcbf29ce484222325ull;
-  for (const int64_t value : {version, w.C, w.Q, w.K, w.R, w.S, w.groups, w.mixing_groups, int64_t(w.dtype)}) {
-    for (int byte = 0; byte < 8; ++byte) {
-      hash = (hash ^ (static_cast<uint64_t>(value) >> 8 * byte & 0xFF)) * 0x100000001b3ull;
-    }
-  }
-  return hash;
+  return fnv1a({version, w.C, w.Q, w.K, w.R, w.S, w.groups, w.mixing_groups, int64_t(w.dtype)});
 }
 
 // The problem of a call that cuda_variant accepts.

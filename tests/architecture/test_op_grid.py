@@ -33,6 +33,7 @@ HERE = {
 } | {
     "csrc/cuda/bitpack.cu",
     "csrc/cuda/binary_conv2d.cu",
+    "csrc/cuda/ternary_conv2d.cu",
     "basisconv_kernels/reference/tucker_conv2d.py",
     "basisconv_kernels/ops/tucker_conv2d.py",
     "basisconv_kernels/layers/tucker_conv2d.py",

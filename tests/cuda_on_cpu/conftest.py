@@ -12,6 +12,7 @@ KERNELS = sorted(building.CUDA.glob("basis_conv2d*.cu"))
 # The kernel of the whole chain and the packing of its weights; module.cpp's kernels stay out of it.
 CHAIN = [building.CUDA / "basis_conv2d.cu", building.CUDA / "tucker_conv2d.cu"]
 BITS = [building.CUDA / "bitpack.cu", *sorted(building.CUDA.glob("binary_conv2d*.cu"))]
+TERNARY = sorted(building.CUDA.glob("ternary_conv2d*.cu"))
 
 
 @pytest.fixture(scope="session")
@@ -31,3 +32,9 @@ def binary_module() -> ModuleType:
 def tucker_module() -> ModuleType:
     """The one-pass kernel of ``tucker_conv2d`` as it is."""
     return building.build("basisconv_tucker", [*CHAIN, building.HERE / "tucker_module.cpp"])
+
+
+@pytest.fixture(scope="session")
+def ternary_module() -> ModuleType:
+    """The kernel of filters of -1, 0 and +1 as it is."""
+    return building.build("basisconv_ternary", [*TERNARY, building.HERE / "ternary_module.cpp"])

@@ -30,13 +30,16 @@ KERNELS = {
     "bits_sm_80": ("binary_conv2d_sm80.cu", "80"),
     "bits_sm_90": ("binary_conv2d_sm80.cu", "90"),
     "bits_sm_90a": ("binary_conv2d_sm90a.cu", "90a"),
+    "ternary_sm_90a": ("ternary_conv2d_sm90a.cu", "90a"),
     "packing_of_filters": ("binary_conv2d.cu", "80"),
+    "packing_of_ternary_filters": ("ternary_conv2d.cu", "80"),
     "packing_of_bits": ("bitpack.cu", "80"),
 }
 # float16 differs from bfloat16 in one conversion: it and ``precise``, most of the time, are left to the long run.
 SHORTER = (
     ("launch_filters<f16>", "launch_filters<bf16>"),
     ("launch_ranks<f16>", "launch_ranks<bf16>"),
+    ("launch_of<f16>", "launch_of<bf16>"),
     ("<T, Q16, true>", "<T, Q16, false>"),
 )
 
@@ -64,13 +67,15 @@ def disassembler(name: str) -> str:
 
 
 # What a true template argument says.
-FLAGS = {"basis_conv2d_sm90a": "shared out", "binary_conv2d_sm90a": "pairs", "tucker_conv2d": "tall"}
+FLAGS = {"basis_conv2d_sm90a": "shared out", "binary_conv2d_sm90a": "pairs", "ternary_conv2d_sm90a": "shared out",
+         "tucker_conv2d": "tall"}  # fmt: skip
 
 
 def short(mangled: str) -> str:
     """``basis_conv2d_sm90a bf16 64 9 1 shared out`` or ``binary_conv2d_sm80 2 8`` from a mangled name."""
     name = re.search(
-        r"\d((?:basis|binary)_conv2d_(?:sm\d+a?|pack(?:_[a-z]+?)?)|tucker_conv2d|bitpack_[a-z]+?)(?:I|EN)", mangled
+        r"\d((?:basis|binary|ternary)_conv2d_(?:sm\d+a?|pack(?:_[a-z]+?)?)|tucker_conv2d|bitpack_[a-z]+?)(?:I|EN)",
+        mangled,
     )
     assert name, mangled
     dtype = re.search(r"(b?f16)E|_[a-z]+I([fi])L", mangled)
@@ -90,7 +95,7 @@ def compiled(request, tmp_path_factory):
     csrc = folder / "csrc"
     shutil.copytree(building.ROOT / "csrc", csrc)
     if not request.config.getoption("--full"):
-        for path in [*(csrc / "cuda").glob("basis_conv2d_sm*.cu"), csrc / "cuda" / "tucker_conv2d.cu"]:
+        for path in [*(csrc / "cuda").glob("*_conv2d_sm*.cu"), csrc / "cuda" / "tucker_conv2d.cu"]:
             text = path.read_text(encoding="utf-8")
             for whole, part in SHORTER:
                 text = text.replace(whole, part)
@@ -157,7 +162,9 @@ INSTRUCTIONS = {
     "bits_sm_80": ({"BMMA", "LDSM", "LDGSTS"}, {"LDL", "STL", "CALL"}),
     "bits_sm_90": ({"BMMA", "LDSM", "LDGSTS"}, {"LDL", "STL", "CALL"}),
     "bits_sm_90a": ({"BGMMA", "LDSM", "ACQBULK"}, {"BMMA", "LDL", "STL", "CALL"}),
+    "ternary_sm_90a": ({"HGMMA", "LDSM", "UTMALDG", "UBLKCP", "SYNCS"}, {"HMMA", "LDL", "STL"}),
     "packing_of_filters": (set(), {"LDL", "STL"}),
+    "packing_of_ternary_filters": (set(), {"LDL", "STL"}),
     "packing_of_bits": (set(), {"LDL", "STL", "CALL"}),
 }
 
