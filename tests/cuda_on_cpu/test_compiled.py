@@ -137,7 +137,7 @@ def test_registers_are_those_that_were_reviewed(compiled, name):
 INSTRUCTIONS = {
     # name: (in every kernel, in none)
     "sm_80": ({"HMMA", "LDSM", "LDGSTS"}, {"LDL", "STL"}),
-    "sm_90a": ({"HGMMA", "LDSM", "UTMALDG", "UBLKCP", "SYNCS"}, {"HMMA", "LDL", "STL"}),
+    "sm_90a": ({"HGMMA", "LDSM", "UTMALDG", "UBLKCP", "UBLKPF", "SYNCS"}, {"HMMA", "LDL", "STL"}),
     "packing": (set(), {"LDL", "STL"}),
     "bits_sm_80": ({"BMMA", "LDSM", "LDGSTS"}, {"LDL", "STL", "CALL"}),
     "bits_sm_90": ({"BMMA", "LDSM", "LDGSTS"}, {"LDL", "STL", "CALL"}),
