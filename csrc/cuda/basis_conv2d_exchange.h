@@ -24,6 +24,7 @@ template <int filters>
 struct Exchange {
   static constexpr int steps = filters / 16, step_bytes = 32 * 16;  // of A; sums take twice the bytes
   uint64_t *summed, *shown;  // barriers: all have their sums there and are done with the tile before; all have rounded
+  uint64_t* drained;         // all warps of the block are done with the basis, whose memory is lent
   char *sums, *fragments;
   int phase = 0;
 
@@ -31,6 +32,7 @@ struct Exchange {
     const int pair = warp % HopperPlan::pairs;
     summed = bars + 2 * HopperPlan::rings * HopperPlan::most_stages + pair;
     shown = summed + HopperPlan::pairs;
+    drained = shown + HopperPlan::pairs - pair;
     sums = memory + plan.sums_offset() + warp * steps * 2 * step_bytes;
     fragments = memory + plan.fragments_offset() + pair * 2 * steps * step_bytes;
   }
@@ -41,6 +43,11 @@ struct Exchange {
                              float (&z)[filters / 2], uint32_t (&a)[2 * steps][4]) {
     const int lane = threadIdx.x % 32, rank = static_cast<int>(blockIdx.x) % plan.blocks;
     char* mine = fragments + first / 16 * step_bytes + lane * 16;
+    if (plan.lent) {
+      __syncwarp();
+      if (lane == 0) bar_arrive(drained);
+      bar_wait(drained, phase);
+    }
     if (plan.blocks > 1) {
 #pragma unroll
       for (int i = 0; i < filters / 8; ++i) {

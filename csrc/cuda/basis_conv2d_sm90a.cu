@@ -63,6 +63,13 @@ struct Part {
   BASISCONV_DEVICE int count() const { return end - begin; }
 };
 
+// One thread of a block, a part each: packed weights that come through a ring are on their way from memory before
+// anything else, also before the kernel ahead is done. Nobody reads them here, so they may still be written.
+BASISCONV_DEVICE void prefetch_weights(const Problem& p, const HopperPlan& plan) {
+  const int64_t from = int64_t{blockIdx.x} * plan.ahead, left = p.basis_bytes + p.mixing_bytes - from;
+  if (plan.ahead > 0 && left > 0) prefetch(p.basis + from, static_cast<int>(left < plan.ahead ? left : plan.ahead));
+}
+
 // One thread: all copies of this block, in the order in which they are needed.
 BASISCONV_DEVICE void issue_copies(const Problem& p, const HopperPlan& plan, const TensorMap& image, int tiles,
                                    uint64_t* bars) {
@@ -141,8 +148,10 @@ __global__ void __launch_bounds__(HopperPlan::threads, per_sm)
     }
     uint64_t* of_pairs = bars + 2 * HopperPlan::rings * HopperPlan::most_stages;
     for (int i = 0; i < 2 * HopperPlan::pairs; ++i) bar_init(of_pairs + i, 2 * plan.blocks);
+    bar_init(of_pairs + 2 * HopperPlan::pairs, HopperPlan::consumers / 32);
     bar_init_fence();
   }
+  if (threadIdx.x == HopperPlan::consumers) prefetch_weights(p, plan);
   if (plan.blocks > 1) {
     cluster_sync();
   } else {
@@ -175,7 +184,9 @@ __global__ void __launch_bounds__(HopperPlan::threads, per_sm)
 #pragma unroll
     for (int tap = 0; tap < taps; ++tap) from_of[tap] = from_tap(tap / 3, tap % 3);
   }
-  Place halo_at(plan.halo_stages), basis_at(plan.basis_stages), mixing_at(plan.mixing_stages);
+  // What is resident are the block's own tiles, of which the last block of a cluster may have fewer.
+  Place halo_at(plan.halo_stages), basis_at(plan.basis_resident ? p.taps * slabs.count() : plan.basis_stages),
+      mixing_at(plan.mixing_resident ? chunks.count() : plan.mixing_stages);
   if (plan.basis_resident && slabs.count() > 0) bar_wait(basis.full, 0);
 
   for (int number = blockIdx.x / plan.blocks; number < tiles; number += gridDim.x / plan.blocks) {
@@ -188,6 +199,15 @@ __global__ void __launch_bounds__(HopperPlan::threads, per_sm)
     for (int i = 0; i < filters / 2; ++i) z[i / (n / 2)][i % (n / 2)] = start;
     uint32_t fragments[3][4][4];  // of the tap that wgmma reads, the one before, the one after
     int previous = -1;            // the place in the basis ring of the wgmma that is still under way
+    // How many places are given back as soon as they were read: the last ones may be lent.
+    [[maybe_unused]] int at_once = p.taps * slabs.count() - (plan.lent ? plan.basis_stages : 0);
+    auto previous_is_done = [&] {
+      if (plan.basis_resident || previous < 0) return;
+      if constexpr (shared_out) {
+        if (at_once-- <= 0) return;
+      }
+      release(basis.empty + previous);
+    };
     auto load = [&](uint32_t(&a)[4][4], uint32_t from) {
 #pragma unroll
       for (int k = 0; k < 4; ++k) ldmatrix_x4(a[k], memory + (from ^ static_cast<uint32_t>(k * 32)));
@@ -203,7 +223,7 @@ __global__ void __launch_bounds__(HopperPlan::threads, per_sm)
       }
       wgmma_commit();
       wgmma_wait<1>();  // the tap before is done: its registers and its place are free
-      if (!plan.basis_resident && previous >= 0) release(basis.empty + previous);
+      previous_is_done();
       previous = basis_at.stage;
       basis_at.next();
     };
@@ -242,12 +262,16 @@ __global__ void __launch_bounds__(HopperPlan::threads, per_sm)
       }
     }
     wgmma_wait<0>();
-    if (!plan.basis_resident && previous >= 0) release(basis.empty + previous);
+    previous_is_done();
 
     // Between the stages.
     uint32_t a[Q16 / 16][4];
     if constexpr (shared_out) {
       exchange.template turn<T>(p, plan, pixels, share * filters, z[0], a);
+      if (plan.lent && slabs.count() > 0) {
+        fence_proxy_async();
+        for (int stage = 0; stage < plan.basis_stages; ++stage) release(basis.empty + stage);
+      }
     } else {
 #pragma unroll
       for (int q = 0; q < Q16 / 16; ++q) finish_maps<T>(p, z[q / (n / 16)] + q % (n / 16) * 8, pixels, q * 16, a[q]);
@@ -284,11 +308,12 @@ __global__ void __launch_bounds__(HopperPlan::threads, per_sm)
 }
 
 template <class T, int Q16, bool shared_out, int taps, int per_sm>
-const char* launch_sm90a(const Problem& p, const HopperPlan& plan, const TensorMap& image, const CudaDevice& device,
+const char* launch_sm90a(const Problem& p, HopperPlan plan, const TensorMap& image, const CudaDevice& device,
                          Stream stream) {
   const int64_t tiles = hopper_tiles(p, plan);
   if (tiles > 0x3FFFFFFF) return "more than 2^30 tiles; split the batch";
   const dim3 grid{static_cast<unsigned>(hopper_grid(p, plan, device)), 1, 1}, block{HopperPlan::threads, 1, 1};
+  plan.ahead = hopper_ahead(p, plan, grid.x);
   return launch_clusters(basis_conv2d_sm90a<T, Q16, shared_out, taps, per_sm>, grid, plan.blocks, block, plan.bytes,
                          stream, p, image, plan, static_cast<int>(tiles));
 }
@@ -331,9 +356,13 @@ const char* launch_filters(const Problem& p, const HopperPlan& plan, const Tenso
 namespace basisconv {
 
 const char* cuda_basis_conv2d_sm90a(const CudaBasisConv2d& call, const CudaDevice& device, void* stream) {
+  return cuda_basis_conv2d_sm90a_by(call, cuda::hopper_plan(cuda::problem_of(call), device), device, stream);
+}
+
+const char* cuda_basis_conv2d_sm90a_by(const CudaBasisConv2d& call, const cuda::HopperPlan& plan,
+                                       const CudaDevice& device, void* stream) {
   using namespace cuda;
   const Problem p = problem_of(call);
-  const HopperPlan plan = hopper_plan(p, device);
   if (plan.bytes == 0) return "the halo tile does not fit into shared memory";
   const bool is_bf16 = call.params.weights.dtype == DType::bf16;
   TensorMap image;

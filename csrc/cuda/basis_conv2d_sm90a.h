@@ -18,56 +18,73 @@ struct HopperPlan {
   bool shared_out;  // both warpgroups have the same 8x8 pixels, each half of the filters
   int blocks;       // that share the slabs and the outputs of a tile: a cluster; 1 unless filters are shared out
   int per_sm;       // blocks of a multiprocessor: 2 where few filters leave it registers and memory enough
+  bool lent;        // sums and fragments lie in the ring of the basis, whose last places are kept until they are read
   int rows, columns, halo_box_bytes, halo_bytes;  // the box is what an mbarrier counts, the rest is alignment
   int halo_stages, basis_stages, mixing_stages;   // tiles of a ring
   bool basis_resident, mixing_resident;           // all of it is loaded once a block; then the "ring" is one copy
-  int bytes;                                      // of shared memory, 0 where the kernel cannot run
+  int ahead;  // bytes of packed weights of which a block says that they will be read
+  int bytes;  // of shared memory, 0 where the kernel cannot run
 
   BASISCONV_EITHER int tile_y() const { return shared_out ? 8 : 16; }
   BASISCONV_EITHER int basis_tile() const { return Q16 * kSlab * 2; }
   BASISCONV_EITHER int mixing_tile() const { return kChunk * Q16 * 2; }
   BASISCONV_EITHER int basis_offset() const { return halo_stages * halo_bytes; }
   BASISCONV_EITHER int mixing_offset() const { return basis_offset() + basis_stages * basis_tile(); }
-  // Where filters are shared out: Z of 64 pixels as A fragments, and in a cluster this block's sums.
-  BASISCONV_EITHER int fragments_offset() const { return mixing_offset() + mixing_stages * mixing_tile(); }
-  BASISCONV_EITHER int sums_offset() const { return fragments_offset() + (shared_out ? 64 * Q16 * 2 : 0); }
-  BASISCONV_EITHER int staging_offset() const { return sums_offset() + (blocks > 1 ? 64 * Q16 * 4 : 0); }
+  // Where filters are shared out: Z of 64 pixels as A fragments, and where blocks share slabs this block's sums.
+  BASISCONV_EITHER int fragments_bytes() const { return shared_out ? 64 * Q16 * 2 : 0; }
+  BASISCONV_EITHER int sums_bytes() const { return blocks > 1 ? 64 * Q16 * 4 : 0; }
+  BASISCONV_EITHER int behind_mixing() const { return mixing_offset() + mixing_stages * mixing_tile(); }
+  BASISCONV_EITHER int fragments_offset() const { return lent ? basis_offset() : behind_mixing(); }
+  BASISCONV_EITHER int sums_offset() const { return fragments_offset() + fragments_bytes(); }
+  BASISCONV_EITHER int staging_offset() const {
+    return behind_mixing() + (lent ? 0 : fragments_bytes() + sums_bytes());
+  }
   BASISCONV_EITHER int bars_offset() const { return staging_offset() + consumers / 32 * kStagingBytes; }
-  // Full and empty of three rings, and two for each pair.
-  BASISCONV_EITHER static constexpr int bars() { return 2 * (rings * most_stages + pairs); }
+  // Full and empty of three rings, two for each pair, one for all warps.
+  BASISCONV_EITHER static constexpr int bars() { return 2 * (rings * most_stages + pairs) + 1; }
+};
+
+// What a plan is made for: see there.
+struct HopperForm {
+  bool shared_out = false;
+  int blocks = 1, per_sm = 1;
 };
 
 // The best plan of a kind that fits: all of the basis resident, then the coefficients, with two halo tiles or three,
 // one filled while another is read. A basis that does not fit comes in a ring, and its depth is worth more than
 // anything else: a tile of it is a microsecond under way (measured).
-inline HopperPlan hopper_plan_of(const Problem& p, int shared_limit, bool shared_out, int blocks, int per_sm = 1) {
+inline HopperPlan hopper_plan_of(const Problem& p, int shared_limit, const HopperForm& form) {
   HopperPlan plan{};
   plan.Q16 = padded_filters(p.Q);
-  plan.shared_out = shared_out;
-  plan.blocks = blocks;
-  plan.per_sm = per_sm;
-  if (per_sm > 1) {
+  plan.shared_out = form.shared_out;
+  plan.blocks = form.blocks;
+  plan.per_sm = form.per_sm;
+  if (form.per_sm > 1) {
     constexpr int reserved = 1024;  // of every block
-    if (shared_out || plan.Q16 > HopperPlan::most_filters_of_two || p.R != 3 || p.S != 3) return plan;
-    shared_limit = (shared_limit + reserved) / per_sm - reserved;
+    if (form.shared_out || plan.Q16 > HopperPlan::most_filters_of_two || p.R != 3 || p.S != 3) return plan;
+    shared_limit = (shared_limit + reserved) / form.per_sm - reserved;
   }
   plan.rows = (plan.tile_y() - 1) * p.stride_h + (p.R - 1) * p.dilation_h + 1;
   plan.columns = (HopperPlan::tile_x - 1) * p.stride_w + (p.S - 1) * p.dilation_w + 1;
   constexpr int longest_side = 256;  // of a box
   const int64_t box = int64_t{plan.rows} * plan.columns * kSlab * 2;
-  if (plan.Q16 > kLargestQ || (shared_out && plan.Q16 < 32)) return plan;
+  if (plan.Q16 > kLargestQ || (form.shared_out && plan.Q16 < 32)) return plan;
   if (plan.rows > longest_side || plan.columns > longest_side || box > shared_limit) return plan;
   plan.halo_box_bytes = static_cast<int>(box);
   plan.halo_bytes = (plan.halo_box_bytes + 1023) / 1024 * 1024;
-  const int64_t basis_tiles = p.taps * tiles_of(p.slabs, blocks), chunks = tiles_of(p.chunks, blocks);
+  const int64_t basis_tiles = p.taps * tiles_of(p.slabs, form.blocks), chunks = tiles_of(p.chunks, form.blocks);
   const int64_t most_tiles = shared_limit / 1024;  // none is below 1 KB
-  const auto sized = [&](int halos, int64_t basis_stages, int64_t mixing_stages) {
+  const auto sized = [&](int halos, int64_t basis_stages, int64_t mixing_stages, bool lent = false) {
     HopperPlan sized = plan;
+    sized.lent = lent;
+    sized.bytes = 0;
     if (basis_stages > most_tiles || mixing_stages > most_tiles) return sized;
     sized.halo_stages = halos;
     sized.basis_stages = static_cast<int>(basis_stages);
     sized.mixing_stages = static_cast<int>(mixing_stages);
     sized.mixing_resident = mixing_stages == chunks;
+    const int to_lend = sized.basis_stages * sized.basis_tile();
+    if (lent && (basis_stages > p.taps || to_lend < sized.fragments_bytes() + sized.sums_bytes())) return sized;
     sized.bytes = sized.bars_offset() + HopperPlan::bars() * 8;
     return sized;
   };
@@ -84,14 +101,18 @@ inline HopperPlan hopper_plan_of(const Problem& p, int shared_limit, bool shared
     plan.basis_resident = true;
     return plan;
   }
-  constexpr int deep_enough = 6;
-  for (const Choice& choice : {Choice{3, chunks}, Choice{2, chunks}, Choice{2, streamed(2)}, Choice{2, streamed(1)},
-                               Choice{1, chunks}, Choice{1, streamed(2)}, Choice{1, streamed(1)}}) {
-    for (int stages = HopperPlan::most_stages; stages >= 2 && stages > plan.basis_stages; --stages) {
-      const HopperPlan ring = sized(choice.halos, stages, choice.mixing);
-      if (fits(ring)) plan = ring;
+  // Only where it is not deep otherwise the ring lends its memory: then it is filled late for the next tile.
+  const int deep_enough = plan.basis_tile() < 32 * 1024 ? 6 : 4;
+  for (const bool lent : {false, true}) {
+    if (lent && !form.shared_out) break;
+    for (const Choice& choice : {Choice{3, chunks}, Choice{2, chunks}, Choice{2, streamed(2)}, Choice{2, streamed(1)},
+                                 Choice{1, chunks}, Choice{1, streamed(2)}, Choice{1, streamed(1)}}) {
+      if (plan.basis_stages >= deep_enough) return plan;
+      for (int stages = HopperPlan::most_stages; stages >= 2 && stages > plan.basis_stages; --stages) {
+        const HopperPlan ring = sized(choice.halos, stages, choice.mixing, lent);
+        if (fits(ring)) plan = ring;
+      }
     }
-    if (plan.basis_stages >= deep_enough) break;
   }
   return plan;
 }
@@ -101,43 +122,59 @@ inline int64_t hopper_tiles(const Problem& p, const HopperPlan& plan) {
 }
 
 // Blocks of the persistent grid, never more than tiles ask for. The multiprocessors of a cluster lie close to each
-// other, so clusters of four and eight leave some over (measured).
+// other, so clusters of more than two leave some over (measured).
 inline int64_t hopper_grid(const Problem& p, const HopperPlan& plan, const CudaDevice& device) {
-  const int usable = plan.blocks < 4 ? device.multiprocessors * plan.per_sm : device.multiprocessors * 10 / 11;
+  const int usable = plan.blocks < 3 ? device.multiprocessors * plan.per_sm : device.multiprocessors * 10 / 11;
   const int64_t clusters = usable / plan.blocks > 0 ? usable / plan.blocks : 1, tiles = hopper_tiles(p, plan);
   return (tiles < clusters ? tiles : clusters) * plan.blocks;
 }
 
+// Its part of the packed weights for each of so many blocks; nothing where a block loads all of the basis at once.
+inline int hopper_ahead(const Problem& p, const HopperPlan& plan, int64_t grid) {
+  constexpr int64_t line = 128, most = 1 << 20;
+  const int64_t part = tiles_of(tiles_of(p.basis_bytes + p.mixing_bytes, line), grid) * line;
+  return plan.basis_resident ? 0 : static_cast<int>(part < most ? part : most);
+}
+
 // What a call takes, in clocks: wgmma with A by ldmatrix for each tap and slab at the N of a warpgroup, or the basis
 // coming from the second-level cache where it does not stay; the outputs; what a tile and an exchange cost. Rates are
-// those measured on an H200 (docs/gpu.md), rounded.
+// those measured on an H200 (docs/gpu.md), rounded. Tiles that all blocks want at once come slower than others: 22
+// bytes a clock and multiprocessor where all are at work, 40 where few are.
 inline int64_t hopper_clocks(const Problem& p, const HopperPlan& plan, const CudaDevice& device) {
   const int64_t grid = hopper_grid(p, plan, device), rounds = tiles_of(hopper_tiles(p, plan), grid / plan.blocks);
   const int filters = plan.shared_out ? plan.Q16 / 2 : plan.Q16;
   const int mma = filters <= 16 ? 252 : filters == 32 ? 290 : filters == 64 ? 363 : filters == 128 ? 511 : 1022;
-  const int64_t bytes_a_clock = 35 * int64_t{device.multiprocessors} / grid;
-  int64_t refill = plan.basis_resident ? 0 : plan.basis_tile() / (bytes_a_clock < 60 ? bytes_a_clock : 60);
+  const int64_t bytes_a_clock = 22 * int64_t{device.multiprocessors} / grid;
+  int64_t refill = plan.basis_resident ? 0 : plan.basis_tile() / (bytes_a_clock < 40 ? bytes_a_clock : 40);
   constexpr int under_way = 1000;  // clocks; one tile of the ring is in use and one is being given back
   const int ahead = plan.basis_stages > 3 ? plan.basis_stages - 2 : 1;
   if (!plan.basis_resident && refill < under_way / ahead) refill = under_way / ahead;
   const int64_t stage1 = p.taps * tiles_of(p.slabs, plan.blocks) * (mma > refill ? mma : refill);
   const int64_t stage2 = tiles_of(p.chunks, plan.blocks) * (plan.shared_out ? 500 : 800);
-  const int exchange = plan.blocks > 1 ? 2500 : plan.shared_out ? 300 : 0;
-  return rounds * (600 + stage1 + exchange + stage2) * (plan.per_sm == 2 ? 170 : 100) / 100;
+  const int exchange = plan.blocks > 1 ? 2500 : plan.shared_out ? 1000 : 0;
+  return rounds * (600 + stage1 + exchange + stage2) * (plan.per_sm == 2 ? 150 : 100) / 100;
 }
 
 // The quickest plan of a call by that count; `bytes` is 0 where none fits.
 inline HopperPlan hopper_plan(const Problem& p, const CudaDevice& device) {
-  HopperPlan best = hopper_plan_of(p, device.shared_bytes, false, 1);
-  const HopperPlan two = hopper_plan_of(p, device.shared_bytes, false, 1, 2);
-  if (two.bytes != 0 && hopper_clocks(p, two, device) < hopper_clocks(p, best, device)) best = two;
-  for (int blocks = 1; blocks <= HopperPlan::most_blocks; blocks *= 2) {
-    if (blocks > 1 && (blocks > p.slabs || blocks > device.multiprocessors)) break;
-    const HopperPlan plan = hopper_plan_of(p, device.shared_bytes, true, blocks);
-    if (plan.bytes == 0) continue;
+  HopperPlan best = hopper_plan_of(p, device.shared_bytes, {});
+  const auto consider = [&](const HopperForm& form) {
+    if (form.blocks > 1 && (form.blocks > p.slabs || form.blocks > device.multiprocessors)) return;
+    const HopperPlan plan = hopper_plan_of(p, device.shared_bytes, form);
+    if (plan.bytes == 0) return;
     if (best.bytes == 0 || hopper_clocks(p, plan, device) < hopper_clocks(p, best, device)) best = plan;
-  }
+  };
+  consider({false, 1, 2});
+  for (const int blocks : {1, 2, 3, 4, HopperPlan::most_blocks}) consider({true, blocks});
   return best;
 }
 
 }  // namespace basisconv::cuda
+
+namespace basisconv {
+
+// cuda_basis_conv2d_sm90a by this plan, for tests: any that fits gives the same result.
+const char* cuda_basis_conv2d_sm90a_by(const CudaBasisConv2d& call, const cuda::HopperPlan& plan,
+                                       const CudaDevice& device, void* stream);
+
+}  // namespace basisconv

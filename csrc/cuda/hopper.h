@@ -66,8 +66,8 @@ BASISCONV_DEVICE void bar_wait(uint64_t* bar, int parity) {
 
 // --- kernels after each other ----------------------------------------------------------------------------------------
 
-// Every thread of a kernel that launch_clusters launched, before it touches global memory: until then the kernel ahead
-// of it may be running. The one behind it may begin from here on.
+// Every thread of a kernel that launch_clusters launched, before it reads or writes global memory: until then the
+// kernel ahead of it may be running. The one behind it may begin from here on.
 BASISCONV_DEVICE void previous_kernel_done() {
   asm volatile("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;" ::: "memory");
 }
@@ -112,6 +112,10 @@ BASISCONV_DEVICE void bulk_load(void* to, const void* from, int bytes, uint64_t*
                    shared_address(to)),
                "l"(from), "r"(bytes), "r"(shared_address(bar))
                : "memory");
+}
+// `bytes` of global memory come into the second-level cache, where nobody waits for them; a multiple of 16, as `from`.
+BASISCONV_DEVICE void prefetch(const void* from, int bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
 // The box of a tensor map at these coordinates, innermost first; zeros outside, which the barrier counts too. `to` is a
 // multiple of 1024: row i of the box lies at 128 i, swizzled.

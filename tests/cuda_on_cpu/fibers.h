@@ -82,6 +82,7 @@ struct Block {
   std::map<std::string, int> waiting;   // for what, and how many
   int self = 0, live = 0, threads = 0;  // of these, in one block
   std::vector<int> at_barrier;          // a block each, and the cluster last
+  std::vector<int> live_in;             // threads, a block each
   std::function<void()> body;
   std::string error;
   jmp_buf done;
@@ -126,6 +127,7 @@ inline void run_next();
 inline void fiber_main() {
   block.body();
   block.put_to_sleep(block.self);
+  --block.live_in[block.self / block.threads];
   if (--block.live == 0) _longjmp(block.done, 1);
   run_next();
 }
@@ -182,6 +184,7 @@ inline void run_blocks(int blocks) {
   block.waiting.clear();
   block.live = threads;
   block.at_barrier.assign(blocks + 1, 0);
+  block.live_in.assign(blocks, block.threads);
   block.error.clear();
   while (stacks.size() < static_cast<size_t>(threads)) stacks.emplace_back(new char[kStackBytes]);
   for (int i = 0; i < threads; ++i) {

@@ -259,6 +259,7 @@ template <class P>
 P* beside(P* p, int rank) {
   using namespace cuda_on_cpu;
   if (rank < 0 || rank >= static_cast<int>(block.fibers.size()) / block.threads) fail("beside: no such block");
+  if (block.live_in[rank] == 0) fail("beside: the block has ended");
   const size_t offset = shared_offset(p, sizeof(P), alignof(P), "beside");
   return reinterpret_cast<P*>(shared_of_cluster + rank * shared_pitch + offset);
 }
@@ -283,6 +284,13 @@ inline void bulk_load(void* to, const void* from, int bytes, uint64_t* bar) {
   cuda_on_cpu::shared_offset(to, bytes, 16, "bulk_load");
   if (bytes % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0) cuda_on_cpu::fail("bulk_load: no multiple of 16");
   cuda_on_cpu::issue(bar, {static_cast<char*>(to), static_cast<const char*>(from), {}, bytes, {}});
+}
+inline void prefetch(const void* from, int bytes) {
+  if (bytes <= 0 || bytes % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0) {
+    cuda_on_cpu::fail("prefetch: no multiple of 16");
+  }
+  volatile const char* memory = static_cast<const char*>(from);  // a sanitizer sees what lies outside
+  (void)memory[0], (void)memory[bytes - 1];
 }
 inline void tensor_load(void* to, const TensorMap& map, int c0, int c1, int c2, int c3, uint64_t* bar) {
   const long bytes = 2l * map.box[0] * map.box[1] * map.box[2] * map.box[3];
@@ -318,6 +326,10 @@ inline void issue_wgmma(const cuda_on_cpu::Wgmma& w) {
   WgmmaThread& mine = wgmma_threads[block.self];
   shared_offset(w.tile, static_cast<size_t>(w.n) * w.row_bytes, w.row_bytes * 8, "wgmma");
   if (!mine.fenced) fail("wgmma without wgmma_fence since the last commit");
+  if (block.self % kWarpgroup == 0 &&
+      memcmp(w.tile, &async_view[w.tile - shared_of_cluster], static_cast<size_t>(w.n) * w.row_bytes) != 0) {
+    fail("wgmma: stores to its tile that no fence_proxy_async has published");
+  }
   if (w.k * 32 >= w.row_bytes) fail("wgmma: the column block lies outside the tile's rows");
   if (mine.sums.count(w.d) == 0) {
     std::vector<float>& sums = mine.sums[w.d];

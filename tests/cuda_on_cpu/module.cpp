@@ -7,6 +7,20 @@ namespace py = pybind11;
 using namespace basisconv;
 using namespace requests;
 
+namespace {
+
+// The plan of a call: the chosen one, or of the `form` asked for (filters shared out, blocks of a tile, blocks of a
+// multiprocessor).
+cuda::HopperPlan plan_of(const py::dict& from) {
+  const cuda::Problem p = cuda::problem_of(call(from));
+  const CudaDevice on = device(from);
+  if (!from.contains("form")) return cuda::hopper_plan(p, on);
+  const auto form = from["form"].cast<std::vector<int>>();
+  return cuda::hopper_plan_of(p, on.shared_bytes, {form.at(0) != 0, form.at(1), form.at(2)});
+}
+
+}  // namespace
+
 PYBIND11_MODULE(MODULE_NAME, m) {
   m.def("set_order", [](int order) { cuda_on_cpu::order = static_cast<cuda_on_cpu::Order>(order); });
   m.def("packed_bytes", [](const py::dict& from) { return cuda_packed_bytes(weights(from)); });
@@ -18,13 +32,19 @@ PYBIND11_MODULE(MODULE_NAME, m) {
     return std::make_pair(std::string(names[static_cast<int>(chosen)]), std::string(reason ? reason : ""));
   });
   m.def("hopper_plan", [](const py::dict& from) {
-    const CudaDevice on = device(from);
-    const cuda::HopperPlan plan = cuda::hopper_plan(cuda::problem_of(call(from)), on);
+    const cuda::HopperPlan plan = plan_of(from);
     py::dict facts;
     facts["bytes"] = plan.bytes;
     facts["shared_out"] = plan.shared_out;
     facts["blocks"] = plan.blocks;
+    facts["lent"] = plan.lent;
     facts["per_sm"] = plan.per_sm;
+    if (plan.bytes != 0) {
+      const cuda::Problem p = cuda::problem_of(call(from));
+      const int64_t grid = cuda::hopper_grid(p, plan, device(from));
+      facts["grid"] = grid;
+      facts["ahead"] = cuda::hopper_ahead(p, plan, grid);
+    }
     facts["basis_stages"] = plan.basis_stages;
     facts["halo_stages"] = plan.halo_stages;
     facts["basis_resident"] = plan.basis_resident;
@@ -46,10 +66,10 @@ PYBIND11_MODULE(MODULE_NAME, m) {
   // Runs one variant, or the chosen one for ""; what went wrong, or None, and (8x8 matrices read, bank conflicts).
   m.def("run", [](const std::string& variant, const py::dict& from) {
     cuda_on_cpu::counters = {};
-    const auto run = variant == "sm80"    ? cuda_basis_conv2d_sm80
-                     : variant == "sm90a" ? cuda_basis_conv2d_sm90a
-                                          : cuda_basis_conv2d;
-    const char* wrong = run(call(from), device(from), nullptr);
+    const auto run = variant == "sm80" ? cuda_basis_conv2d_sm80 : cuda_basis_conv2d;
+    const char* wrong = variant == "sm90a"
+                            ? cuda_basis_conv2d_sm90a_by(call(from), plan_of(from), device(from), nullptr)
+                            : run(call(from), device(from), nullptr);
     return std::make_tuple(wrong ? py::object(py::str(wrong)) : py::object(py::none()), cuda_on_cpu::counters.matrices,
                            cuda_on_cpu::counters.conflicts);
   });

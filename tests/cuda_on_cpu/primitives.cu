@@ -150,7 +150,7 @@ __global__ void wgmma_kernel(const __grid_constant__ TensorMap map, const bf16* 
 }
 
 // Each block of a cluster writes a word a thread into the memory of the next one, and tells it.
-enum { cluster_right, no_cluster_sync, no_wait_for_the_other, no_such_block };
+enum { cluster_right, no_cluster_sync, no_wait_for_the_other, no_such_block, ends_early };
 __global__ void cluster_kernel(const uint32_t* input, uint32_t* output, int blocks, int fault) {
   uint32_t* memory = reinterpret_cast<uint32_t*>(shared_memory());
   uint64_t* bar = reinterpret_cast<uint64_t*>(memory + 32);
@@ -159,6 +159,7 @@ __global__ void cluster_kernel(const uint32_t* input, uint32_t* output, int bloc
     bar_init_fence();
   }
   if (fault != no_cluster_sync) cluster_sync();
+  if (fault == ends_early && blockIdx.x == 0) return;
   const int rank = static_cast<int>(blockIdx.x) % blocks, at = static_cast<int>(blockIdx.x * 32 + threadIdx.x);
   const int next = fault == no_such_block ? blocks : (rank + 1) % blocks;
   *beside(memory + threadIdx.x, next) = input[at];

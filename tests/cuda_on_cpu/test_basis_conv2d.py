@@ -105,15 +105,14 @@ def test_sm90a_at_larger_sizes(module, way):
 
 
 @pytest.mark.parametrize("filters", [30, 64, 100, 200])
-@pytest.mark.parametrize("multiprocessors", [1, 2, 4, 8])
-def test_sm90a_where_filters_are_shared_out(module, filters, multiprocessors):
-    """Small maps: two warpgroups with the same pixels, and clusters of as many blocks as pay."""
+@pytest.mark.parametrize("blocks", [1, 2, 4, 8])
+def test_sm90a_where_filters_are_shared_out(module, filters, blocks):
+    """Small maps: two warpgroups with the same pixels, and clusters of so many blocks."""
     one = case("small_map", f"1 520 7 5 {filters} 200 3 3", padding=ONE, bias=True, residual=True, activation="relu")
-    device = {**H200, "multiprocessors": multiprocessors}
-    kernel = Emulated(module, "sm90a", device)
+    kernel = Emulated(module, "sm90a", {**H200, "multiprocessors": blocks, "form": (1, blocks, 1)})
     plan = module.hopper_plan(kernel.request(*testing.make_inputs(one).tensors[:3], **one.arguments()))
-    assert plan["shared_out"]
-    assert plan["blocks"] in (multiprocessors, multiprocessors // 2 if filters == 200 else 0)
+    assert (plan["shared_out"], plan["blocks"]) == (True, blocks)
+    assert plan["lent"] == (filters == 200 and blocks > 1)
     testing.check(one, kernel)
 
 
@@ -146,14 +145,78 @@ def test_two_blocks_of_a_multiprocessor(module, filters):
     testing.check(one, kernel)
 
 
+# Filters shared out, blocks of a tile, blocks of a multiprocessor: with how many multiprocessors.
+FORMS = {(0, 1, 1): 2, (1, 1, 1): 2, (1, 2, 1): 2, (1, 3, 1): 3, (1, 4, 1): 8, (1, 8, 1): 8}
+# Several tiles for a cluster; slabs and outputs of which some blocks have fewer, or none.
+OF_FORMS = [
+    case("most_filters", "5 200 7 7 200 100 3 3", padding=ONE, bias=True, residual=True, activation="relu"),
+    case("many_filters", "5 136 7 6 100 200 3 3", padding=ONE, bias=True),
+    case("few_filters", "3 328 9 9 20 72 3 3", padding=ONE, residual=True),
+    case("one_tap", "5 264 7 7 150 72 1 1", bias=True),
+    case("resident_unevenly", "5 264 7 7 40 136 1 1", bias=True),
+]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@ids(OF_FORMS)
+def test_every_form_gives_the_result(module, case, form):
+    """Blocks that share a tile, also by memory that the ring lends, and blocks with nothing to do."""
+    kernel = Emulated(
+        module, "sm90a", {**H200, "multiprocessors": FORMS[form], "form": form, "shared_bytes": 180 * 1024}
+    )
+    request = kernel.request(*testing.make_inputs(case).tensors[:3], **case.arguments())
+    if module.hopper_plan(request)["bytes"] == 0:  # the largest halo and basis want all memory there is
+        kernel.device["shared_bytes"] = H200["shared_bytes"]
+        request = kernel.request(*testing.make_inputs(case).tensors[:3], **case.arguments())
+    plan = module.hopper_plan(request)
+    assert (plan["shared_out"], plan["blocks"], plan["per_sm"]) == form
+    if case.name == "most_filters":
+        assert plan["lent"] == plan["shared_out"]
+    if case.name == "one_tap":  # places of the ring are free before the last tile of it was read
+        assert not plan["lent"]
+    testing.check(case, kernel)
+
+
+def request_of(module, sizes):
+    one = case("sizes", sizes, padding=ONE)
+    p = one.problem
+    input = torch.empty(p.N, p.C, p.H, p.W, dtype=BF16, memory_format=torch.channels_last)
+    basis_weight, coefficients = torch.empty(p.Q, p.C, 3, 3, dtype=BF16), torch.empty(p.K, p.Q, dtype=BF16)
+    return Emulated(module, "sm90a", H200).request(input, basis_weight, coefficients, **one.arguments())
+
+
 def test_large_maps_are_not_shared_out(module):
     for sizes in ("32 64 56 56 16 64 3 3", "32 64 56 56 32 64 3 3", "32 256 56 56 128 256 3 3"):
-        one = case("large_map", sizes, padding=ONE)
-        p = one.problem
-        input = torch.empty(p.N, p.C, p.H, p.W, dtype=BF16, memory_format=torch.channels_last)
-        basis_weight, coefficients = torch.empty(p.Q, p.C, 3, 3, dtype=BF16), torch.empty(p.K, p.Q, dtype=BF16)
-        request = Emulated(module, "sm90a", H200).request(input, basis_weight, coefficients, **one.arguments())
-        assert not module.hopper_plan(request)["shared_out"]
+        assert not module.hopper_plan(request_of(module, sizes))["shared_out"]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "form"),
+    [
+        ("32 512 7 7 256 512 3 3", (True, 3)),
+        ("32 512 7 7 128 512 3 3", (True, 3)),
+        ("1 512 7 7 256 512 3 3", (True, 8)),
+        ("128 512 7 7 256 512 3 3", (True, 1)),
+        ("32 256 14 14 128 256 3 3", (False, 1)),
+        ("32 256 14 14 64 256 3 3", (False, 1)),
+        ("1 256 14 14 64 256 3 3", (True, 4)),
+        ("32 512 28 28 256 512 3 3", (False, 1)),
+    ],
+)
+def test_the_form_is_the_one_that_was_measured_to_be_quickest(module, sizes, form):
+    """On an H200; docs/gpu.md has the times."""
+    plan = module.hopper_plan(request_of(module, sizes))
+    assert (plan["shared_out"], plan["blocks"]) == form
+
+
+def test_all_blocks_together_prefetch_what_comes_through_rings(module):
+    for sizes, resident in (("32 512 7 7 256 512 3 3", False), ("32 128 28 28 64 128 3 3", True)):
+        request = request_of(module, sizes)
+        plan, weights = module.hopper_plan(request), module.packed_bytes(request) - 64
+        assert plan["basis_resident"] == resident
+        assert plan["ahead"] % 128 == 0
+        covered = plan["ahead"] * plan["grid"]
+        assert covered == 0 if resident else weights <= covered < weights + 128 * plan["grid"]
 
 
 def geometry(rng: random.Random, hopper: bool) -> Case:

@@ -34,9 +34,12 @@ HALO_EMPTY = "bar_wait(halo.empty + halo_at.stage, halo_at.phase ^ 1);"
 HALO_RELEASE = "r = 0;\n          release(halo.empty + halo_at.stage);"
 HALO_RELEASE_9 = "}\n        release(halo.empty + halo_at.stage);"
 PREVIOUS = "wgmma_wait<1>();"
-ALL_DONE = "wgmma_wait<0>();\n    if (!plan.basis_resident && previous >= 0)"
+ALL_DONE = "wgmma_wait<0>();\n    previous_is_done();"
 BOX_BYTES = "bar_arrive_expect(halo.full + halo_at.stage, plan.halo_box_bytes);"
 SUMMED, SHOWN = "meet(summed, plan.blocks);", "meet(shown, plan.blocks);"
+DRAINED, LENT = "bar_wait(drained, phase);", "if (at_once-- <= 0) return;"
+RETURNED = "release(basis.empty + stage);"
+OWN_TILES = "plan.basis_resident ? p.taps * slabs.count()"
 A_SWIZZLE = "swizzled(pixel * kSlab * 2 + lane / 16 * 16, kSlab * 2)"
 FAULTS = {
     "sm80: no barrier in the tap loop": (SM80, TAP_BARRIER, f"if (planted != #) {TAP_BARRIER}"),
@@ -68,6 +71,10 @@ FAULTS = {
     "sm90a: sums not waited for": (EXCHANGE, SUMMED, f"if (planted != #) {SUMMED}"),
     "sm90a: Z not waited for": (EXCHANGE, SHOWN, f"if (planted != #) {SHOWN}"),
     "sm90a: a block's sums twice": (EXCHANGE, "lane * 16), from);", "lane * 16), planted == # ? 0 : from);"),
+    "sm90a: the basis not drained": (EXCHANGE, DRAINED, f"if (planted != #) {DRAINED}"),
+    "sm90a: what is lent given back at once": (SM90A, LENT, f"if (planted != #) {LENT}"),
+    "sm90a: what is lent never given back": (SM90A, RETURNED, f"if (planted != #) {RETURNED}"),
+    "sm90a: the tiles of another block's share": (SM90A, OWN_TILES, OWN_TILES.replace("pl", "planted != # && pl")),
     "sm90a: A read without the swizzle": (
         SM90A, A_SWIZZLE, f"(planted == # ? pixel * kSlab * 2 + lane / 16 * 16 : {A_SWIZZLE})",
     ),
@@ -97,11 +104,15 @@ CASES = (
 
 
 def kernels(module, variant):
-    """sm_90a's with the basis streamed, and resident where it fits; with whole tiles and with filters shared out."""
+    """sm_90a's with the basis streamed, and resident where it fits; whole tiles, filters shared out, other forms."""
     if variant == "sm80":
         return [Emulated(module, "sm80", A100)]
-    devices = [(1, 150), (1, 227), (2, 227)]
-    return [Emulated(module, "sm90a", {**H200, "multiprocessors": n, "shared_bytes": k * 1024}) for n, k in devices]
+    devices = [(1, 150, {}), (1, 227, {}), (2, 227, {})]
+    devices += [(2, 110, {"form": (1, 2, 1)})]  # two blocks of a tile, whose sums lie in the ring
+    return [
+        Emulated(module, "sm90a", {**H200, "multiprocessors": n, "shared_bytes": k * 1024, **form})
+        for n, k, form in devices
+    ]
 
 
 def findings(module, variant):

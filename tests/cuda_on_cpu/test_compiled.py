@@ -155,7 +155,7 @@ def test_registers_are_those_that_were_reviewed(compiled, name):
 INSTRUCTIONS = {
     # name: (in every kernel, in none)
     "sm_80": ({"HMMA", "LDSM", "LDGSTS"}, {"LDL", "STL"}),
-    "sm_90a": ({"HGMMA", "LDSM", "UTMALDG", "UBLKCP", "SYNCS"}, {"HMMA", "LDL", "STL"}),
+    "sm_90a": ({"HGMMA", "LDSM", "UTMALDG", "UBLKCP", "UBLKPF", "SYNCS"}, {"HMMA", "LDL", "STL"}),
     "packing": (set(), {"LDL", "STL"}),
     "chain_sm_80": ({"HMMA", "LDSM", "LDGSTS"}, {"LDL", "STL"}),
     "chain_sm_90": ({"HMMA", "LDSM", "LDGSTS"}, {"LDL", "STL"}),

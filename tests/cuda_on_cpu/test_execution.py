@@ -104,6 +104,7 @@ CLUSTER = {
     "no cluster sync": "an mbarrier is used before bar_init",
     "no wait for the other": None,
     "no such block": "beside: no such block",
+    "ends early": "beside: the block has ended",
 }
 
 

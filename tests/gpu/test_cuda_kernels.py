@@ -50,13 +50,33 @@ def call(inputs):
 
 @gpu
 @LAYOUTS
-@pytest.mark.parametrize("Q", [16, 32, 64, 128])
+@pytest.mark.parametrize("Q", [16, 32, 64, 128, 256])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_every_instance(channels_last, Q, stride, dtype):
     """Each template of the kernels, with a tail in every dimension."""
     sizes = {"N": 3, "C": 136, "H": 19, "W": 21, "Q": Q - 1, "K": 70}
     testing.check(a_case(**sizes, channels_last=channels_last, dtype=dtype, stride=(stride, stride)), kernel)
+
+
+# N, C, side, Q, K: what a Hopper of 132 multiprocessors gives to clusters, that share a tile or load the basis for each
+# other; with a tile past the last, or with slabs that divide unevenly.
+CLUSTERS = [
+    (33, 512, 7, 256, 512), (32, 512, 7, 128, 512), (1, 512, 7, 256, 512), (3, 520, 7, 250, 520),
+    (127, 512, 7, 256, 512), (127, 512, 7, 128, 512), (31, 256, 14, 128, 256), (32, 256, 14, 64, 256),
+    (70, 256, 14, 256, 256),
+]  # fmt: skip
+
+
+@gpu
+@pytest.mark.parametrize("sizes", CLUSTERS, ids=str)
+def test_clusters(sizes):
+    N, C, side, Q, K = sizes
+    case = a_case(N=N, C=C, H=side, W=side, Q=Q, K=K, channels_last=True)
+    testing.check(case, kernel)
+    inputs = testing.make_inputs(case)
+    first = call(inputs)
+    assert all(torch.equal(call(inputs), first) for _ in range(20))
 
 
 @gpu
