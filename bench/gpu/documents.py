@@ -38,6 +38,12 @@ PROVEN: tuple[tuple[str, str, str, Callable[[str, str], bool]], ...] = (
         lambda part, _: part == "tests/gpu/test_triton_bits.py",
     ),
     (
+        "`ternary_conv2d` and stacked filters of real activations on CUDA",
+        "every template, in three orders of the threads",
+        "sm_90a",
+        lambda part, backend: part == "tests/gpu/test_ternary_kernels.py" or ("ternary" in part and backend == "cuda"),
+    ),
+    (
         "`tucker_conv2d` in Triton, one pass and two",
         "float32, float16: forward, gradients",
         "sm_80, sm_89, sm_90",

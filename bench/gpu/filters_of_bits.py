@@ -1,8 +1,9 @@
-"""``make gpu-bench``, real numbers and filters of bits: ternary and stacked layers in Triton beside cuDNN's dense ones.
+"""``make gpu-bench``, real numbers and filters of bits: ternary and stacked layers beside cuDNN's dense ones.
 
 All compute convolution, scale, bias and ReLU on channels_last bfloat16. ``dense`` convolves with the filters that the
-bits stand for, in bfloat16: what runs where such a layer is unpacked. Stacked layers have two splits and a bank of K/4
-filters, ternary ones one scale. No time without a passed check of the same call on three images.
+bits stand for, in bfloat16: what runs where such a layer is unpacked. ``cuda`` has its filters packed before. Stacked
+layers have two splits and a bank of K/4 filters, ternary ones one scale. No time without a passed check of the same
+call on three images.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from basisconv_kernels import BackendUnavailable, bitpack, stacked_binary_conv2d
+from basisconv_kernels.ops.stacked_binary_conv2d_native import stacked_binary_conv2d_pack
 from basisconv_kernels.ops.ternary_conv2d import ternary_conv2d, ternary_planes
+from basisconv_kernels.ops.ternary_conv2d_native import ternary_conv2d_pack
 from basisconv_kernels.reference.stacked_binary_conv2d import stacked_filters
 from basisconv_kernels.reference.stacked_binary_conv2d_problem import StackedBinaryConv2dProblem
 from basisconv_kernels.reference.ternary_conv2d_problem import TernaryConv2dProblem
@@ -26,7 +29,7 @@ from bench.gpu.journal import Step, Unavailable
 from bench.gpu.layers import RESNET, SEED
 from bench.gpu.timing import Call, Meter, bytes_of
 
-ENGINES = ("dense", "triton")
+ENGINES = ("dense", "cuda", "triton")
 KINDS = ("ternary", "stacked")
 SPLITS, SHARE = 2, 4  # of stacked layers: a bank of K / SHARE filters
 ONE_ROUNDING = 2.0**-7  # relative error of a result rounded to bfloat16 once, of dense ones with a rounded weight too
@@ -63,18 +66,19 @@ class Prepared:
 
     def __init__(self, layer: BitsLayer, device: str):
         self.layer, self.device = layer, device
-        self.backend = "triton" if device == "cuda" else "cpu"
         self.generator = torch.Generator(device).manual_seed(SEED)
         p = layer
         self.scale, self.bias = self._normal(p.K) * (9 * p.C) ** -0.5, self._normal(p.K)
         if p.kind == "ternary":
             self.weight = (2 * self._normal(p.K, p.C, 3, 3)).round().clamp(-1, 1)
             self.planes = ternary_planes(self.weight)
+            self.packed = ternary_conv2d_pack(self.planes, p.C)
         else:
             bank = torch.where(self._normal(p.K // SHARE, p.C // SPLITS, 3, 3) >= 0, 1.0, -1.0)
             self.index = torch.randint(p.K // SHARE, (p.K, SPLITS), generator=self.generator, device=device)
             self.weight = stacked_filters(bank, self.index).to(torch.bfloat16)
             self.bank = bitpack(bank)
+            self.packed = stacked_binary_conv2d_pack(self.bank, self.index)
         dense = self.weight.float() * self.scale.float()[:, None, None, None]
         self.dense = dense.to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
         self._inputs: dict[int, Tensor] = {}
@@ -94,7 +98,9 @@ class Prepared:
         """Input → result."""
         if engine == "dense":
             return lambda x: F.relu(F.conv2d(x, self.dense, self.bias, padding=1))
-        common: dict[str, Any] = {"padding": 1, "activation": "relu", "backend": self.backend}
+        backend = engine if self.device == "cuda" else "cpu"
+        packed = self.packed if engine == "cuda" else None
+        common: dict[str, Any] = {"padding": 1, "activation": "relu", "backend": backend, "packed": packed}
         if self.layer.kind == "ternary":
             return lambda x: ternary_conv2d(x, self.planes, self.scale, self.bias, **common)
         return lambda x: stacked_binary_conv2d(x, self.bank, self.index, self.scale, self.bias, **common)
@@ -140,11 +146,13 @@ def measure(layer: BitsLayer, engine: str, device: str, meter: Meter) -> dict[st
 def steps(about: Mapping[str, Any], device: str, meter: Meter) -> list[Step]:
     """All rows; in a rehearsal small layers on the CPU's engine."""
     found = []
-    for C, K, side in RESNET:
-        for kind in KINDS:
-            layer = BitsLayer(kind, C, K, side) if device == "cuda" else BitsLayer(kind, C, K, min(side, 7), 2)
-            for engine in ENGINES:
-                stamp = facts.stamp(dict(about), ours=engine != "dense")
-                run = functools.partial(measure, layer, engine, device, meter)
-                found.append(Step(f"{layer.name} {engine}", run, 5.0, 90.0, stamp))
+    for N, kinds in ((32, KINDS), (1, KINDS[:1])):
+        for C, K, side in RESNET:
+            for kind in kinds:
+                small = {} if device == "cuda" else {"side": min(side, 7), "N": min(N, 2)}
+                layer = BitsLayer(**{"kind": kind, "C": C, "K": K, "side": side, "N": N, **small})
+                for engine in ENGINES:
+                    stamp = facts.stamp(dict(about), ours=engine != "dense")
+                    run = functools.partial(measure, layer, engine, device, meter)
+                    found.append(Step(f"{layer.name} {engine}", run, 3.0, 90.0, stamp))
     return found

@@ -54,7 +54,7 @@ def _bits(backend: str = "cuda", **changes: Any) -> None:
         testing.check_pack(case, functools.partial(bitpack, backend=backend))
 
 
-def _real_and_bits() -> None:
+def _real_and_bits(backend: str, scales: str = "one", **changes: Any) -> None:
     import torch
 
     from basisconv_kernels import stacked_binary_conv2d, ternary_conv2d, testing
@@ -62,12 +62,12 @@ def _real_and_bits() -> None:
     from basisconv_kernels.reference.ternary_conv2d_problem import TernaryConv2dProblem
     from basisconv_kernels.testing import ternary_conv2d as ternary
 
-    sizes = {**SIZES, "C": 72, "dtype": torch.bfloat16, "device": "cuda", "channels_last": True}
+    sizes = {**SIZES, "C": 72, "dtype": torch.bfloat16, "device": "cuda", "channels_last": True, **changes}
     sizes.pop("Q")
-    case = ternary.TernaryCase("small", "", TernaryConv2dProblem(**sizes, scales="two"))
-    ternary.check(case, functools.partial(ternary_conv2d, backend="triton"))
+    case = ternary.TernaryCase("small", "", TernaryConv2dProblem(**sizes, scales=scales))
+    ternary.check(case, functools.partial(ternary_conv2d, backend=backend))
     stacked = testing.StackedCase("small", "", StackedBinaryConv2dProblem(**sizes, n=7, splits=2))
-    testing.check_stacked(stacked, functools.partial(stacked_binary_conv2d, backend="triton"))
+    testing.check_stacked(stacked, functools.partial(stacked_binary_conv2d, backend=backend))
 
 
 # The sm_90a kernels want channels_last; NCHW is what sends a call to sm_80's on any device.
@@ -85,7 +85,9 @@ CALLS: dict[str, Callable[[], None]] = {
     "binary_cuda_codes_strided": functools.partial(_bits, K=16, planes=2, unsigned=True, stride=(5, 6)),
     "binary_triton": functools.partial(_bits, "triton", planes=1, C=60, K=60, groups=3),
     "bits_triton": functools.partial(_bits, "triton"),
-    "ternary_and_stacked_triton": _real_and_bits,
+    "ternary_and_stacked_triton": functools.partial(_real_and_bits, "triton", "two"),
+    "ternary_and_stacked_cuda": functools.partial(_real_and_bits, "cuda"),
+    "ternary_and_stacked_cuda_strided": functools.partial(_real_and_bits, "cuda", C=200, K=130, stride=(2, 1)),
     "tucker_cuda": functools.partial(_tucker, "cuda"),
     "tucker_cuda_one_pass": functools.partial(_tucker, "cuda_one_pass"),
     "tucker_cuda_one_pass_strided": functools.partial(_tucker, "cuda_one_pass", C=19, Q=100, stride=(2, 2)),
