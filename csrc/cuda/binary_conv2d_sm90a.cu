@@ -22,74 +22,66 @@
 namespace basisconv::cuda::binary {
 namespace {
 
-constexpr int kBatch = 8;  // loads of a thread under way at once
+constexpr int kBatch = 4;  // loads of a thread under way at once
 
 BASISCONV_DEVICE uint4 complement(const uint4& a, const uint4& of) {
   return {~a.x & of.x, ~a.y & of.y, ~a.z & of.z, ~a.w & of.w};
 }
 
-// The filters of this block, each step's as rows of two units; a warp has 32 rows at a time. `fetch` sets all copies
-// going, `put` waits for them and writes what is computed. A thread has the same rows in both.
+// The filters of this block, each step's as rows of two units. A warp has 32 rows of a unit at a time, and several such
+// loads under way.
 template <int N, int taps, bool pairs>
-struct Filters {
-  static constexpr int together = N / 32, row_bytes = 2 * kUnitBytes;
-  static constexpr int rows = 65;  // of a unit in the packing of sm_80: the last are the ones of its channels
-  const Problem& p;
-  const HopperPlan& plan;
-  char* to;
-  int first;
-
-  // Of a job: 32 filters of a tap and unit.
-  struct Source {
-    const char *signs, *ones;
-    bool real, whole;  // whole: all bits of the unit are channels
-  };
-  BASISCONV_DEVICE Source source(int job) const {
-    const int j = job / together, k = first + job % together * 32 + filter_of_column(threadIdx.x % 32);
-    const int unit = pairs ? 0 : j / taps, tap = j - unit * taps;
-    const int two = plan.units > 1 ? 1 : 0;  // a slab of that packing has two units
-    const int position = pairs ? tap / 3 * 2 + tap % 3 / 2 : tap, slot = pairs ? tap % 3 % 2 : 0;
-    const int64_t at = (unit >> two) * p.steps * 2 + (position << two) + (unit & two);
-    const char* from = p.filters + k / 64 * p.tile_bytes + at * (rows * kUnitBytes) + slot * 8;
-    return {from + k % 64 * kUnitBytes, from + (rows - 1) * kUnitBytes, k < p.padded && tap < taps,
-            (unit + 1) * (pairs ? 64 : 128) <= p.C};
-  }
-  // The unit of this lane's row, and the one beside it.
-  BASISCONV_DEVICE char* place(int job, int beside) const {
-    const int j = job / together, step = pairs ? j / 2 : j, half = pairs ? j % 2 : beside;
-    return to + (step * N + job % together * 32) * row_bytes +
-           swizzled(threadIdx.x % 32 * row_bytes + half * kUnitBytes, row_bytes);
-  }
-  BASISCONV_DEVICE int jobs() const { return together * plan.steps * (pairs ? 2 : 1); }
-
-  BASISCONV_DEVICE void fetch() const {
-    if constexpr (!pairs) {
-      for (int job = threadIdx.x / 32; job < jobs(); job += blockDim.x / 32) {
-        const Source from = source(job);
-        cp_async16(place(job, 0), from.real ? from.signs : p.filters, from.real ? kUnitBytes : 0);
+BASISCONV_DEVICE void load_filters(const Problem& p, const HopperPlan& plan, char* to, int first) {
+  constexpr int together = N / 32, row_bytes = 2 * kUnitBytes;
+  const int lane = threadIdx.x % 32, warps = blockDim.x / 32, jobs = together * plan.steps * (pairs ? 2 : 1);
+  const int two = plan.units > 1 ? 1 : 0;  // a slab of the packing has two units
+  for (int start = threadIdx.x / 32; start < jobs; start += kBatch * warps) {
+    uint4 signs[kBatch], ones[kBatch];
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      const int job = start + b * warps, j = job / together, k = first + job % together * 32 + filter_of_column(lane);
+      const int unit = pairs ? 0 : j / taps, tap = j - unit * taps;
+      const int position = pairs ? tap / 3 * 2 + tap % 3 / 2 : tap, slot = pairs ? tap % 3 % 2 : 0;
+      signs[b] = uint4{0, 0, 0, 0}, ones[b] = uint4{~0u, ~0u, ~0u, ~0u};
+      if (job >= jobs || k >= p.padded || tap >= taps) {
+        ones[b] = signs[b];
+        continue;
       }
-      cp_async_commit();
-    }
-  }
-  BASISCONV_DEVICE void put() const {
-    if constexpr (!pairs) cp_async_wait<0>();
-#pragma unroll 4
-    for (int job = threadIdx.x / 32; job < jobs(); job += blockDim.x / 32) {
-      const Source from = source(job);
+      constexpr int rows = 65;  // of a unit in the packing: the last are the ones of its channels
+      const char* from =
+          p.filters + k / 64 * p.tile_bytes + slot * 8 +
+          static_cast<int64_t>((unit >> two) * p.steps * 2 + (position << two) + (unit & two)) * (rows * kUnitBytes);
+      const char* mask = from + (rows - 1) * kUnitBytes;
+      const bool whole = (unit + 1) * (pairs ? 64 : 128) <= p.C;
+      from += k % 64 * kUnitBytes;
       if constexpr (pairs) {
-        uint2 signs{0, 0}, ones{0, 0};
-        if (from.real) signs = *reinterpret_cast<const uint2*>(from.signs);
-        if (from.real) ones = from.whole ? uint2{~0u, ~0u} : *reinterpret_cast<const uint2*>(from.ones);
-        *reinterpret_cast<uint4*>(place(job, 0)) = uint4{signs.x, signs.y, ~signs.x & ones.x, ~signs.y & ones.y};
+        const uint2 half = *reinterpret_cast<const uint2*>(from);
+        signs[b].x = half.x, signs[b].y = half.y;
+        if (!whole) {
+          const uint2 channels = *reinterpret_cast<const uint2*>(mask);
+          ones[b].x = channels.x, ones[b].y = channels.y;
+        }
       } else {
-        uint4 ones{~0u, ~0u, ~0u, ~0u};
-        if (from.real && !from.whole) ones = *reinterpret_cast<const uint4*>(from.ones);
-        const uint4 signs = *reinterpret_cast<const uint4*>(place(job, 0));
-        *reinterpret_cast<uint4*>(place(job, 1)) = complement(signs, ones);
+        signs[b] = *reinterpret_cast<const uint4*>(from);
+        if (!whole) ones[b] = *reinterpret_cast<const uint4*>(mask);
+      }
+    }
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      const int job = start + b * warps, j = job / together, step = pairs ? j / 2 : j, half = pairs ? j % 2 : 0;
+      if (job >= jobs) continue;
+      char* tile = to + (step * N + job % together * 32) * row_bytes;
+      const uint32_t offset = lane * row_bytes + half * kUnitBytes;
+      const uint4 other = complement(signs[b], ones[b]);
+      if constexpr (pairs) {
+        *reinterpret_cast<uint4*>(tile + swizzled(offset, row_bytes)) = uint4{signs[b].x, signs[b].y, other.x, other.y};
+      } else {
+        *reinterpret_cast<uint4*>(tile + swizzled(offset, row_bytes)) = signs[b];
+        *reinterpret_cast<uint4*>(tile + swizzled(offset + kUnitBytes, row_bytes)) = other;
       }
     }
   }
-};
+}
 
 // Where the pixels of a tile begin: image, line of outputs, and how many outputs of the image come before.
 struct Start {
@@ -103,7 +95,7 @@ struct Start {
   }
 };
 
-// The band of a tile, its units one behind the other. Several loads of a thread are under way at once.
+// The band of a tile. A warp has 32 neighbouring units of a line at a time, and several such loads under way.
 template <bool pairs>
 struct Band {
   const Problem& p;
@@ -116,16 +108,17 @@ struct Band {
   BASISCONV_DEVICE Band(const Problem& p, const HopperPlan& plan, char* to) : p(p), plan(plan), to(to) {}
 
   BASISCONV_DEVICE void fetch(const Start& start, int first) {
-    const int all = plan.rows * plan.line_units.by;
+    const int lane = threadIdx.x % 32, warps = blockDim.x / 32, jobs = plan.rows * plan.parts.by;
     const uint32_t outside = p.padding_value == 1 ? ~0u : 0u;
     inside = 0;
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
-      const int i = first + b * blockDim.x, row = plan.line_units.of_quotient(i), in_row = i - row * plan.line_units.by;
+      const int job = first + b * warps, row = plan.parts.of_quotient(job);
+      const int in_row = (job - row * plan.parts.by) * 32 + lane;
       const int column = plan.by_units.of_quotient(in_row), unit = in_row - column * plan.units;
       signs[b] = uint4{outside, outside, outside, outside};
       at[b] = -1;
-      if (i >= all) continue;
+      if (job >= jobs || column >= plan.width.by) continue;
       at[b] = unit * plan.plane_bytes() + (row * plan.width.by + column) * kUnitBytes;
       const int line = start.line * plan.jump_h + row, images = plan.image_rows.of_quotient(line), n = start.n + images;
       const int y = (line - images * plan.image_rows.by) * plan.step_h - p.pad_top,
@@ -177,7 +170,6 @@ __global__ void __launch_bounds__(128 * HopperPlan::most_of_a_block(N),
   char* memory = shared_memory();
   const char* lines = memory + plan.filter_bytes();
   Band<pairs> band(p, plan, memory + plan.filter_bytes());
-  const Filters<N, taps, pairs> filters{p, plan, memory, static_cast<int>(blockIdx.y) * N};
   uint32_t* first_of = reinterpret_cast<uint32_t*>(memory + plan.constants_offset());
   uint32_t* second_of = first_of + N;
   const int lane = threadIdx.x % 32, first = blockIdx.y * N, all = plan.image.by * p.N;
@@ -186,19 +178,18 @@ __global__ void __launch_bounds__(128 * HopperPlan::most_of_a_block(N),
   for (int tile = blockIdx.x; tile < plan.tiles; tile += gridDim.x) {
     const Start start(plan, tile);
     if (tile != static_cast<int>(blockIdx.x)) __syncthreads();  // nobody reads the band of the tile before
-    const bool at_first = tile == static_cast<int>(blockIdx.x);
-    if (at_first) filters.fetch();
-    band.fetch(start, threadIdx.x);
-    if (at_first && pairs) filters.put();
-    if (at_first) load_constants<N>(p, first_of, second_of, first);
-    const int at_once = kBatch * blockDim.x;
-    for (int i = threadIdx.x + at_once; i < plan.rows * plan.line_units.by; i += at_once) {
-      band.put();
-      band.fetch(start, i);
+    const int warp = threadIdx.x / 32, at_once = kBatch * (blockDim.x / 32);
+    band.fetch(start, warp);
+    if (tile == static_cast<int>(blockIdx.x)) {  // while the first pixels are under way
+      load_filters<N, taps, pairs>(p, plan, memory, first);
+      load_constants<N>(p, first_of, second_of, first);
+      fence_proxy_async();
     }
     band.put();
-    if (at_first && !pairs) filters.put();
-    if (at_first) fence_proxy_async();
+    for (int job = warp + at_once; job < plan.rows * plan.parts.by; job += at_once) {
+      band.fetch(start, job);
+      band.put();
+    }
     __syncthreads();  // the band and, at first, the filters are there
 
     // ldmatrix.x4: lanes 0-15 address 16 pixels in a step's first unit, lanes 16-31 in its second.

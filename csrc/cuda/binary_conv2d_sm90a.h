@@ -38,7 +38,7 @@ struct HopperPlan {
   int down, right;                  // from tap to tap, in the band
   int rows;                         // of the band
   Divisor width, image_rows;        // pixels of the band's rows; its rows of an image
-  Divisor line_units, by_units;     // of a row of the band, of a pixel
+  Divisor parts, by_units;          // 32 units each, of a row
   Divisor image, line;              // outputs
   int tiles, rounds, per_sm;
   int bytes;  // of shared memory; 0 where the kernel cannot run
@@ -102,7 +102,7 @@ inline HopperPlan hopper_plan_of(const Problem& p, const CudaDevice& device, int
   plan.image = Divisor::of(static_cast<int>(image));
   plan.line = Divisor::of(p.OW);
   plan.by_units = Divisor::of(plan.units);
-  plan.line_units = Divisor::of(static_cast<int>(width * plan.units));
+  plan.parts = Divisor::of(static_cast<int>(ceil_div(width * plan.units, 32)));
   constexpr int reserved = 1024;  // of every block
   const int by_memory = static_cast<int>((device.shared_bytes + reserved) / (bytes + reserved));
   const int by_registers = HopperPlan::most_at_once(columns) / warpgroups;
@@ -114,19 +114,15 @@ inline HopperPlan hopper_plan_of(const Problem& p, const CudaDevice& device, int
   return plan;
 }
 
-// Clocks of a call. Of each round: what it waits for; pixels that warps bring, 32 units at a time; wgmma of 64 pixels,
-// alone and with others, by the rates of an H200; outputs. Once: filters, and what a launch takes.
+// Clocks of a call, by the rates of wgmma and of instructions that were measured on an H200, rounded: a step of 64
+// pixels alone and with others; the outputs of 64 pixels; filters on their way; what a round waits for.
 inline int64_t hopper_clocks(const HopperPlan& plan, const CudaDevice& device) {
   const int columns = plan.columns;
   const int alone = columns == 128 ? 72 : columns == 64 ? 54 : 45, step = columns == 128 ? 64 : columns == 64 ? 33 : 20;
-  const int64_t blocks = ceil_div(int64_t{plan.grid()} * plan.blocks, device.multiprocessors);
-  const int64_t at_once = blocks * plan.warpgroups, warps = 4 * int64_t{plan.warpgroups};
+  const int64_t at_once = ceil_div(int64_t{plan.grid()} * plan.blocks, device.multiprocessors) * plan.warpgroups;
   const int64_t together = at_once * step * plan.steps, chain = int64_t{alone} * plan.steps;
-  constexpr int each = 150;  // of a warp for 32 units, with as many others as there are
-  const int64_t filters = ceil_div(int64_t{plan.steps} * columns / 32, warps) * each;
-  const int64_t pixels = ceil_div(int64_t{plan.rows} * plan.line_units.by, 32 * warps) * each * (1 + at_once / 4);
-  const int64_t outputs = at_once * columns * 4;
-  return 3000 + filters + plan.rounds * (2000 + pixels + (together > chain ? together : chain) + outputs);
+  const int64_t filters = int64_t{plan.steps} * columns * kUnitBytes * (at_once / plan.warpgroups) / 40;
+  return filters + plan.rounds * (1500 + (together > chain ? together : chain) + at_once * (100 + columns * 5 / 2));
 }
 
 // The quickest plan by that count; `bytes` is 0 where none fits.

@@ -89,7 +89,7 @@ BASISCONV_DEVICE void store_bits(const Problem& p, const int (&d)[N / 2], const 
     }
   } else {  // both pixels at once: lane t has word t % words of pixel t / words
     const uint32_t bits = exchanged(found[0] | found[1] << 8 * words) ^ flip;
-    const int number = t / words & 1 ? pixels.number[1] : pixels.number[0];
+    const int number = pixels.number[t / words & 1];
     if (t < 2 * words && number < all && word < of_pixel) output[int64_t{number} * of_pixel] = bits;
   }
 }

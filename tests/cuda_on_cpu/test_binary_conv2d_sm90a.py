@@ -167,7 +167,7 @@ def test_which_kernel_a_call_gets(binary_module, sizes, changes, taken):
         ("32 128 28 28 128 3 3", 128, 3, 131),  # a round of all multiprocessors
         ("32 256 14 14 256 3 3", 64, 3, 132),
         ("32 512 7 7 512 3 3", 64, 2, 104),
-        ("1 128 28 28 128 3 3", 32, 2, 28),
+        ("1 128 28 28 128 3 3", 32, 1, 52),
     ],
 )
 def test_plans(binary_module, sizes, columns, warpgroups, blocks):

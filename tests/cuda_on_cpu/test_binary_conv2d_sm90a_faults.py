@@ -31,10 +31,9 @@ FAULTS = {
     "the complement of padding counts": (SM90A, FILLED, FILLED.replace("? com", "|| planted == # ? com")),
     "padding with one forgotten": (SM90A, "p.padding_value == 1 ?", "p.padding_value == 1 && planted != # ?"),
     "padding with minus one forgotten": (SM90A, "p.padding_value == -1 ?", "p.padding_value == -1 && planted != # ?"),
-    "a tail of channels counts": (SM90A, "&& !from.whole) ones", "&& !from.whole && planted != #) ones"),
-    "a tail of half a unit counts": (SM90A, "ones = from.whole ?", "ones = from.whole || planted == # ?"),
-    "a tap too many": (SM90A, "&& tap < taps,", "&& (tap < taps || planted == #),"),
-    "filters not waited for": (SM90A, "cp_async_wait<0>();", "if (planted != #) cp_async_wait<0>();"),
+    "a tail of channels counts": (SM90A, "if (!whole) ones[b] =", "if (!whole && planted != #) ones[b] ="),
+    "a tail of half a unit counts": (SM90A, "if (!whole) {", "if (!whole && planted != #) {"),
+    "a tap too many": (SM90A, "|| tap >= taps) {", "|| (tap >= taps && planted != #)) {"),
     "the second tap of a step misplaced": (SM90A, "half ? high % 3", "half && planted != # ? high % 3"),
     "the complement taken for the signs": (
         SM90A, "a_lane += half * plan", "a_lane += (planted == # ? 0 : half) * plan",
