@@ -128,15 +128,16 @@ def measure_times(
     folder: Annotated[Path, typer.Option(help="Where run put the networks.")] = Path("out"),
     seconds: Annotated[float, typer.Option(help="For each network.")] = 2.0,
     threads: Annotated[int, typer.Option(help="Of PyTorch.")] = 1,
-    output: Annotated[Path, typer.Option(help="Written anew.")] = report.LATENCY,
+    output: Annotated[Path, typer.Option(help="Times of other networks stay in it.")] = report.LATENCY,
 ) -> None:
     """Time the networks found beside the dense ones; keep the machine idle meanwhile."""
     torch.set_num_threads(threads)
     found = latency.measure(folder, seconds)
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in found]
+    rows = latency.merged(report.read(output), found)
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     output.write_text("".join(lines), encoding="utf-8")
     for row in found:
-        print(row["network"], "batch", row["batch"], row["ms"])
+        print(row["network"], "batch", row["batch"], f"{row['disturbed']:.0%} disturbed", row["ms"])
 
 
 @app.command("report")

@@ -23,7 +23,6 @@ class Stage:
         orthogonality: weight of that loss.
         warm_up: share of the steps in which the rate rises to ``lr`` first.
         optimizer: ``"sgd"``, or ``"adam"``, which binary filters want.
-        steps: of an epoch, at most.
     """
 
     config: Any
@@ -31,7 +30,6 @@ class Stage:
     lr: float
     orthogonality: float = 0.0
     warm_up: float = 0.0
-    steps: int | None = None
     optimizer: str = "sgd"
 
     @property

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import torch
 from torch import nn
 
 import basisconv_kernels as bk
-from basisconv_kernels.compression.timing import measure_ms
+from basisconv_kernels.core import timing
 from bench.experiments import setting
 from bench.experiments.run import finished
 from bench.experiments.table import TABLE
@@ -42,12 +44,15 @@ def measure(folder: Path, seconds: float) -> list[dict[str, Any]]:
         forms = [_inference(network, example) for network in networks.values()]
         for batch in BATCHES:
             images = torch.randn(batch, *setting.EXAMPLE[1:]).contiguous(memory_format=torch.channels_last)
-            times = measure_ms(forms, images, seconds)
+            calls = {name: functools.partial(form, images) for name, form in zip(networks, forms, strict=True)}
+            with torch.inference_mode():
+                taken = timing.interleave(calls, seconds * len(calls))
             rows.append(
                 {
                     "network": kind,
                     "batch": batch,
-                    "ms": dict(zip(networks, (round(ms, 4) for ms in times), strict=True)),
+                    "ms": {name: round(series.scaled(1e3).spread().median, 4) for name, series in taken.items()},
+                    "disturbed": round(timing.disturbed(taken.values()), 3),
                     "threads": torch.get_num_threads(),
                     "dtype": "float32",
                     "form": "channels_last, BatchNorm and ReLU folded",
@@ -58,6 +63,13 @@ def measure(folder: Path, seconds: float) -> list[dict[str, Any]]:
                 }
             )
     return rows
+
+
+def merged(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The new rows, after what older ones tell of networks that the new ones lack, each beside its own dense one."""
+    known = {name for row in new for name in row["ms"]} - {"dense"}
+    kept = [row | {"ms": {name: ms for name, ms in row["ms"].items() if name not in known}} for row in old]
+    return [*(row for row in kept if row["ms"].keys() - {"dense"}), *new]
 
 
 def _inference(network: nn.Module, example: torch.Tensor) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Trainings of tens of epochs, which need a GPU: what the short ones of ``table`` leave open."""
+"""Trainings of tens of epochs, which need a GPU."""
 
 from __future__ import annotations
 

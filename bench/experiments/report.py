@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.experiments.table import TABLE, Experiment
+from bench.experiments.experiment import Experiment
+from bench.experiments.long import LONG
+from bench.experiments.table import TABLE
 from bench.harness.paths import ROOT
 
 RESULTS = Path(__file__).parent / "results"
@@ -97,9 +99,9 @@ def text(rows: Sequence[Row], latency: Sequence[Row]) -> str:
     lines += [f"- **{s.experiment.name}**: {s.experiment.question}. {_recipe(s)}" for s in known]
     lines += ["", "### Curves", "", "Validation accuracy after each epoch, of each seed; the best epoch is kept.", ""]
     lines += [curve for summary in known for curve in _curves(summary)]
-    missing = [e for e in TABLE if e.name not in by_name]
+    missing = [line for experiment in TABLE if (line := _missing(experiment, by_name.get(experiment.name)))]
     if missing:
-        lines += ["", "### Not run", ""] + [f"- **{e.name}** (tier {e.tier}): {e.question}" for e in missing]
+        lines += ["", "### Not run", "", *missing]
     lines += ["", *_context(rows, latency)]
     return "\n".join(lines) + "\n"
 
@@ -118,6 +120,15 @@ def _line(summary: Summary, by_name: dict[str, Summary]) -> str:
     return f"| {' | '.join([*cells, f'{summary.bytes:.1f}', *times])} |"
 
 
+def _missing(experiment: Experiment, found: Summary | None) -> str:
+    """Which seeds of the table have no row; empty where all have one."""
+    left = [seed for seed in experiment.seeds if found is None or seed not in {row["seed"] for row in found.rows}]
+    seeds = f"seed{'s' if len(left) > 1 else ''} {', '.join(map(str, left))}"
+    if found is None:
+        return f"- **{experiment.name}**, {seeds}: {experiment.question}"
+    return f"- {experiment.name}, {seeds}" if left else ""
+
+
 def _recipe(summary: Summary) -> str:
     row = summary.rows[0]
     if "layerwise" in row:
@@ -130,9 +141,14 @@ def _recipe(summary: Summary) -> str:
         return f"Layer-wise: {settings}. Layers 16 times smaller or more, by seed: {kept}.{end}"
     parts = [
         f"`{stage['config']}`, {stage['epochs']} × {stage['curve'][0]['steps']} steps at {stage['lr']:g}"
+        + (" with Adam" if stage.get("optimizer") == "adam" else "")
         for stage in row["stages"]
     ]
-    return "; then ".join(parts) + f", from {row['start']}."
+    end = ""
+    if "binary_layer_bytes" in row:
+        numbers, bits = row["binary_layer_bytes"]
+        end = f" Its binary layers take {bits:,} bytes in place of {numbers:,}: ÷ {numbers / bits:.0f}."
+    return "; then ".join(parts) + f", from {row['start']}.{end}"
 
 
 def _curves(summary: Summary) -> list[str]:
@@ -150,14 +166,21 @@ def _curves(summary: Summary) -> list[str]:
 
 
 def _context(rows: Sequence[Row], latency: Sequence[Row]) -> list[str]:
-    cpus = sorted({row["device"]["cpu"] for row in [*rows, *latency]})
+    devices = sorted({row["device"].get("accelerator") or row["device"]["cpu"] for row in rows})
     commits = sorted({(row["git"]["commit"] or "unknown")[:10] for row in rows})
     torches = sorted({row["versions"]["torch"] for row in rows})
     hours = sum(row["seconds"] for row in rows) / 3600
-    return [
-        f"{len(rows)} trainings, {hours:.1f} hours, {', '.join(cpus)}, {', '.join(torches)}, at commits "
+    lines = [
+        f"{len(rows)} trainings, {hours:.1f} hours, {', '.join(devices)}, {', '.join(torches)}, at commits "
         f"{', '.join(commits)}. Accuracies are of the 8,000 test images that chose nothing."
     ]
+    for row in {(row["device"]["cpu"], row["git"]["commit"]): row for row in latency}.values():
+        names = sorted({name for other in latency if other["git"] == row["git"] for name in other["ms"]} - {"dense"})
+        lines.append(
+            f"Times on {row['device']['cpu']}, {row['threads']} thread, {row['versions']['torch']}, at commit "
+            f"{(row['git']['commit'] or 'unknown')[:10]}: {', '.join(names)}."
+        )
+    return lines
 
 
 def write(page: Path = PAGE, plots: Path = PLOTS) -> None:
@@ -173,20 +196,35 @@ def write(page: Path = PAGE, plots: Path = PLOTS) -> None:
     _plot(plots / "bytes.svg", "kilobytes of the file", [(s, s.file_bytes / 1e3) for s in known])
     timed = [(s, s.ms[1][1]) for s in known if 1 in s.ms]
     if timed:
-        _plot(plots / "ms.svg", "milliseconds an image, batch 1, one thread", timed)
+        _plot(plots / "ms.svg", "milliseconds an image", timed)
 
 
 def _plot(path: Path, label: str, points: Sequence[tuple[Summary, float]]) -> None:
+    """Accuracy against ``label``: one panel for each network in which something is converted, dense ones in black."""
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
-    with matplotlib.rc_context({"svg.hashsalt": path.stem, "font.size": 9}):
-        figure = Figure(figsize=(6.4, 4.0), layout="constrained")
-        axes = figure.add_subplot()
-        for (summary, x), marker in zip(points, itertools.cycle(MARKERS), strict=False):
-            values = [100 * row["test_accuracy"] for row in summary.rows]
-            axes.plot([x] * len(values), values, marker, ms=5, alpha=0.8, label=summary.experiment.name)
-        axes.set(xlabel=label, ylabel="test accuracy, %", xscale="log")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    panels: dict[str, list[tuple[Summary, float]]] = {}
+    for summary, x in points:
+        long = summary.experiment in LONG
+        panels.setdefault(summary.experiment.network + ("" if long else ", short"), []).append((summary, x))
+    panels = {title: part for title, part in panels.items() if not all(summary.dense for summary, _ in part)}
+    with matplotlib.rc_context({"svg.hashsalt": path.stem, "font.size": 8}):
+        figure = Figure(figsize=(1.0 + 2.7 * len(panels), 5.0), layout="constrained")
+        for place, (title, part) in enumerate(panels.items(), 1):
+            axes, markers = figure.add_subplot(1, len(panels), place), itertools.cycle(MARKERS)
+            for summary, x in part:
+                values = [100 * row["test_accuracy"] for row in summary.rows]
+                color = {"color": "black", "mfc": "none"} if summary.dense else {}
+                axes.plot(
+                    [x] * len(values), values, next(markers), ms=6, alpha=0.7, label=summary.experiment.name, **color
+                )
+            axes.set(title=title, xlabel=label, xscale="log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axes.xaxis.set_major_formatter(ScalarFormatter())
+            axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2 if len(part) > 6 else 1)
+        figure.axes[0].set_ylabel("test accuracy, %")
         figure.savefig(path, metadata={"Date": None})

@@ -161,7 +161,7 @@ def _train(
 ) -> list[EpochRecord]:
     place = str(next(model.parameters()).device)
     whole = len(setting.training(BATCH, place)) if not resident else len(setting.resident(place)) // BATCH
-    most = min(whole, *(count for count in (stage.steps, shorten) if count is not None), whole)
+    most = min(whole, shorten or whole)
     factor = _rates(stage, most)
     parameters = bk.trainable_parameters(model)
     after = _clipper(model)

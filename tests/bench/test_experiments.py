@@ -12,7 +12,7 @@ pytest.importorskip("matplotlib")
 from basisconv_kernels import BinaryConfig, StackedBinaryConfig
 from basisconv_kernels.compression.tucker_config import TuckerConfig
 from basisconv_kernels.demo import data
-from bench.experiments import report, setting
+from bench.experiments import latency, report, setting
 from bench.experiments import run as module
 from bench.experiments.table import BY_NAME, TABLE, Experiment, Stage
 
@@ -97,10 +97,35 @@ def _timeless(value):
 
 def test_the_page_tells_where_a_network_was_trained_and_what_it_is_held_against():
     rows = report.read(report.ROWS)
-    twin = next(row for row in rows if row["experiment"] == "vgg-dense-longer")
-    own = next(row for row in rows if row["experiment"] == "vgg-tucker")
+    twin = next(row for row in rows if row["experiment"] == "vgg-cycle-more")
+    own = next(row for row in rows if row["experiment"] == "vgg-tucker-25")
     on_gpu = own | {"device": own["device"] | {"accelerator": "Some GPU"}}
-    (line,) = (part for part in report.text([twin, on_gpu], []).splitlines() if part.startswith("| vgg-tucker "))
+    (line,) = (part for part in report.text([twin, on_gpu], []).splitlines() if part.startswith("| vgg-tucker-25 "))
     cells = [cell.strip() for cell in line.split("|")]
     assert cells[6] == "Some GPU"
-    assert cells[5] == f"{100 * (own['test_accuracy'] - twin['test_accuracy']):+.2f} to vgg-dense-longer"
+    assert cells[5] == f"{100 * (own['test_accuracy'] - twin['test_accuracy']):+.2f} to vgg-cycle-more"
+
+
+def test_every_seed_without_a_row_is_told():
+    rows = report.read(report.ROWS)
+    own = [row for row in rows if row["experiment"] == "vgg-tucker-25" and row["seed"] == 0]
+    left = report.text(own, []).partition("### Not run")[2]
+    assert "- vgg-tucker-25, seeds 1, 2\n" in left
+    assert "- **vgg-quarter**, seeds 0, 1, 2: BasisConv" in left
+    three = [own[0] | {"seed": seed} for seed in BY_NAME["vgg-tucker-25"].seeds]
+    assert "vgg-tucker-25" not in report.text(three, []).partition("### Not run")[2]
+
+
+def test_bytes_of_binary_layers_are_told():
+    row = next(row for row in report.read(report.ROWS) if row["experiment"] == "wide-stacked")
+    made = report.text([row | {"binary_layer_bytes": [1000, 8]}], [])
+    assert "Its binary layers take 8 bytes in place of 1,000: ÷ 125." in made
+
+
+def test_new_times_take_the_place_of_older_ones_and_leave_the_others():
+    def row(batch, **ms):
+        return {"network": "small-vgg", "batch": batch, "ms": {"dense": 1.0, **ms}}
+
+    old, new = [row(1, a=2.0, b=3.0), row(16, a=4.0)], [row(1, a=5.0), row(16, a=6.0)]
+    assert latency.merged(old, new) == [row(1, b=3.0), *new]
+    assert latency.merged([], new) == new
