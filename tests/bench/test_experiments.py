@@ -129,3 +129,12 @@ def test_new_times_take_the_place_of_older_ones_and_leave_the_others():
     old, new = [row(1, a=2.0, b=3.0), row(16, a=4.0)], [row(1, a=5.0), row(16, a=6.0)]
     assert latency.merged(old, new) == [row(1, b=3.0), *new]
     assert latency.merged([], new) == new
+
+
+def test_the_plot_times_a_dense_network_beside_those_that_start_from_it_or_are_held_against_it():
+    rows = [row for row in report.read(report.ROWS) if row["experiment"].startswith("vgg-")]
+    latency_rows = [{"network": "small-vgg", "batch": 1, "ms": {"dense": 2.0, "vgg-tucker-25": 1.0}}]
+    known = report.summaries(rows, latency_rows)
+    found = {summary.experiment.name: report._milliseconds(summary, known) for summary in known}
+    told = {name: ms for name, ms in found.items() if ms is not None}
+    assert told == {"vgg-tucker-25": 1.0, "vgg-cycle": 2.0, "vgg-cycle-more": 2.0}
