@@ -7,9 +7,11 @@ import functools
 import pytest
 import torch
 
-from basisconv_kernels import basis_conv2d, basis_conv2d_pack, testing
+from basisconv_kernels import basis_conv2d, basis_conv2d_pack, testing, tucker_conv2d
 from basisconv_kernels.ops import basis_conv2d_planned as planned
+from basisconv_kernels.ops import tucker_conv2d_planned as chains
 from basisconv_kernels.ops.basis_conv2d_native import cuda_supports
+from basisconv_kernels.ops.tucker_conv2d_native import tucker_conv2d_pack
 from tests.ops.planned_calls import counted, same
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cache")]
@@ -93,6 +95,21 @@ def test_what_is_refused_at_first_is_refused_in_the_same_words_later(name, short
         call(**changed)
     assert str(after.value) == str(before.value)
     same(call(), expected)
+
+
+def test_the_last_two_stages_of_a_chain_go_the_short_way(monkeypatch):
+    short = counted(monkeypatch, chains.plans)
+    case = testing.tucker_case("whole_epilogue").at(device="cuda", dtype=torch.bfloat16, channels_last=True)
+    given = testing.make_tucker_inputs(case)
+    p = case.problem
+    packed = tucker_conv2d_pack(*given.tensors[2:4], stride=p.stride, dilation=p.dilation, precise=p.precise)
+    call = functools.partial(
+        tucker_conv2d, *given.tensors[:5], residual=given.tensors[5], packed=packed, backend="cuda", **case.arguments()
+    )
+    with torch.no_grad():
+        first = call()
+        same(first, call())
+    assert (short.calls, short.refused) == (1, 0)
 
 
 def test_a_captured_graph_holds_a_short_call(short):

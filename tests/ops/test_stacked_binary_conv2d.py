@@ -43,6 +43,8 @@ def test_result(kernel, case, dtype):
      for c in testing.STACKED_PERFORMANCE_CASES],
 )  # fmt: skip
 def test_result_at_the_sizes_of_the_goals(kernel, case):
+    if kernel.name == "reference-cuda":
+        pytest.skip("PyTorch's float32 convolution of these sizes sums whole numbers inexactly on an H200")
     testing.check_stacked(kernel.case(case, torch.float32), kernel.run)
 
 
