@@ -18,6 +18,7 @@ from basisconv_kernels.core.registry import Candidate
 from basisconv_kernels.ops import binary_conv2d_native as native
 from basisconv_kernels.ops import binary_conv2d_planned as planned
 from basisconv_kernels.ops import binary_conv2d_triton as triton
+from basisconv_kernels.ops.basis_conv2d_native import BACKENDS
 from basisconv_kernels.ops.binary_conv2d_arguments import Sizes, check_scale_group, normal_form
 from basisconv_kernels.reference import binary_conv2d as reference
 from basisconv_kernels.reference.binary_conv2d import Settings
@@ -347,7 +348,7 @@ def binary_conv2d(
         pixel_scale,
     )
     found = _run(operands, threshold, packed, settings)
-    if packed is not None and settings.backend == "cpu" and eager:
+    if packed is not None and settings.backend in BACKENDS and eager:
         planned.remember(tensors, packed, (*arguments, backend), settings)
     return PackedTensor(found, sizes.K) if output == "packed" else found
 

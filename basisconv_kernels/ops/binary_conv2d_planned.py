@@ -1,4 +1,4 @@
-"""The short way of a repeated eager call of ``binary_conv2d`` with packed weights on the CPU; see ``core.eager``."""
+"""The short way of a repeated eager call of ``binary_conv2d`` with packed weights; see ``core.eager``."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def remember(tensors: tuple[Any, ...], packed: Tensor, arguments: tuple[Any, ...
     """Let the next call of this kind go the short way, where it can: not with scales that outputs share.
 
     Args:
-        tensors, packed, arguments: as for ``run``, of a call that went the long way on the native backend of the CPU.
+        tensors, packed, arguments: as for ``run``, of a call that went the long way on a native backend.
         settings: what the arguments came to.
     """
     if tensors[-1] is not None or type(tensors[-2]) not in (Threshold, type(None)):

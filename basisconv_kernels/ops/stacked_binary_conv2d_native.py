@@ -109,7 +109,7 @@ def cuda_supports(problem: StackedBinaryConv2dProblem) -> list[str]:
     p = problem
     if isinstance(p, StackedBinaryConv2dProblem) and p.mode != "real":
         return binary.cuda_supports(_with_full_filters(p))
-    return ternary.against(p.device, p.dtype, p.channels_last, p.C, p.groups)  # a plain layer is open in its mode
+    return ternary.against(p.device, p.dtype, p.C, p.groups)  # a plain layer is open in its mode
 
 
 def cuda_check(problem: StackedBinaryConv2dProblem) -> Check:

@@ -31,7 +31,8 @@ def triton(problem: StackedBinaryConv2dProblem) -> Check:
 def cuda(problem: StackedBinaryConv2dProblem) -> Check:
     """The variant of the CUDA kernel for real activations, that of ``ternary_conv2d`` with full filters."""
     p = problem
-    full = TernaryConv2dProblem(C=p.C, K=p.K, R=p.R, S=p.S, stride=p.stride, dilation=p.dilation, dtype=p.dtype)
+    full = TernaryConv2dProblem(C=p.C, K=p.K, R=p.R, S=p.S, stride=p.stride, dilation=p.dilation, dtype=p.dtype,
+                                channels_last=p.channels_last)  # fmt: skip
     name = ternary_conv2d_selfcheck.cuda(full).variant.replace("ternary", "stacked_binary", 1)
     return Check(name, functools.partial(against_reference, "cuda", problem))
 

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 from basisconv_kernels.core import checks, extension, machine
 from basisconv_kernels.core.autograd import refuse_gradients
 from basisconv_kernels.core.checks import Pair
+from basisconv_kernels.core.layout import memory_format
 from basisconv_kernels.core.problem import dtype_name
 from basisconv_kernels.reference.ternary_conv2d_problem import TernaryConv2dProblem
 
@@ -27,15 +28,13 @@ CAPABILITY = 9
 PRESENT = extension.load() is None and hasattr(torch.ops.basisconv, "ternary_conv2d_cuda")
 
 
-def against(device: str, dtype: torch.dtype, channels_last: bool, channels: int, groups: int) -> list[str]:
+def against(device: str, dtype: torch.dtype, channels: int, groups: int) -> list[str]:
     """The reasons against the kernel; those of this machine's device count where there is one."""
     found = []
     if device != "cuda":
         found.append(f"runs on CUDA devices, the tensors are on {device}")
     if dtype not in DTYPES:
         found.append(f"has no {dtype_name(dtype)} kernel")
-    if not channels_last:
-        found.append("takes channels_last inputs only")
     if groups > 1:
         found.append("has no kernel for groups")
     if channels % CHANNELS:
@@ -52,7 +51,7 @@ def packs(planes: Tensor, channels: int, groups: int) -> bool:
 
 def supports(problem: TernaryConv2dProblem) -> list[str]:
     """The reasons against a problem of ``ternary_conv2d``."""
-    found = against(problem.device, problem.dtype, problem.channels_last, problem.C, problem.groups)
+    found = against(problem.device, problem.dtype, problem.C, problem.groups)
     return [*found, "has one accumulator, two scales need two"] if problem.scales == "two" else found
 
 
@@ -118,7 +117,7 @@ def _fake_forward(
     """Shape, dtype and strides of the result, for tracing."""
     OH, OW = checks.output_size(OP, (input.shape[2], input.shape[3]), kernel, stride, padding, dilation)
     return torch.empty(
-        (input.shape[0], K, OH, OW), dtype=input.dtype, device=input.device, memory_format=torch.channels_last
+        (input.shape[0], K, OH, OW), dtype=input.dtype, device=input.device, memory_format=memory_format(input)
     )
 
 

@@ -28,6 +28,7 @@ def cuda(problem: TernaryConv2dProblem) -> Check:
     """The variant of the CUDA kernel: what decides template, plan and tails."""
     words = [
         f"ternary_conv2d cuda {dtype_name(problem.dtype)}",
+        "channels_last" if problem.channels_last else "NCHW",
         f"{problem.R}×{problem.S} stride {problem.stride[0]},{problem.stride[1]}",
         *([f"dilation {problem.dilation[0]},{problem.dilation[1]}"] if problem.dilation != (1, 1) else []),
         f"slabs {math.ceil(problem.C / 64)}" + (" whole" if problem.C % 64 == 0 else ""),

@@ -21,6 +21,7 @@ from basisconv_kernels.ops import tucker_conv2d_one_pass as one_pass
 from basisconv_kernels.ops import tucker_conv2d_planned as planned
 from basisconv_kernels.ops import tucker_conv2d_triton as triton
 from basisconv_kernels.ops import tucker_conv2d_unfused as unfused
+from basisconv_kernels.ops.basis_conv2d_native import BACKENDS
 from basisconv_kernels.ops.tucker_conv2d_arguments import normal_form
 from basisconv_kernels.ops.tucker_conv2d_model import ONE_PASS, slower_than_plain
 from basisconv_kernels.reference import tucker_conv2d as reference
@@ -376,6 +377,6 @@ def _run(tensors: tuple[Any, ...], packed: Tensor | None, arguments: tuple[Any, 
         keep_stages = needs_gradient and (tensors[2].requires_grad or tensors[3].requires_grad)
         return _apply(*tensors, packed, settings, keep_stages)[0]
     result = _targets_of(settings.backend)[0](*tensors, packed, settings)[0]
-    if packed is not None and settings.backend == "cpu" and not torch.compiler.is_compiling():
+    if packed is not None and settings.backend in BACKENDS and not torch.compiler.is_compiling():
         planned.remember(tensors, packed, arguments, settings)
     return result

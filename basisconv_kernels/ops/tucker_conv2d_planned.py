@@ -1,4 +1,4 @@
-"""The short way of a repeated eager call of ``tucker_conv2d`` with packed weights on the CPU; see ``core.eager``.
+"""The short way of a repeated eager call of ``tucker_conv2d`` with packed weights; see ``core.eager``.
 
 The first 1×1 runs as always; the plan is one of ``basis_conv2d``, for the last two stages.
 """
@@ -53,7 +53,7 @@ def remember(tensors: tuple[Any, ...], packed: Tensor, arguments: tuple[Any, ...
     """Let the next call of this kind go the short way, where it can: not where maps between the stages are wider.
 
     Args:
-        tensors, packed, arguments: as for ``run``, of a call that went the long way on the native backend of the CPU.
+        tensors, packed, arguments: as for ``run``, of a call that went the long way on a native backend.
         settings: what the arguments came to, the backend last.
     """
     input, u_in, core, u_out = tensors[:4]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,139 +12,13 @@ from basisconv_kernels.core import tuning
 from basisconv_kernels.ops import tucker_conv2d_model as model
 from bench.gpu import facts, keep
 from bench.gpu.journal import PASSED, WRONG
+from bench.gpu.proven import proven
 from bench.gpu.report import subject
+from bench.gpu.tables import Content, device_line, table
 
-Content = Mapping[str, Any]
 OURS = ("cuda", "triton")
 BITS = ("packed_to_packed", "packed_to_bf16", "bf16_to_bf16")
-MOST_REASONS = 2  # of failures, in a cell of a table
 PLAIN = "two convolutions"
-
-# Subject, what was proven without a GPU in two ways, and the parts of ``gpu-check`` that prove it on one.
-PROVEN: tuple[tuple[str, str, str, Callable[[str, str], bool]], ...] = (
-    (
-        "Triton kernels",
-        "float32, float16: forward, gradients, every row of the table",
-        "every row, four architectures; gradients in five layouts",
-        lambda part, backend: (
-            not any(word in part for word in ("tucker", "bits"))
-            and (backend == "triton" or part.startswith("tests/triton"))
-        ),
-    ),
-    (
-        "ternary, stacked and binary convolutions, `bitpack`, in Triton",
-        "float32, float16: every case of the ops, drawn geometries",
-        "every tile and form, sm_80 and sm_90",
-        lambda part, _: part == "tests/gpu/test_triton_bits.py",
-    ),
-    (
-        "`ternary_conv2d` and stacked filters of real activations on CUDA",
-        "every template, in three orders of the threads",
-        "sm_90a",
-        lambda part, backend: part == "tests/gpu/test_ternary_kernels.py" or ("ternary" in part and backend == "cuda"),
-    ),
-    (
-        "`tucker_conv2d` in Triton, one pass and two",
-        "float32, float16: forward, gradients",
-        "sm_80, sm_89, sm_90",
-        lambda part, backend: "tucker" in part and backend == "triton",
-    ),
-    (
-        "`tucker_conv2d` on the CUDA kernels",
-        "its cases and gradients",
-        "as the kernels",
-        lambda part, backend: "tucker" in part and backend == "cuda",
-    ),
-    (
-        "`tucker_conv2d` on CUDA in one pass",
-        "every template, in three orders of the threads",
-        "sm_80, sm_90",
-        lambda part, backend: backend == model.ONE_PASS,
-    ),
-    (
-        "CUDA kernels",
-        "every template, in three orders of the threads",
-        "sm_80, sm_90a",
-        lambda part, backend: (
-            "tucker" not in part
-            and backend in ("cuda", "")
-            and part.startswith(("tests/gpu/test_cuda", "tests/ops/test_basis"))
-        ),
-    ),
-    (
-        "`binary_conv2d`, `bitpack`, stacked filters of bits, on CUDA",
-        "every template, in three orders of the threads",
-        "sm_80, sm_90, sm_90a",
-        lambda part, backend: (
-            backend in ("cuda", "")
-            and part.startswith(("tests/gpu/test_binary", "tests/ops/test_b", "tests/ops/test_stacked"))
-            and not part.startswith("tests/ops/test_basis")
-        ),
-    ),
-    ("wrappers", "by definition, with the same tests", "sm_90a", lambda part, _: part == "tests/gpu/test_wrappers.py"),
-    (
-        "plain PyTorch, the backend `reference`",
-        "on processors, all dtypes",
-        "–",
-        lambda part, backend: backend == "reference",
-    ),
-)
-LIBRARY = ("the native library", "see below", "what it needs of torch is in a list of what torch 2.11 has")
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def device_line(content: Content) -> str:
-    """**NVIDIA H200**, driver …"""
-    versions, device = content["versions"], content["device"]
-    cudnn = versions["cudnn"]
-    named = f"cuDNN {cudnn // 10000}.{cudnn // 100 % 100}.{cudnn % 100}"
-    return (
-        f"**{device['name']}**, driver {device['driver']}, torch {versions['torch']}, {named}, "
-        f"triton {versions['triton']}, sources {content['sources']}"
-    )
-
-
-# --- what was proven --------------------------------------------------------------------------------------------------
-
-
-def proven(check: Content | None) -> str:
-    """The table of what is proven where; of the GPU what the newest run of each test said, and for which sources."""
-    head = ("", "interpreted or executed on a processor", "compiled, and the machine code read", "on a GPU")
-    if check is None:
-        return table(head, [*((name, *texts, "not yet") for name, *texts, _ in PROVEN), (*LIBRARY, "not yet")])
-    rows = [(name, run, built, _cell(check, belongs)) for name, run, built, belongs in PROVEN]
-    ran = sum(part["counts"].get(PASSED, 0) for part in check["rows"] if part["backend"] == "cuda")
-    rows.append((*LIBRARY, f"loaded by torch {check['versions']['torch']}" if ran else "not yet"))
-    rest = [r for r in check["rows"] if not any(belongs(r["part"], r["backend"]) for *_, belongs in PROVEN)]
-    others = ", ".join(dict.fromkeys(f"`{Path(r['part']).name}`" for r in rest))
-    rows += [(f"others: {others}", "", "", _cell({**check, "rows": rest}, lambda *_: True))] if rest else []
-    return f"{table(head, rows)}\n\nThe last column: {device_line(check)}."
-
-
-def _cell(check: Content, belongs: Callable[[str, str], bool]) -> str:
-    now, before = Counter[str](), Counter[str]()
-    wrong: dict[str, int] = {}
-    for part in check["rows"]:
-        if belongs(part["part"], part["backend"]):
-            current = part["sources"] in (check["sources"], "None")
-            (now if current else before).update(part["counts"])
-            for reason, found in part["wrong"].items():
-                wrong[reason] = wrong.get(reason, 0) + found["times"]
-    texts = [_counts(now), f"before the last change: {_counts(before)}" if before else ""]
-    texts += [f"wrong {times}×: {reason.replace('|', '/')}" for reason, times in list(wrong.items())[:MOST_REASONS]]
-    if (more := sum(list(wrong.values())[MOST_REASONS:])) > 0:
-        texts.append(f"wrong {more}× alike: `check.json`")
-    return "; ".join(filter(None, texts)) or "not yet"
-
-
-def _counts(counts: Counter[str]) -> str:
-    return ", ".join(f"{counts[status]} {status}" for status in sorted(counts, key=lambda s: (s != PASSED, s)))
-
 
 # --- how fast ---------------------------------------------------------------------------------------------------------
 
@@ -201,7 +75,7 @@ def is_chain(row: Mapping[str, Any]) -> bool:
 
 
 def _plain(row: Mapping[str, Any], training: bool) -> bool:
-    return "layer" in row and ("frozen" in row) == training and not is_chain(row)
+    return "layer" in row and ("frozen" in row) == training and not is_chain(row) and not keep.of_bits(row)
 
 
 def chains(bench: Content, entries: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -216,6 +90,17 @@ def chains(bench: Content, entries: Sequence[Mapping[str, Any]]) -> list[str]:
     titles = [f"{engine}{more}" for engine in ("two passes", "one pass", "triton") for more in (", µs", ", × faster")]
     head = ["Tucker chain", "three convolutions, µs", "dense, µs", *titles, "automatic choice"]
     return [table(head, rows)] if rows else []
+
+
+def beside_dense(bench: Content, title: str, kinds: tuple[str, ...], engines: Sequence[str]) -> list[str]:
+    """The table of layers whose names begin so, beside cuDNN's dense convolution, if there are any."""
+    found = by_subject(bench, lambda row: str(row.get("layer", "")).startswith(kinds))
+    rows = [
+        [name, _us(of, "dense", bench), *(text for e in engines for text in (_us(of, e, bench), _over_dense(of, e)))]
+        for name, of in found.items()
+    ]
+    titles = [f"{engine.replace('_', ' ')}{more}" for engine in engines for more in (", µs", ", × dense")]
+    return [table([title, "dense, µs", *titles], rows)] if rows else []
 
 
 def layers(bench: Content) -> str:
@@ -240,22 +125,8 @@ def layers(bench: Content) -> str:
         head = [title, f"{PLAIN}, µs", *([] if training else ["dense, µs"]), *ours, "automatic choice"]
         parts += [table(head, rows)] if rows else []
     parts += chains(bench, entries)
-    bits = by_subject(bench, lambda row: str(row.get("layer", "")).startswith("binary_"))
-    if bits:
-        rows = [
-            [
-                name,
-                _us(found, "dense", bench),
-                *(text for e in BITS for text in (_us(found, e, bench), _over_dense(found, e))),
-            ]
-            for name, found in bits.items()
-        ]
-        head = [
-            "binary layer",
-            "dense, µs",
-            *(f"{e.replace('_', ' ')}{more}" for e in BITS for more in (", µs", ", × dense")),
-        ]
-        parts.append(table(head, rows))
+    parts += beside_dense(bench, "binary layer", keep.BINARY, BITS)
+    parts += beside_dense(bench, "layer of real numbers and bits", keep.REAL_AND_BITS, OURS)
     networks = by_subject(bench, lambda row: "network" in row)
     engines = ("dense", "two_step", "auto", *OURS)
     if networks:
@@ -273,7 +144,7 @@ def layers(bench: Content) -> str:
 def summary(bench: Content) -> str:
     """For the README: how the CUDA kernel does, and what automatic choice makes of it."""
     entries = keep.tuned_entries(bench)
-    one = [r for r in by_subject(bench, lambda row: "layer" in row and "frozen" not in row).values() if "two_step" in r]
+    one = [r for r in by_subject(bench, lambda row: _plain(row, False)).values() if "two_step" in r]
     pairs = {}
     for rows in one:
         if "cuda" in rows and "graph_cold" in rows["cuda"]:
@@ -292,7 +163,36 @@ def summary(bench: Content) -> str:
     if taken:
         span = f"{min(taken):.2f} to {max(taken):.2f} times as fast"
         lines.append(f"Automatic choice takes it for {len(taken)} of them, {span}; for the others what is not slower.")
-    return "\n".join([*lines, "All rows: [a day with a GPU](docs/gpu.md)."])
+    more = [f"- {line}" for line in beyond_the_basis(bench)]
+    return "\n".join([*lines, *(["", *more, ""] if more else []), "All rows: [a day with a GPU](docs/gpu.md)."])
+
+
+def beyond_the_basis(bench: Content) -> list[str]:
+    """A line each for chains, layers of bits and whole networks, slow ones included."""
+
+    def span(kinds: Callable[[Mapping[str, Any]], bool], ours: Sequence[str], plain: str) -> str | None:
+        ratios = [
+            of[plain]["graph_cold"]["median"] / min(of[e]["graph_cold"]["median"] for e in ours if e in of)
+            for of in by_subject(bench, kinds).values()
+            if plain in of and set(ours) & set(of)
+        ]
+        return f"{min(ratios):.2f} to {max(ratios):.2f} times as fast as" if ratios else None
+
+    def named(kinds: tuple[str, ...]) -> Callable[[Mapping[str, Any]], bool]:
+        return lambda row: str(row.get("layer", "")).startswith(kinds)
+
+    found = (
+        ("Tucker chains, by the better of two CUDA forms", is_chain, ("cuda", model.ONE_PASS), "two_step",
+         "three convolutions"),
+        ("Binary layers, from bits to bits", named(keep.BINARY), ("packed_to_packed",), "dense",
+         "the dense convolution in bfloat16"),
+        ("Ternary and stacked binary layers of real numbers, with scale, bias and ReLU", named(keep.REAL_AND_BITS),
+         ("cuda",), "dense", "the dense convolution with bias and ReLU"),
+        ("ResNet-50 and VGG-16 with Q = K/4", lambda row: "network" in row, ("auto",), "dense",
+         "the dense network"),
+    )  # fmt: skip
+    spans = [(title, span(kinds, ours, plain), beside) for title, kinds, ours, plain, beside in found]
+    return [f"{title}: {text} {beside}." for title, text, beside in spans if text]
 
 
 # --- rates and costs --------------------------------------------------------------------------------------------------

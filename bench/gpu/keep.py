@@ -30,6 +30,8 @@ UNFINISHED = "unfinished"
 # The engines of the bench by the backends whose times they are.
 BACKENDS = {"two_step": tuning.PLAIN, "cuda": "cuda", ONE_PASS: ONE_PASS, "triton": "triton"}
 WAYS = {"graph": "graph_cold", "eager": "eager"}
+# How names of layers begin that are neither basis convolutions nor chains.
+BINARY, REAL_AND_BITS = ("binary_",), ("ternary_", "stacked_")
 
 
 # --- taking rows ------------------------------------------------------------------------------------------------------
@@ -177,7 +179,7 @@ def tuned_entries(content: Mapping[str, Any]) -> list[dict[str, Any]]:
     problems: dict[tuple[str, str, str], Conv2dProblem] = {}
     for found in content["rows"]:
         backend = BACKENDS.get(found.get("engine", ""))
-        if found["status"] != PASSED or "layer" not in found or backend is None:
+        if found["status"] != PASSED or "layer" not in found or backend is None or of_bits(found):
             continue
         frozen = found.get("frozen")
         step = tuning.FORWARD if frozen is None else tuning.TRAINING
@@ -195,6 +197,11 @@ def tuned_entries(content: Mapping[str, Any]) -> list[dict[str, Any]]:
         for key, spreads in times.items()
         if tuning.PLAIN in spreads and len(spreads) > 1
     ]
+
+
+def of_bits(row: Mapping[str, Any]) -> bool:
+    """Whether a row is about filters of bits, which have no table to choose by."""
+    return str(row.get("layer", "")).startswith((*BINARY, *REAL_AND_BITS))
 
 
 def _op(problem: Conv2dProblem) -> str:

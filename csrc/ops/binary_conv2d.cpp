@@ -117,17 +117,6 @@ std::vector<int32_t> spread(const Tensor& values, const BinaryConv2dWeights& w, 
   return to;
 }
 
-// The tensors of a call, as torch hands them over.
-struct BinaryCall {
-  const Tensor& input;
-  const Tensor& weight;
-  const std::optional<Tensor>& scale;
-  const std::optional<Tensor>& bias;
-  const std::optional<Tensor>& pixel_scale;
-  const std::optional<Tensor>& threshold;
-  const std::optional<Tensor>& flip;
-};
-
 Tensor run(const BinaryCall& call, const Tensor* packed, const BinarySettings& settings, Memory memory) {
   const auto& [input, weight, scale, bias, pixel_scale, threshold, flip] = call;
   const auto on_cpu = [](const std::optional<Tensor>& t) { return !t || t->is_cpu(); };
@@ -232,33 +221,6 @@ Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Te
              Memory::by_torch);
 }
 
-// A call in one tensor of bytes, as in basis_conv2d.cpp: the settings, and what its maker saw of the tensors.
-struct BinaryPlanned {
-  BinarySettings settings;
-  int64_t weight[5], planes, channels_last;
-  int64_t types[7];  // of the tensors in the order of BinaryCall, -1 where there is none
-};
-
-BinaryPlanned seen(const BinaryCall& call, const BinarySettings& settings) {
-  BinaryPlanned s{};
-  s.settings = settings;
-  const int64_t dims = settings.packed_weight ? 5 : 4, input_dims = settings.encoding ? 5 : 4;
-  STD_TORCH_CHECK(call.weight.dim() == dims && call.input.dim() == input_dims,
-                  "binary_conv2d_planned: input or weight has another number of dimensions");
-  for (int64_t i = 0; i < dims; ++i) s.weight[i] = call.weight.size(i);
-  s.planes = settings.encoding ? call.input.size(1) : 0;
-  s.channels_last = settings.encoding || is_channels_last(call.input);
-  const auto type = [](const std::optional<Tensor>& t) { return t ? static_cast<int64_t>(t->scalar_type()) : -1; };
-  s.types[0] = static_cast<int64_t>(call.input.scalar_type());
-  s.types[1] = static_cast<int64_t>(call.weight.scalar_type());
-  s.types[2] = type(call.scale);
-  s.types[3] = type(call.bias);
-  s.types[4] = type(call.pixel_scale);
-  s.types[5] = type(call.threshold);
-  s.types[6] = type(call.flip);
-  return s;
-}
-
 Tensor plan(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& scale,
             const std::optional<Tensor>& bias, const std::optional<Tensor>& pixel_scale,
             const std::optional<Tensor>& threshold, const std::optional<Tensor>& flip,
@@ -275,12 +237,8 @@ Tensor planned(const Tensor& input, const Tensor& weight, const std::optional<Te
                const std::optional<Tensor>& bias, const std::optional<Tensor>& pixel_scale,
                const std::optional<Tensor>& threshold, const std::optional<Tensor>& flip, const Tensor& packed,
                const Tensor& plan) {
-  const BinaryPlanned p = from_bytes<BinaryPlanned>(plan, "binary_conv2d");
   const BinaryCall call{input, weight, scale, bias, pixel_scale, threshold, flip};
-  const BinaryPlanned now = seen(call, p.settings);
-  STD_TORCH_CHECK(std::memcmp(&now, &p, sizeof(p)) == 0,
-                  "binary_conv2d_planned: plan was made for other dtypes, another layout or other weights");
-  return run(call, &packed, p.settings, Memory::raw);
+  return run(call, &packed, settings_for(call, plan), Memory::raw);
 }
 
 }  // namespace

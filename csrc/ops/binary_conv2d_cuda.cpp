@@ -69,37 +69,33 @@ CudaFactor factor(const std::optional<Tensor>& given, Tensor& kept, const char* 
 }
 
 // The result on the device of `input`; channels_last where the params say so.
-Tensor fresh_output(const BinaryConv2dParams& p, BinaryOutput type, const Tensor& input) {
+Tensor fresh_output(const BinaryConv2dParams& p, BinaryOutput type, const Tensor& input, Memory memory) {
   const int64_t K = p.weights.K;
   if (type != BinaryOutput::packed) {
-    return empty_maps(input, scalar_of(type), {p.N, K, p.OH, p.OW}, p.channels_last, Memory::by_torch);
+    return empty_maps(input, scalar_of(type), {p.N, K, p.OH, p.OW}, p.channels_last, memory);
   }
   return torch::stable::empty({p.N, 1, p.OH, p.OW, words_for(K)}, ScalarType::Int, std::nullopt, input.device());
 }
 
-Tensor forward(Tensor input, Tensor weight, std::optional<Tensor> scale, std::optional<Tensor> bias,
-               std::optional<Tensor> pixel_scale, std::optional<Tensor> threshold, std::optional<Tensor> flip,
-               std::optional<Tensor> packed, std::vector<int64_t> stride, std::vector<int64_t> padding,
-               int64_t padding_value, std::vector<int64_t> dilation, int64_t groups,
-               std::optional<std::string> activation, std::string output, int64_t channels,
-               std::optional<std::string> encoding, bool packed_weight) {
-  for (const auto& t : {std::optional(weight), scale, bias, pixel_scale, threshold, flip, packed}) {
-    STD_TORCH_CHECK(!t || t->device() == input.device(), "binary_conv2d: all tensors must be on one device");
-  }
+Tensor run(const BinaryCall& tensors, const Tensor* packed, const BinarySettings& settings, Memory memory) {
+  const auto& [input, weight, scale, bias, pixel_scale, threshold, flip] = tensors;
+  const torch::stable::Device device_of_input = input.device();
+  const auto beside = [&](const std::optional<Tensor>& t) { return !t || t->device() == device_of_input; };
+  STD_TORCH_CHECK(weight.device() == device_of_input && beside(scale) && beside(bias) && beside(pixel_scale) &&
+                      beside(threshold) && beside(flip) && (packed == nullptr || packed->device() == device_of_input),
+                  "binary_conv2d: all tensors must be on one device");
   CudaBinaryConv2d call{};
   BinaryConv2dParams& p = call.params;
-  p.weights = describe(weight, packed_weight, channels, groups);
+  p.weights = describe(weight, settings.packed_weight != 0, settings.channels, settings.groups);
   const BinaryConv2dWeights& w = p.weights;
-  const BinarySettings settings = settings_of(stride, padding, padding_value, dilation, groups, activation, output,
-                                              channels, encoding, packed_weight);
   fill_input(p, input, settings.encoding);
   fill_settings(p, settings);
   check_sums(p);
-  p.channels_last = encoding || is_channels_last(input);
+  p.channels_last = settings.encoding != 0 || is_channels_last(input);
   const BinaryOutput wanted = p.output_type;
   const bool numbers = wanted != BinaryOutput::i32 && wanted != BinaryOutput::packed;
-  for (const auto& t : {scale, bias}) {
-    STD_TORCH_CHECK(!t || (numbers && t->dim() == 1 && t->size(0) == w.K),
+  for (const auto* t : {&scale, &bias}) {
+    STD_TORCH_CHECK(!*t || (numbers && (*t)->dim() == 1 && (*t)->size(0) == w.K),
                     "binary_conv2d: scale and bias must be [K], and belong to float results");
   }
   if (pixel_scale) {
@@ -114,8 +110,8 @@ Tensor forward(Tensor input, Tensor weight, std::optional<Tensor> scale, std::op
   const bool in_two = wanted == BinaryOutput::packed && !cuda_binary_packs_output(w);
   p.channels_last |= in_two;
   p.output_type = in_two ? BinaryOutput::i32 : wanted;
-  Tensor result = fresh_output(p, p.output_type, input);
-  if (p.N == 0) return in_two ? fresh_output(p, wanted, input) : result;
+  Tensor result = fresh_output(p, p.output_type, input, memory);
+  if (p.N == 0) return in_two ? fresh_output(p, wanted, input, memory) : result;
   p.output = result.mutable_data_ptr();
   void* stream = current_cuda_stream(index);
   CudaDevice device{};
@@ -140,7 +136,7 @@ Tensor forward(Tensor input, Tensor weight, std::optional<Tensor> scale, std::op
     STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(p.packed) % 16 == 0,
                     "binary_conv2d: packed must begin at a multiple of 16 bytes, as binary_conv2d_pack gives it");
   } else {
-    own = pack_on(w, weight, packed_weight, stream);
+    own = pack_on(w, weight, settings.packed_weight != 0, stream);
     p.packed = own.const_data_ptr();
   }
   if (p.input_type != BinaryInput::packed) {
@@ -152,6 +148,39 @@ Tensor forward(Tensor input, Tensor weight, std::optional<Tensor> scale, std::op
   return in_two ? packed_signs(result, threshold, flip, stream) : result;
 }
 
+Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& scale,
+               const std::optional<Tensor>& bias, const std::optional<Tensor>& pixel_scale,
+               const std::optional<Tensor>& threshold, const std::optional<Tensor>& flip,
+               const std::optional<Tensor>& packed, const std::vector<int64_t>& stride,
+               const std::vector<int64_t>& padding, int64_t padding_value, const std::vector<int64_t>& dilation,
+               int64_t groups, const std::optional<std::string>& activation, const std::string& output,
+               int64_t channels, const std::optional<std::string>& encoding, bool packed_weight) {
+  const BinarySettings settings = settings_of(stride, padding, padding_value, dilation, groups, activation, output,
+                                              channels, encoding, packed_weight);
+  return run({input, weight, scale, bias, pixel_scale, threshold, flip}, packed ? &*packed : nullptr, settings,
+             Memory::by_torch);
+}
+
+Tensor plan(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& scale,
+            const std::optional<Tensor>& bias, const std::optional<Tensor>& pixel_scale,
+            const std::optional<Tensor>& threshold, const std::optional<Tensor>& flip,
+            const std::vector<int64_t>& stride, const std::vector<int64_t>& padding, int64_t padding_value,
+            const std::vector<int64_t>& dilation, int64_t groups, const std::optional<std::string>& activation,
+            const std::string& output, int64_t channels, const std::optional<std::string>& encoding,
+            bool packed_weight) {
+  const BinarySettings settings = settings_of(stride, padding, padding_value, dilation, groups, activation, output,
+                                              channels, encoding, packed_weight);
+  return bytes_of(seen({input, weight, scale, bias, pixel_scale, threshold, flip}, settings));
+}
+
+Tensor planned(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& scale,
+               const std::optional<Tensor>& bias, const std::optional<Tensor>& pixel_scale,
+               const std::optional<Tensor>& threshold, const std::optional<Tensor>& flip, const Tensor& packed,
+               const Tensor& plan) {
+  const BinaryCall call{input, weight, scale, bias, pixel_scale, threshold, flip};
+  return run(call, &packed, settings_for(call, plan), Memory::raw);
+}
+
 }  // namespace
 }  // namespace basisconv
 
@@ -161,6 +190,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(basisconv, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(basisconv, CUDA, m) {
   m.impl("binary_conv2d", TORCH_BOX(&basisconv::forward));
+  m.impl("binary_conv2d_plan", TORCH_BOX(&basisconv::plan));
+  m.impl("binary_conv2d_planned", TORCH_BOX(&basisconv::planned));
   m.impl("binary_conv2d_pack", TORCH_BOX(&basisconv::pack));
 }
 

@@ -54,20 +54,30 @@ CudaTernaryFactor factor(const std::optional<Tensor>& given, const Tensor& input
   return {kept.const_data_ptr(), one, is_float};
 }
 
-Tensor forward(const Tensor& input, const Tensor& packed, const std::optional<Tensor>& scale,
+// The maps as the kernel reads them: channels_last, pixels at multiples of 16 bytes; a copy where they lie otherwise.
+Tensor readable(const Tensor& given) {
+  bool as_is = is_channels_last(given) && given.stride(1) == 1;
+  for (const int dim : {0, 2, 3}) as_is = as_is && given.stride(dim) % 8 == 0;
+  if (as_is && reinterpret_cast<uintptr_t>(given.const_data_ptr()) % 16 == 0) return given;
+  Tensor copy = empty_maps(given, given.scalar_type(), {given.size(0), given.size(1), given.size(2), given.size(3)},
+                           true, Memory::by_torch);
+  torch::stable::copy_(copy, given);
+  return copy;
+}
+
+Tensor forward(const Tensor& given, const Tensor& packed, const std::optional<Tensor>& scale,
                const std::optional<Tensor>& bias, int64_t K, const std::vector<int64_t>& kernel,
                const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                const std::vector<int64_t>& dilation, const std::optional<std::string>& activation) {
-  STD_TORCH_CHECK(input.dim() == 4, "ternary_conv2d: input must be [N, C, H, W]");
+  STD_TORCH_CHECK(given.dim() == 4, "ternary_conv2d: input must be [N, C, H, W]");
   CudaTernaryConv2d call{};
-  call.weights = weights_of(K, input.size(1), kernel);
+  call.weights = weights_of(K, given.size(1), kernel);
   const CudaTernaryWeights& w = call.weights;
-  const ScalarType type = input.scalar_type();
+  const ScalarType type = given.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::BFloat16 || type == ScalarType::Half,
                   "ternary_conv2d on CUDA: input must be bfloat16 or float16");
   call.dtype = type == ScalarType::BFloat16 ? DType::bf16 : DType::f16;
-  STD_TORCH_CHECK(is_channels_last(input) && input.stride(1) == 1 && input.size(1) % 8 == 0,
-                  "ternary_conv2d on CUDA: input must be channels_last, its channels a multiple of 8");
+  STD_TORCH_CHECK(given.size(1) % 8 == 0, "ternary_conv2d on CUDA: the channels of input must be a multiple of 8");
   STD_TORCH_CHECK(stride.size() == 2 && dilation.size() == 2 && padding.size() == 4 && stride[0] > 0 && stride[1] > 0 &&
                       dilation[0] > 0 && dilation[1] > 0,
                   "ternary_conv2d: stride and dilation must be two numbers of at least 1, padding four");
@@ -78,32 +88,35 @@ Tensor forward(const Tensor& input, const Tensor& packed, const std::optional<Te
   call.stride_h = stride[0], call.stride_w = stride[1];
   call.dilation_h = dilation[0], call.dilation_w = dilation[1];
   call.pad_top = padding[0], call.pad_left = padding[2];
-  call.N = input.size(0), call.H = input.size(2), call.W = input.size(3);
+  call.N = given.size(0), call.H = given.size(2), call.W = given.size(3);
   const int64_t free_h = call.H + padding[0] + padding[1] - call.dilation_h * (w.R - 1) - 1;
   const int64_t free_w = call.W + padding[2] + padding[3] - call.dilation_w * (w.S - 1) - 1;
   STD_TORCH_CHECK(free_h >= 0 && free_w >= 0, "ternary_conv2d: the padded input is smaller than the dilated kernel");
   call.OH = free_h / call.stride_h + 1;
   call.OW = free_w / call.stride_w + 1;
   call.activation = !activation ? Activation::none : *activation == "relu" ? Activation::relu : Activation::relu6;
-  call.input = input.const_data_ptr();
-  call.input_stride_n = input.stride(0), call.input_stride_h = input.stride(2), call.input_stride_w = input.stride(3);
-  STD_TORCH_CHECK(packed.device() == input.device() && packed.scalar_type() == ScalarType::Byte &&
+  STD_TORCH_CHECK(packed.device() == given.device() && packed.scalar_type() == ScalarType::Byte &&
                       packed.is_contiguous() && packed.numel() == cuda_ternary_packed_bytes(w),
                   "ternary_conv2d: packed has ", packed.numel(), " bytes, these filters pack to ",
                   cuda_ternary_packed_bytes(w), " on CUDA; call ternary_conv2d_cuda_pack again");
   call.packed = packed.const_data_ptr();
   Tensor scales, biases;
-  call.scale = factor(scale, input, w.K, true, scales, "scale");
-  call.bias = factor(bias, input, w.K, false, biases, "bias");
-  const int32_t index = input.get_device_index();
+  call.scale = factor(scale, given, w.K, true, scales, "scale");
+  call.bias = factor(bias, given, w.K, false, biases, "bias");
+  const int32_t index = given.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(index);
-  Tensor output = empty_maps(input, type, {call.N, w.K, call.OH, call.OW}, true, Memory::by_torch);
-  call.output = output.mutable_data_ptr();
+  const bool channels_last = is_channels_last(given);
+  Tensor output =
+      empty_maps(given, type, {call.N, w.K, call.OH, call.OW}, channels_last || call.N > 0, Memory::by_torch);
   if (call.N == 0) return output;
+  const Tensor input = readable(given);
+  call.input = input.const_data_ptr();
+  call.input_stride_n = input.stride(0), call.input_stride_h = input.stride(2), call.input_stride_w = input.stride(3);
+  call.output = output.mutable_data_ptr();
   CudaDevice device{};
   launched(cuda_device(index, &device));
   launched(cuda_ternary_conv2d(call, device, current_cuda_stream(index)));
-  return output;
+  return channels_last ? output : torch::stable::contiguous(output);
 }
 
 }  // namespace

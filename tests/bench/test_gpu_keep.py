@@ -12,7 +12,7 @@ import pytest
 from basisconv_kernels.core import machine, tuning
 from basisconv_kernels.ops import tucker_conv2d_model as model
 from bench.gpu import __main__ as command
-from bench.gpu import chains, documents, keep, layers
+from bench.gpu import chains, documents, keep, layers, proven
 
 ROOT = Path(__file__).parents[2]
 CONTEXT = {
@@ -169,12 +169,12 @@ def test_what_a_gpu_proved_names_what_is_wrong(kept):
         line("tests/gpu/test_wrappers.py::test_old", sources="old", at=0.5),
         line("tests/new/test_new.py::test_new"),
     ]
-    text = documents.proven(kept(check=lines)["check"])
+    text = proven.proven(kept(check=lines)["check"])
     assert "sm_80, sm_90a | 1 passed, 1 failed; wrong 1×: Mismatch: a / b |" in text
     assert "| sm_90a | before the last change: 1 passed |" in text
     assert "| loaded by torch 2.11.0+cu130 |" in text
     assert "| others: `test_new.py` |  |  | 1 passed |" in text
-    assert documents.proven(None).count("not yet") == len(documents.PROVEN) + 1
+    assert proven.proven(None).count("not yet") == len(proven.PROVEN) + 1
 
 
 def test_only_what_stands_between_the_marks_is_replaced(kept):

