@@ -39,8 +39,8 @@ def against(device: str, dtype: torch.dtype, channels: int, groups: int) -> list
         found.append("has no kernel for groups")
     if channels % CHANNELS:
         found.append(f"takes numbers of channels that {CHANNELS} divides, here are {channels}")
-    if not PRESENT:
-        found.append("the native library was built without this kernel")
+    if "cuda" in extension.facts() and not PRESENT:
+        found.append("the native library was built before there was this kernel; build it again")
     return found + machine.against_capability(CAPABILITY, CAPABILITY)
 
 
@@ -52,7 +52,8 @@ def packs(planes: Tensor, channels: int, groups: int) -> bool:
 def supports(problem: TernaryConv2dProblem) -> list[str]:
     """The reasons against a problem of ``ternary_conv2d``."""
     found = against(problem.device, problem.dtype, problem.C, problem.groups)
-    return [*found, "has one accumulator, two scales need two"] if problem.scales == "two" else found
+    two = isinstance(problem, TernaryConv2dProblem) and problem.scales == "two"  # a plain layer is open in its scales
+    return [*found, "has one accumulator, two scales need two"] if two else found
 
 
 def pack(planes: Tensor, channels: int) -> Tensor:
