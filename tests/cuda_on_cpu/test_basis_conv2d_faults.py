@@ -14,7 +14,7 @@ from tests.cuda_on_cpu import building
 from tests.cuda_on_cpu.emulated import A100, H200, Emulated
 from tests.cuda_on_cpu.test_basis_conv2d import ONE, case
 
-pytestmark = pytest.mark.xdist_group("cuda_on_cpu")
+pytestmark = pytest.mark.xdist_group("basis_faults")
 
 # What is planted: file, the right text, the wrong one. "#" in a text is the number of its fault.
 SM80, SM90A = "basis_conv2d_sm80.cu", "basis_conv2d_sm90a.cu"

@@ -15,7 +15,7 @@ from basisconv_kernels.testing.binary_conv2d import VIEWS, BinaryCase, arguments
 from tests.cuda_on_cpu.emulated import A100, ADA
 from tests.cuda_on_cpu.emulated_binary import EmulatedBinary
 
-pytestmark = pytest.mark.xdist_group("cuda_on_cpu")
+pytestmark = pytest.mark.xdist_group("binary_on_cpu")
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 ONE = (1, 1, 1, 1)

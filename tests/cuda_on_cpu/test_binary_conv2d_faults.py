@@ -9,7 +9,7 @@ from tests.cuda_on_cpu import building
 from tests.cuda_on_cpu.emulated_binary import EmulatedBinary
 from tests.cuda_on_cpu.test_binary_conv2d import BF16, ONE_CORE, case
 
-pytestmark = pytest.mark.xdist_group("cuda_on_cpu")
+pytestmark = pytest.mark.xdist_group("binary_faults")
 
 SM80, STORE, PACK, BITS = "binary_conv2d_sm80.cu", "binary_conv2d_store.h", "binary_conv2d.cu", "bitpack.cu"
 BARRIER = "__syncthreads();  // this chunk has landed"

@@ -14,7 +14,7 @@ from tests.cuda_on_cpu.emulated import A100, H200
 from tests.cuda_on_cpu.emulated_binary import EmulatedBinary
 from tests.cuda_on_cpu.test_binary_conv2d import BF16, F16, F32, case, ids
 
-pytestmark = pytest.mark.xdist_group("cuda_on_cpu")
+pytestmark = pytest.mark.xdist_group("binary_on_cpu")
 
 NONE = (0, 0, 0, 0)
 CASES = [

@@ -10,7 +10,7 @@ from tests.cuda_on_cpu.emulated_binary import EmulatedBinary
 from tests.cuda_on_cpu.test_binary_conv2d import case
 from tests.cuda_on_cpu.test_binary_conv2d_sm90a import ONE_CORE
 
-pytestmark = pytest.mark.xdist_group("cuda_on_cpu")
+pytestmark = pytest.mark.xdist_group("binary_faults")
 
 SM90A, STORE, PLAN = "binary_conv2d_sm90a.cu", "binary_conv2d_sm90a_store.h", "binary_conv2d_sm90a.h"
 REUSED = "__syncthreads();  // nobody reads the band"

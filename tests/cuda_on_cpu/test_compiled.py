@@ -6,19 +6,17 @@ still spill nothing and use the same instructions.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import re
 import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from tests.cuda_on_cpu import building
-
-pytestmark = pytest.mark.xdist_group("cuda_on_cpu")
 
 REVIEWED = building.HERE / "resources.json"
 KERNELS = {
@@ -35,6 +33,10 @@ KERNELS = {
     "packing_of_ternary_filters": ("ternary_conv2d.cu", "80"),
     "packing_of_bits": ("bitpack.cu", "80"),
 }
+# The tests of a source share its compilation, those of several are shared out.
+kernels = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.xdist_group(f"compiled {name}")) for name in KERNELS]
+)
 # float16 differs from bfloat16 in one conversion: it and ``precise``, most of the time, are left to the long run.
 SHORTER = (
     ("launch_filters<f16>", "launch_filters<bf16>"),
@@ -84,9 +86,9 @@ def short(mangled: str) -> str:
     return " ".join([*filter(None, words), *([flag] if "Lb1E" in mangled else [])])
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def compiled(request, tmp_path_factory):
-    """The version of nvcc and {name: (log of ptxas, disassembly)} of every source."""
+    """The version of nvcc and a function name → (log of ptxas, disassembly) that compiles when it is first asked."""
     kit = setup_module_of_the_package().toolkit()
     if isinstance(kit, str):
         pytest.skip(f"{kit}: the CUDA sources are not compiled here")
@@ -113,8 +115,7 @@ def compiled(request, tmp_path_factory):
         sass = subprocess.run([dump, "-sass", cubin], capture_output=True, text=True, check=True).stdout
         return done.stderr, sass
 
-    with ThreadPoolExecutor(2) as pool:
-        return kit.version, dict(zip(KERNELS, pool.map(one, KERNELS.values()), strict=True))
+    return kit.version, functools.cache(lambda name: one(KERNELS[name]))
 
 
 def resources(log: str) -> dict[str, dict[str, int]]:
@@ -133,20 +134,20 @@ def resources(log: str) -> dict[str, dict[str, int]]:
     return found
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@kernels
 def test_nothing_spills_and_nothing_is_serialised(compiled, name):
-    log = compiled[1][name][0]
+    log = compiled[1](name)[0]
     assert "C75" not in log, log
     for kernel, used in resources(log).items():
         assert (used["stack"], used["spilled"]) == (0, 0), kernel
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@kernels
 def test_registers_are_those_that_were_reviewed(compiled, name):
     version, sources = compiled
     reviewed = json.loads(REVIEWED.read_text(encoding="utf-8"))
     twice = " on sm_90" if name.endswith("_sm_90") else ""  # sources that two architectures compile here
-    found = {f"{kernel}{twice}": used["registers"] for kernel, used in resources(sources[name][0]).items()}
+    found = {f"{kernel}{twice}": used["registers"] for kernel, used in resources(sources(name)[0]).items()}
     if version not in reviewed:
         pytest.skip(f"nvcc {version} was not reviewed; {REVIEWED.name} has {', '.join(reviewed)}. Found: {found}")
     assert found == {kernel: n for kernel, n in reviewed[version].items() if kernel in found}
@@ -175,10 +176,10 @@ def calls(function: str) -> list[str]:
     return [to for at, to in found if to.strip() != f"{int(at, 16) + 32:#x}"]
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@kernels
 def test_the_right_instructions(compiled, name):
     wanted, unwanted = INSTRUCTIONS[name]
-    functions = compiled[1][name][1].split("Function : ")[1:]
+    functions = compiled[1](name)[1].split("Function : ")[1:]
     assert functions
     for function in functions:
         kernel = short(function.split("\n")[0])

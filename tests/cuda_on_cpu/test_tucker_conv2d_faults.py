@@ -10,7 +10,7 @@ from tests.cuda_on_cpu.emulated import H200
 from tests.cuda_on_cpu.emulated_tucker import EmulatedTucker
 from tests.cuda_on_cpu.test_tucker_conv2d_one_pass import ONE, ONE_CORE, case, outside_is_zero
 
-pytestmark = pytest.mark.xdist_group("cuda_on_cpu")
+pytestmark = pytest.mark.xdist_group("tucker_faults")
 
 KERNEL, COPIES, PLAN = "tucker_conv2d.cu", "tucker_conv2d_copies.h", "tucker_conv2d_plan.h"
 BARRIER, SHARES = "__syncthreads();\n  }\n};", "__syncthreads();  // both shares of Z"

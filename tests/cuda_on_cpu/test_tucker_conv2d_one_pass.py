@@ -13,7 +13,7 @@ from basisconv_kernels.testing import TuckerCase
 from tests.cuda_on_cpu.emulated import A100, ADA, H200
 from tests.cuda_on_cpu.emulated_tucker import EmulatedTucker
 
-pytestmark = pytest.mark.xdist_group("cuda_on_cpu")
+pytestmark = pytest.mark.xdist_group("tucker_on_cpu")
 
 BF16, F16 = torch.bfloat16, torch.float16
 ONE = (1, 1, 1, 1)
