@@ -43,7 +43,7 @@ def _serve(pipe: Connection, work: Callable[[str, int], Any]) -> None:
             return
         try:
             pipe.send((True, work(name, seed)))
-        except Exception:
+        except Exception:  # whatever a training dies of is its line in the log; the others go on
             pipe.send((False, traceback.format_exc()))
 
 
