@@ -14,6 +14,7 @@ constexpr int kSlab = 64;   // channels in shared memory at a time: a row of 128
 constexpr int kChunk = 64;  // outputs that stage 2 makes at a time
 constexpr int kTileX = 8;   // pixels of a tile in a row: the 16 rows of a matrix are two rows of pixels
 constexpr int kTagBytes = 64;
+constexpr int kMostStages = 8;  // of a ring of tiles in shared memory
 constexpr int kLargestQ = 256;  // of one group
 
 struct Strides {

@@ -17,39 +17,10 @@
 //
 // Tests: tests/cuda_on_cpu/test_basis_conv2d.py (no GPU), tests/ops/test_basis_conv2d.py.
 #include "basis_conv2d_exchange.h"
+#include "rings.h"
 
 namespace basisconv::cuda {
 namespace {
-
-// A place in a ring and the parity of the phase in which it is full. What is resident is one place, full for good.
-struct Place {
-  int stages, stage = 0, phase = 0;
-
-  BASISCONV_DEVICE explicit Place(int stages) : stages(stages) {}
-  BASISCONV_DEVICE void next() {
-    if (++stage == stages) stage = 0, phase ^= 1;
-  }
-};
-
-struct Bars {
-  uint64_t *full, *empty;
-
-  BASISCONV_DEVICE Bars(uint64_t* first, int ring)
-      : full(first + 2 * ring * HopperPlan::most_stages), empty(full + HopperPlan::most_stages) {}
-};
-
-// Where the tile of a number begins, in the output.
-struct Tile {
-  int n, y, x;
-
-  BASISCONV_DEVICE Tile(const Problem& p, int tile_y, int number) {
-    const int across = (p.OW + HopperPlan::tile_x - 1) / HopperPlan::tile_x;
-    const int down = (p.OH + tile_y - 1) / tile_y;
-    n = number / across / down;
-    y = number / across % down * tile_y;
-    x = number % across * HopperPlan::tile_x;
-  }
-};
 
 // What of `count` slabs or chunks is for the block of this rank in its cluster.
 struct Part {
@@ -117,12 +88,6 @@ BASISCONV_DEVICE void issue_copies(const Problem& p, const HopperPlan& plan, con
       mixing_at.next();
     }
   }
-}
-
-// A warp is done with a place, or with what it wrote: the last one that is lets the others go on.
-BASISCONV_DEVICE void release(uint64_t* bar) {
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) bar_arrive(bar);
 }
 
 // `taps` is 9, or 0 for whatever number; with 9 the loop over them lies open and addresses are found once. `per_sm`

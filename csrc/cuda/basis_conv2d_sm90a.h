@@ -11,8 +11,9 @@ struct HopperPlan {
   // Of a thread, where a multiprocessor has one block or two.
   BASISCONV_EITHER static constexpr int registers_to_compute(int per_sm) { return per_sm == 1 ? 232 : 104; }
   BASISCONV_EITHER static constexpr int registers_to_copy(int per_sm) { return per_sm == 1 ? 40 : 24; }
-  static constexpr int most_stages = 8, most_blocks = 8, most_filters_of_two = 32;  // of two blocks a multiprocessor
-  static constexpr int rings = 3, pairs = 4;  // of warps with the same pixels, where filters are shared out
+  static constexpr int most_stages = kMostStages, most_blocks = 8,
+                       most_filters_of_two = 32;  // of two blocks a multiprocessor
+  static constexpr int rings = 3, pairs = 4;      // of warps with the same pixels, where filters are shared out
 
   int Q16;
   bool shared_out;  // both warpgroups have the same 8x8 pixels, each half of the filters

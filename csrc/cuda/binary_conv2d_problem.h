@@ -17,6 +17,7 @@
 #pragma once
 #include "binary_conv2d.h"
 #include "device.h"
+#include "tags.h"
 
 namespace basisconv::cuda::binary {
 
@@ -67,16 +68,10 @@ inline Packing packing_of(const BinaryConv2dWeights& w) {
   p.tile_bytes = p.slabs * p.steps * 2 * (p.columns + 1) * kUnitBytes;
   return p;
 }
-// Says of packed weights what they were made for. FNV-1a over everything that decides where a bit lies.
+// Says of packed weights what they were made for: everything that decides where a bit lies.
 inline uint64_t tag_of(const BinaryConv2dWeights& w) {
   constexpr int64_t version = 1;
-  uint64_t hash = 0xcbf29ce484222325ull;
-  for (const int64_t value : {version, w.C, w.K, w.R, w.S, w.groups}) {
-    for (int byte = 0; byte < 8; ++byte) {
-      hash = (hash ^ (static_cast<uint64_t>(value) >> 8 * byte & 0xFF)) * 0x100000001b3ull;
-    }
-  }
-  return hash;
+  return fnv1a({version, w.C, w.K, w.R, w.S, w.groups});
 }
 
 struct Problem {

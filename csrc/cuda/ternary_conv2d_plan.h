@@ -26,7 +26,7 @@ inline uint64_t tag_of(const CudaTernaryWeights& w) {
 struct TernaryPlan {
   static constexpr int tile_x = kTileX;                             // pixels
   static constexpr int consumers = 256, threads = consumers + 128;  // two warpgroups compute, one issues copies
-  static constexpr int most_stages = 8, rings = 2;
+  static constexpr int most_stages = kMostStages, rings = 2;
 
   int columns_each;    // filters of a warpgroup: 64 or 128
   bool split_filters;  // both warpgroups have the same 8x8 pixels, each half of the filters; else 16x8 and all of them

@@ -10,47 +10,11 @@
 // It is the first stage of basis_conv2d's kernel for this architecture, whose header says more.
 //
 // Tests: tests/cuda_on_cpu/test_ternary_conv2d.py (no GPU), tests/gpu/test_ternary_kernels.py.
-#include "hopper.h"
+#include "rings.h"
 #include "ternary_conv2d_problem.h"
 
 namespace basisconv::cuda {
 namespace {
-
-// A place in a ring and the parity of the phase in which it is full. What is resident is one place, full for good.
-struct Place {
-  int stages, stage = 0, phase = 0;
-
-  BASISCONV_DEVICE explicit Place(int stages) : stages(stages) {}
-  BASISCONV_DEVICE void next() {
-    if (++stage == stages) stage = 0, phase ^= 1;
-  }
-};
-
-struct Bars {
-  uint64_t *full, *empty;
-
-  BASISCONV_DEVICE Bars(uint64_t* first, int ring)
-      : full(first + 2 * ring * TernaryPlan::most_stages), empty(full + TernaryPlan::most_stages) {}
-};
-
-// The pixels of the tile of a number.
-struct Tile {
-  int n, y, x;
-
-  BASISCONV_DEVICE Tile(const Problem& p, int tile_y, int number) {
-    const int across = (p.OW + TernaryPlan::tile_x - 1) / TernaryPlan::tile_x;
-    const int down = (p.OH + tile_y - 1) / tile_y;
-    n = number / across / down;
-    y = number / across % down * tile_y;
-    x = number % across * TernaryPlan::tile_x;
-  }
-};
-
-// A warp is done with a place: the last one that is lets the others go on.
-BASISCONV_DEVICE void release(uint64_t* bar) {
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) bar_arrive(bar);
-}
 
 // The tile of a tap and slab, all filters of the part: 64 of them lie together, those of the next 64 far off.
 BASISCONV_DEVICE void load_filters(const Problem& p, const TernaryPlan& plan, int part, int64_t tile, char* to,

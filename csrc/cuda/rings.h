@@ -1,0 +1,43 @@
+// What the sm_90a kernels with halo tiles share: places in rings of mbarriers, and tiles of the output.
+#pragma once
+#include "basis_conv2d_problem.h"
+#include "hopper.h"
+
+namespace basisconv::cuda {
+
+// A place in a ring and the parity of the phase in which it is full. What is resident is one place, full for good.
+struct Place {
+  int stages, stage = 0, phase = 0;
+
+  BASISCONV_DEVICE explicit Place(int stages) : stages(stages) {}
+  BASISCONV_DEVICE void next() {
+    if (++stage == stages) stage = 0, phase ^= 1;
+  }
+};
+
+struct Bars {
+  uint64_t *full, *empty;
+
+  BASISCONV_DEVICE Bars(uint64_t* first, int ring) : full(first + 2 * ring * kMostStages), empty(full + kMostStages) {}
+};
+
+// Where the tile of a number begins, in the output.
+struct Tile {
+  int n, y, x;
+
+  BASISCONV_DEVICE Tile(const Problem& p, int tile_y, int number) {
+    const int across = (p.OW + kTileX - 1) / kTileX;
+    const int down = (p.OH + tile_y - 1) / tile_y;
+    n = number / across / down;
+    y = number / across % down * tile_y;
+    x = number % across * kTileX;
+  }
+};
+
+// A warp is done with a place, or with what it wrote: the last one that is lets the others go on.
+BASISCONV_DEVICE void release(uint64_t* bar) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) bar_arrive(bar);
+}
+
+}  // namespace basisconv::cuda
