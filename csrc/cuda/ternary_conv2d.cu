@@ -98,7 +98,9 @@ const char* cuda_ternary_pack(const CudaTernaryWeights& weights, const uint32_t*
   return launch(ternary_conv2d_pack, grid, block, 0, static_cast<Stream>(stream), p);
 }
 
-const char* cuda_ternary_reason(const CudaTernaryConv2d& call, const CudaDevice& device) {
+// Why the kernel does not take a call, or the problem and the plan by which it runs.
+static const char* planned(const CudaTernaryConv2d& call, const CudaDevice& device, TernaryProblem& s,
+                           TernaryPlan& plan) {
 #ifdef BASISCONV_WITHOUT_SM90A
   return "the library was built without the kernel for compute capability 9.0";
 #endif
@@ -113,19 +115,27 @@ const char* cuda_ternary_reason(const CudaTernaryConv2d& call, const CudaDevice&
     if (value >= INT_MAX / 4) return "the kernel takes sizes below 2^29";
   }
   if (call.H == 0 || call.W == 0) return "the kernel takes no empty maps";
-  const Problem p = ternary_problem_of(call).problem;
-  const TernaryPlan plan = ternary_plan(p, device);
+  s = ternary_problem_of(call);
+  const Problem& p = s.problem;
+  plan = ternary_plan(p, device);
   if (plan.bytes == 0) return "the halo tile does not fit into shared memory";
   return reason_against(image_map(p.input, call.dtype == DType::bf16, p.N, p.H, p.W, p.C, p.in.n, p.in.h, p.in.w,
                                   plan.rows, plan.columns));
 }
 
+const char* cuda_ternary_reason(const CudaTernaryConv2d& call, const CudaDevice& device) {
+  TernaryProblem s{};
+  TernaryPlan plan{};
+  return planned(call, device, s, plan);
+}
+
 const char* cuda_ternary_conv2d(const CudaTernaryConv2d& call, const CudaDevice& device, void* stream) {
   if (call.N == 0 || call.OH == 0 || call.OW == 0 || call.weights.K == 0) return nullptr;
-  if (const char* reason = cuda_ternary_reason(call, device)) return reason;
+  TernaryProblem s{};
+  TernaryPlan plan{};
+  if (const char* reason = planned(call, device, s, plan)) return reason;
 #ifndef BASISCONV_WITHOUT_SM90A
-  const TernaryProblem s = ternary_problem_of(call);
-  return ternary_conv2d_on_hopper(s, call.dtype, ternary_plan(s.problem, device), device, static_cast<Stream>(stream));
+  return ternary_conv2d_on_hopper(s, call.dtype, plan, device, static_cast<Stream>(stream));
 #else
   return nullptr;
 #endif

@@ -148,39 +148,6 @@ Tensor run(const BinaryCall& tensors, const Tensor* packed, const BinarySettings
   return in_two ? packed_signs(result, threshold, flip, stream) : result;
 }
 
-Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& scale,
-               const std::optional<Tensor>& bias, const std::optional<Tensor>& pixel_scale,
-               const std::optional<Tensor>& threshold, const std::optional<Tensor>& flip,
-               const std::optional<Tensor>& packed, const std::vector<int64_t>& stride,
-               const std::vector<int64_t>& padding, int64_t padding_value, const std::vector<int64_t>& dilation,
-               int64_t groups, const std::optional<std::string>& activation, const std::string& output,
-               int64_t channels, const std::optional<std::string>& encoding, bool packed_weight) {
-  const BinarySettings settings = settings_of(stride, padding, padding_value, dilation, groups, activation, output,
-                                              channels, encoding, packed_weight);
-  return run({input, weight, scale, bias, pixel_scale, threshold, flip}, packed ? &*packed : nullptr, settings,
-             Memory::by_torch);
-}
-
-Tensor plan(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& scale,
-            const std::optional<Tensor>& bias, const std::optional<Tensor>& pixel_scale,
-            const std::optional<Tensor>& threshold, const std::optional<Tensor>& flip,
-            const std::vector<int64_t>& stride, const std::vector<int64_t>& padding, int64_t padding_value,
-            const std::vector<int64_t>& dilation, int64_t groups, const std::optional<std::string>& activation,
-            const std::string& output, int64_t channels, const std::optional<std::string>& encoding,
-            bool packed_weight) {
-  const BinarySettings settings = settings_of(stride, padding, padding_value, dilation, groups, activation, output,
-                                              channels, encoding, packed_weight);
-  return bytes_of(seen({input, weight, scale, bias, pixel_scale, threshold, flip}, settings));
-}
-
-Tensor planned(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& scale,
-               const std::optional<Tensor>& bias, const std::optional<Tensor>& pixel_scale,
-               const std::optional<Tensor>& threshold, const std::optional<Tensor>& flip, const Tensor& packed,
-               const Tensor& plan) {
-  const BinaryCall call{input, weight, scale, bias, pixel_scale, threshold, flip};
-  return run(call, &packed, settings_for(call, plan), Memory::raw);
-}
-
 }  // namespace
 }  // namespace basisconv
 
@@ -189,9 +156,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(basisconv, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(basisconv, CUDA, m) {
-  m.impl("binary_conv2d", TORCH_BOX(&basisconv::forward));
-  m.impl("binary_conv2d_plan", TORCH_BOX(&basisconv::plan));
-  m.impl("binary_conv2d_planned", TORCH_BOX(&basisconv::planned));
+  m.impl("binary_conv2d", TORCH_BOX(&basisconv::binary_forward<basisconv::run>));
+  m.impl("binary_conv2d_plan", TORCH_BOX(&basisconv::binary_call_plan));
+  m.impl("binary_conv2d_planned", TORCH_BOX(&basisconv::binary_planned<basisconv::run>));
   m.impl("binary_conv2d_pack", TORCH_BOX(&basisconv::pack));
 }
 

@@ -246,4 +246,43 @@ inline BinarySettings settings_for(const BinaryCall& call, const Tensor& plan) {
   return p.settings;
 }
 
+// --- the torch ops, around what a device runs ------------------------------------------------------------------------
+
+using BinaryRun = Tensor (*)(const BinaryCall&, const Tensor* packed, const BinarySettings&, Memory);
+
+template <BinaryRun run>
+Tensor binary_forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& scale,
+                      const std::optional<Tensor>& bias, const std::optional<Tensor>& pixel_scale,
+                      const std::optional<Tensor>& threshold, const std::optional<Tensor>& flip,
+                      const std::optional<Tensor>& packed, const std::vector<int64_t>& stride,
+                      const std::vector<int64_t>& padding, int64_t padding_value, const std::vector<int64_t>& dilation,
+                      int64_t groups, const std::optional<std::string>& activation, const std::string& output,
+                      int64_t channels, const std::optional<std::string>& encoding, bool packed_weight) {
+  const BinarySettings settings = settings_of(stride, padding, padding_value, dilation, groups, activation, output,
+                                              channels, encoding, packed_weight);
+  return run({input, weight, scale, bias, pixel_scale, threshold, flip}, packed ? &*packed : nullptr, settings,
+             Memory::by_torch);
+}
+
+inline Tensor binary_call_plan(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& scale,
+                               const std::optional<Tensor>& bias, const std::optional<Tensor>& pixel_scale,
+                               const std::optional<Tensor>& threshold, const std::optional<Tensor>& flip,
+                               const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                               int64_t padding_value, const std::vector<int64_t>& dilation, int64_t groups,
+                               const std::optional<std::string>& activation, const std::string& output,
+                               int64_t channels, const std::optional<std::string>& encoding, bool packed_weight) {
+  const BinarySettings settings = settings_of(stride, padding, padding_value, dilation, groups, activation, output,
+                                              channels, encoding, packed_weight);
+  return bytes_of(seen({input, weight, scale, bias, pixel_scale, threshold, flip}, settings));
+}
+
+template <BinaryRun run>
+Tensor binary_planned(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& scale,
+                      const std::optional<Tensor>& bias, const std::optional<Tensor>& pixel_scale,
+                      const std::optional<Tensor>& threshold, const std::optional<Tensor>& flip, const Tensor& packed,
+                      const Tensor& plan) {
+  const BinaryCall call{input, weight, scale, bias, pixel_scale, threshold, flip};
+  return run(call, &packed, settings_for(call, plan), Memory::raw);
+}
+
 }  // namespace basisconv

@@ -45,12 +45,14 @@ int64_t packed_bytes(int64_t K, int64_t channels, const std::vector<int64_t>& ke
 CudaTernaryFactor factor(const std::optional<Tensor>& given, const Tensor& input, int64_t K, bool may_be_one,
                          Tensor& kept, const char* name) {
   if (!given) return {nullptr, false, false};
-  const bool one = may_be_one && given->numel() == 1 && given->dim() <= 1;
+  // One number, or one that Python has spread over the outputs.
+  const bool spread = given->dim() == 1 && given->size(0) == K && given->stride(0) == 0;
+  const bool one = may_be_one && (spread || (given->numel() == 1 && given->dim() <= 1));
   const bool is_float = given->scalar_type() == ScalarType::Float;
   STD_TORCH_CHECK((one || (given->dim() == 1 && given->size(0) == K)) && given->device() == input.device() &&
                       (is_float || given->scalar_type() == input.scalar_type()),
                   "ternary_conv2d: ", name, " must be [K] in float32 or in the dtype of input, on its device");
-  kept = given->is_contiguous() ? *given : torch::stable::contiguous(*given);
+  kept = one || given->is_contiguous() ? *given : torch::stable::contiguous(*given);
   return {kept.const_data_ptr(), one, is_float};
 }
 
