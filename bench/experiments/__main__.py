@@ -57,7 +57,9 @@ def run(
 
 @app.command()
 def parallel(
-    names: Annotated[list[str] | None, typer.Argument(help="Of experiments; default: all long ones.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(help="NAME or NAME:SEED,SEED, the first begin first; default: all long ones.")
+    ] = None,
     weights: Annotated[Path, typer.Option(help="Folder of the published CIFAR ResNet checkpoints.")] = Path("."),
     folder: Annotated[Path, typer.Option(help="Where the networks go.")] = Path("out"),
     seeds: Annotated[str, typer.Option(help="Separated by commas; default: those of the table.")] = "",
@@ -73,20 +75,8 @@ def parallel(
     """Run experiments side by side on one device, images and steps resident on it, within a given time."""
     folder.mkdir(parents=True, exist_ok=True)
     output.parent.mkdir(parents=True, exist_ok=True)
-    held, chosen = _held(output), _named(names) if names else list(LONG)
-    wanted = {e.name: [int(s) for s in seeds.split(",")] if seeds else list(e.seeds) for e in chosen}
-    every = sorted({seed for of_one in wanted.values() for seed in of_one})
-    jobs = [
-        schedule.Job(e.name, seed, None if e.start in ("published", "random") else (e.start, 0))
-        for seed in every
-        for e in chosen
-        if seed in wanted[e.name] and (e.name, seed) not in held
-    ]
-    awaited = {job.after for job in jobs}
-    # What others wait for begins first, then what takes longest: large networks, and layers one by one.
-    jobs.sort(
-        key=lambda job: job.key not in awaited and BY_NAME[job.name].tier == 1 and not BY_NAME[job.name].layerwise
-    )
+    held = _held(output)
+    jobs = [job for job in _jobs(names, seeds) if job.key not in held]
 
     def finished(job: schedule.Job, row: dict[str, Any]) -> None:
         if commit:
@@ -99,6 +89,22 @@ def parallel(
         print(f"FAILED {job.name} seed {job.seed}: {words}", flush=True)
     for job in outcome.left:
         print(f"not done: {job.name} seed {job.seed}", flush=True)
+
+
+def _jobs(names: list[str] | None, seeds: str) -> list[schedule.Job]:
+    """In the order to begin with: that of the names; without names every experiment's first seed before any second."""
+    jobs: dict[schedule.Job, None] = {}  # each once
+    for entry in names or [experiment.name for experiment in LONG]:
+        name, _, own = entry.partition(":")
+        (experiment,) = _named([name])
+        after = None if experiment.start in ("published", "random") else (experiment.start, 0)
+        wanted = [int(seed) for seed in (own or seeds).split(",") if seed] or experiment.seeds
+        jobs |= {schedule.Job(name, seed, after): None for seed in wanted}
+    if names:
+        return list(jobs)
+    # What others wait for begins first, then what takes longest: large networks, and layers one by one.
+    first = {job.after for job in jobs} | {(e.name, s) for e in LONG if e.tier > 1 or e.layerwise for s in e.seeds}
+    return sorted(jobs, key=lambda job: (job.key not in first, job.seed))
 
 
 def _named(names: list[str]) -> list[Experiment]:

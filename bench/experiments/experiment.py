@@ -23,6 +23,7 @@ class Stage:
         orthogonality: weight of that loss.
         warm_up: share of the steps in which the rate rises to ``lr`` first.
         optimizer: ``"sgd"``, or ``"adam"``, which binary filters want.
+        distill: weight of the distance to the start's answers in the loss, the labels have the rest.
     """
 
     config: Any
@@ -31,6 +32,7 @@ class Stage:
     orthogonality: float = 0.0
     warm_up: float = 0.0
     optimizer: str = "sgd"
+    distill: float = 0.0
 
     @property
     def words(self) -> str:
@@ -56,6 +58,7 @@ class Experiment:
         seeds: how often.
         twin: name of the experiment that accuracy is held against: the dense network with as much training; None for
             the network's own start.
+        batch: images a step; None for 128.
     """
 
     name: str
@@ -67,6 +70,7 @@ class Experiment:
     tier: int = 1
     seeds: tuple[int, ...] = (0, 1, 2)
     twin: str | None = None
+    batch: int | None = None
 
 
 def random_orthogonal(network: nn.Module) -> nn.Module:

@@ -19,6 +19,7 @@ CHUNK = 8192  # images that are shifted at once: their indices take eight times 
 WARM_UP = 3  # steps before a capture, undone afterwards
 MOMENTUM, DECAY = 0.9, 5e-4  # of SGD
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # of Adam
+TEMPERATURE = 4.0  # at which the answers of a teacher are compared
 
 
 class DeviceImages:
@@ -111,6 +112,8 @@ class Trainer:
         autocast: dtype of the network's arithmetic, or None.
         graph: capture the step; needs a GPU.
         after: called after each update, within the step: what holds weights in bounds.
+        teacher: a network whose answers to the same images are learned too; it stays as it is.
+        distill: weight of that, the labels have the rest; 0 without a teacher.
     """
 
     def __init__(
@@ -126,9 +129,12 @@ class Trainer:
         autocast: torch.dtype | None = torch.bfloat16,
         graph: bool = True,
         after: Callable[[], None] | None = None,
+        teacher: nn.Module | None = None,
+        distill: float = 0.0,
     ) -> None:
         self.model, self.parameters, self.images, self.batch = model, list(parameters), images, batch
         self.weight, self.dtype, self.after = orthogonality, autocast, after
+        self.teacher, self.distill = teacher, distill
         place = images.device
         self.rates = torch.tensor([*rates, *(0.0,) * WARM_UP], dtype=torch.float32, device=place)
         self.state = [torch.zeros_like(p) for p in self.parameters for _ in range(1 if optimizer == "sgd" else 2)]
@@ -179,8 +185,9 @@ class Trainer:
         with torch.autocast(self.images.device.type, self.dtype, enabled=self.dtype is not None):
             outputs = self.model(images)
             loss = nn.functional.cross_entropy(outputs, labels)
+        learned = loss if self.teacher is None else self._taught(self.teacher, images, outputs, loss)
         extra = orthogonality_loss(self.model) if self.weight else torch.zeros_like(loss)
-        (loss + self.weight * extra if self.weight else loss).backward()  # type: ignore[no-untyped-call]
+        (learned + self.weight * extra if self.weight else learned).backward()  # type: ignore[no-untyped-call]
         with torch.no_grad():
             self.update(self.rates.index_select(0, self.done)[0])
             right = (outputs.argmax(1) == labels).sum()
@@ -189,6 +196,14 @@ class Trainer:
             self.done += 1
             if self.after is not None:
                 self.after()
+
+    def _taught(self, teacher: nn.Module, images: Tensor, outputs: Tensor, loss: Tensor) -> Tensor:
+        """The loss of Hinton, Vinyals, Dean 2015: softened answers of the teacher beside the labels."""
+        with torch.no_grad(), torch.autocast(self.images.device.type, self.dtype, enabled=self.dtype is not None):
+            answers = teacher(images)
+        ours, theirs = (torch.log_softmax(logits.float() / TEMPERATURE, dim=1) for logits in (outputs, answers))
+        distance = nn.functional.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+        return (1 - self.distill) * loss + self.distill * TEMPERATURE**2 * distance
 
     def _sgd(self, rate: Tensor) -> None:
         """As ``torch.optim.SGD`` does it, with a rate that lies on the device."""

@@ -142,12 +142,13 @@ def _recipe(summary: Summary) -> str:
     parts = [
         f"`{stage['config']}`, {stage['epochs']} × {stage['curve'][0]['steps']} steps at {stage['lr']:g}"
         + (" with Adam" if stage.get("optimizer") == "adam" else "")
+        + (f", {100 * stage['distill']:.0f} % of the loss by the start's answers" if stage.get("distill") else "")
         for stage in row["stages"]
     ]
-    end = ""
+    end = f" {row['batch']} images a step." if row["batch"] != 128 else ""
     if "binary_layer_bytes" in row:
         numbers, bits = row["binary_layer_bytes"]
-        end = f" Its binary layers take {bits:,} bytes in place of {numbers:,}: ÷ {numbers / bits:.0f}."
+        end += f" Its binary layers take {bits:,} bytes in place of {numbers:,}: ÷ {numbers / bits:.0f}."
     return "; then ".join(parts) + f", from {row['start']}.{end}"
 
 

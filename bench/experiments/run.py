@@ -60,7 +60,7 @@ def run(
     known.setdefault("start", {"test": setting.test_accuracy(dense)})
     write_atomically(context, json.dumps(known).encode())
     row: dict[str, Any] = {"experiment": experiment.name, "question": experiment.question, "seed": seed}
-    row |= {"network": experiment.network, "start": experiment.start, "batch": BATCH, "began": began}
+    row |= {"network": experiment.network, "start": experiment.start, "batch": _batch(experiment), "began": began}
     row["start_test_accuracy"] = known["start"]["test"]
     if experiment.layerwise is None:
         model, found = _stages(experiment, dense, seed, folder, shorten, resident)
@@ -92,6 +92,10 @@ def run_resident(weights: Path, folder: Path, shorten: int | None, device: str, 
     """The row of an experiment of the table, trained by one thread that feeds a device which others use as well."""
     torch.set_num_threads(1)
     return run(BY_NAME[name], seed, weights, folder, shorten, device, resident=True)
+
+
+def _batch(experiment: Experiment) -> int:
+    return experiment.batch or BATCH
 
 
 def _example() -> torch.Tensor:
@@ -126,7 +130,8 @@ def _stages(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Convert, on the CPU so that ranks are the same everywhere, and train, stage by stage."""
     place = next(dense.parameters()).device
-    model, described = dense, []
+    model, described, batch = dense, [], _batch(experiment)
+    teacher = copy.deepcopy(dense).eval().requires_grad_(False) if any(s.distill for s in experiment.stages) else None
     for number, stage in enumerate(experiment.stages):
         torch.manual_seed(seed)
         report = None
@@ -136,7 +141,8 @@ def _stages(
             model, report = bk.compress(model.cpu(), stage.config, example_inputs=_example())
         model = model.to(place).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         before = setting.test_accuracy(model)
-        history = _train(stage, model, seed, folder / f"{experiment.name}-{seed}-{number}.state", shorten, resident)
+        state = folder / f"{experiment.name}-{seed}-{number}.state"
+        history = _train(stage, model, seed, batch, state, shorten, resident, teacher if stage.distill else None)
         best = max(history, key=lambda record: record.validation or 0.0)
         described.append(
             {
@@ -146,6 +152,7 @@ def _stages(
                 "lr": stage.lr,
                 "optimizer": stage.optimizer,
                 "orthogonality": stage.orthogonality,
+                "distill": stage.distill,
                 "test_accuracy_before_training": before,
                 "curve": [asdict(record) for record in history],
                 "chosen_epoch": best.epoch,
@@ -157,17 +164,26 @@ def _stages(
 
 
 def _train(
-    stage: Stage, model: nn.Module, seed: int, checkpoint: Path, shorten: int | None, resident: bool
+    stage: Stage,
+    model: nn.Module,
+    seed: int,
+    batch: int,
+    checkpoint: Path,
+    shorten: int | None,
+    resident: bool,
+    teacher: nn.Module | None,
 ) -> list[EpochRecord]:
+    if teacher is not None and not resident:
+        raise ValueError("experiments: a teacher's answers are learned in resident training only, --device cuda")
     place = str(next(model.parameters()).device)
-    whole = len(setting.training(BATCH, place)) if not resident else len(setting.resident(place)) // BATCH
+    whole = len(setting.training(batch, place)) if not resident else len(setting.resident(place)) // batch
     most = min(whole, shorten or whole)
     factor = _rates(stage, most)
     parameters = bk.trainable_parameters(model)
     after = _clipper(model)
     if resident:
         rates = [stage.lr * factor(step) for step in range(stage.epochs * most)]
-        return _train_resident(stage, model, parameters, rates, seed, most, after)
+        return _train_resident(stage, model, parameters, rates, seed, batch, most, after, teacher)
     if stage.optimizer == "adam":
         optimizer: torch.optim.Optimizer = torch.optim.Adam(parameters, lr=stage.lr, betas=graphed.BETAS)
     else:
@@ -176,7 +192,7 @@ def _train(
         )
     return bk.finetune(
         model,
-        _Shortened(setting.training(BATCH, place), most),
+        _Shortened(setting.training(batch, place), most),
         epochs=stage.epochs,
         optimizer=optimizer,
         scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, factor),
@@ -215,8 +231,10 @@ def _train_resident(
     parameters: list[nn.Parameter],
     rates: list[float],
     seed: int,
+    batch: int,
     most: int,
     after: Callable[[], None] | None,
+    teacher: nn.Module | None,
 ) -> list[EpochRecord]:
     """By ``graphed.Trainer``; at the end the network is that of the best epoch on the validation images."""
     place = str(next(model.parameters()).device)
@@ -227,8 +245,8 @@ def _train_resident(
     # Binary layers have no choice of their own between our kernels and the reference in training, the others have.
     with use_backend("reference") if latent and place != "cpu" else contextlib.nullcontext():
         trainer = graphed.Trainer(
-            model, parameters, setting.resident(place), batch=BATCH, rates=rates, optimizer=stage.optimizer,
-            orthogonality=stage.orthogonality, after=after,
+            model, parameters, setting.resident(place), batch=batch, rates=rates, optimizer=stage.optimizer,
+            orthogonality=stage.orthogonality, after=after, teacher=teacher, distill=stage.distill,
         )  # fmt: skip
         for epoch in range(1, stage.epochs + 1):
             began = time.perf_counter()
@@ -265,7 +283,7 @@ def _layerwise(
     if shorten:
         arguments["max_steps"] = shorten
     config = bk.TernaryConfig(
-        loader=setting.training(BATCH, str(next(dense.parameters()).device)),
+        loader=setting.training(_batch(experiment), str(next(dense.parameters()).device)),
         evaluate=setting.validation_accuracy,
         seed=seed,
         state=folder / f"{experiment.name}-{seed}.state",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+import typer
 
 pytest.importorskip("matplotlib")
 
@@ -14,6 +16,8 @@ from basisconv_kernels.compression.tucker_config import TuckerConfig
 from basisconv_kernels.demo import data
 from bench.experiments import latency, report, setting
 from bench.experiments import run as module
+from bench.experiments.__main__ import _jobs
+from bench.experiments.long import LONG
 from bench.experiments.table import BY_NAME, TABLE, Experiment, Stage
 
 
@@ -87,6 +91,42 @@ def test_binary_filters_train_on_the_device_and_their_bytes_are_told(few_images,
     again = module.run(experiment, 0, tmp_path, tmp_path, resident=True)
     for key in ("test_accuracy", "stages"):
         assert _timeless(again[key]) == _timeless(row[key])
+
+
+def test_an_experiment_has_a_batch_of_its_own_and_its_start_as_a_teacher(few_images, tmp_path):
+    stage = Stage(TuckerConfig(fraction=0.5), 1, 0.01, distill=0.5)
+    taught = Experiment("trial", "none", "small-vgg", "random", (stage,), batch=6)
+    row = module.run(taught, 0, tmp_path, tmp_path, resident=True)
+    assert (row["batch"], row["stages"][0]["steps_an_epoch"], row["stages"][0]["distill"]) == (6, 4, 0.5)
+    alone = replace(taught, name="alone", stages=(replace(stage, distill=0.0),))
+    other = module.run(alone, 0, tmp_path, tmp_path, resident=True)
+    assert other["stages"][0]["curve"][0]["loss"] != row["stages"][0]["curve"][0]["loss"]
+    with pytest.raises(ValueError, match="resident"):
+        module.run(replace(taught, name="loader"), 0, tmp_path, tmp_path, resident=False)
+
+
+def test_jobs_begin_in_the_order_of_their_names_or_with_what_others_wait_for():
+    named = _jobs(["vgg-quarter:1,0", "vgg-cycle", "vgg-quarter:0,2"], "5")
+    assert [job.key for job in named] == [
+        ("vgg-quarter", 1), ("vgg-quarter", 0), ("vgg-cycle", 5), ("vgg-quarter", 2)
+    ]  # fmt: skip
+    assert (named[0].after, named[2].after) == (("vgg-cycle", 0), None)
+    every = [job.key for job in _jobs(None, "")]
+    assert set(every) == {(e.name, seed) for e in LONG for seed in e.seeds}
+    first = every[: every.index(("resnet20-quarter", 0))]
+    assert {("vgg-cycle", 0), ("wide-cycle", 0), ("resnet56-spectral", 2), ("vgg-ternary", 2)} <= set(first)
+    assert every.index(("wide-xnor", 0)) < every.index(("vgg-cycle", 1))
+    with pytest.raises(typer.BadParameter, match="no-such"):
+        _jobs(["no-such:0"], "")
+
+
+def test_a_batch_and_a_teacher_of_its_own_are_told():
+    row = next(row for row in report.read(report.ROWS) if row["experiment"] == "vgg-quarter")
+    assert "images a step" not in report.text([row], [])
+    taught = row | {"batch": 256, "stages": [row["stages"][0] | {"distill": 0.9}]}
+    assert "at 0.05, 90 % of the loss by the start's answers, from vgg-cycle. 256 images a step." in report.text(
+        [taught], []
+    )
 
 
 def _timeless(value):

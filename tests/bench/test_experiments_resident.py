@@ -94,6 +94,29 @@ def test_the_steps_are_those_of_the_optimisers_of_pytorch(resident, optimizer, t
     assert sum(s.accuracy for s in sums) == pytest.approx(right / 16)
 
 
+def test_a_teacher_s_softened_answers_are_learned_beside_the_labels(resident):
+    torch.manual_seed(0)
+    taught, alone = (SmallVGG(3, (4, 8)).train() for _ in range(2))
+    alone.load_state_dict(taught.state_dict())
+    teacher = SmallVGG(3, (4, 8)).eval().requires_grad_(False)
+    before = [value.clone() for value in teacher.state_dict().values()]
+    trainer = graphed.Trainer(
+        taught, list(taught.parameters()), resident, batch=8, rates=[0.1], autocast=None, teacher=teacher, distill=0.75
+    )
+    sums = trainer.epoch(torch.Generator().manual_seed(1), 1)
+    assert all(map(torch.equal, teacher.state_dict().values(), before))
+    epoch = graphed.draw(resident, 8, 1, torch.Generator().manual_seed(1))
+    images, labels = resident.normalised(epoch.images[0]), epoch.labels[0]
+    outputs, softened = alone(images), (teacher(images) / 4).softmax(1)
+    distance = (softened * (softened.log() - (outputs / 4).log_softmax(1))).sum(1).mean()
+    loss = nn.functional.cross_entropy(outputs, labels)
+    (0.25 * loss + 0.75 * 16 * distance).backward()
+    torch.optim.SGD(alone.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True).step()
+    for got, expected in zip(taught.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    assert sums.loss == pytest.approx(float(loss.detach()), rel=1e-4)  # the labels' part alone
+
+
 def test_a_loss_that_is_no_number_is_an_error(resident):
     network = SmallVGG(3, (4, 8))
     with torch.no_grad():
