@@ -27,7 +27,6 @@ from basisconv_kernels.ops import (
     ternary_conv2d_planned,
     tucker_conv2d_planned,
 )
-from basisconv_kernels.ops import basis_conv2d_unfused as unfused
 from basisconv_kernels.testing import Case
 from basisconv_kernels.testing.candidates import SIGNATURES
 
@@ -165,7 +164,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("BASISCONV_CACHE", str(folder))
     monkeypatch.setattr(tuning, "PACKAGED", tmp_path / "packaged")
     monkeypatch.setattr(op, "_plans", {})
-    monkeypatch.setattr(unfused, "_decisions", {})
     for module in PLANNED:
         monkeypatch.setattr(module.plans, "known", {})
     tuning.forget()

@@ -50,6 +50,17 @@ def kinds(value: Any) -> Any:
     return tuple(map(type, value)) if isinstance(value, tuple) else type(value)
 
 
+def of_same_kinds(some: tuple[Any, ...], others: tuple[Any, ...]) -> bool:
+    """Whether equal arguments, the numbers first, are of the same kinds too."""
+    return (
+        some[0] is others[0]
+        and some[1] is others[1]
+        and some[2] is others[2]
+        and some[3] is others[3]
+        and some[4] is others[4]
+    ) or all(kinds(a) == kinds(b) for a, b in zip(some, others, strict=True))
+
+
 Key = tuple[Any, ...]
 
 
@@ -85,15 +96,7 @@ class Plans:
         if found is None:
             return None
         same, plan = found
-        if (
-            same[0] is arguments[0]
-            and same[1] is arguments[1]
-            and same[2] is arguments[2]
-            and same[3] is arguments[3]
-            and same[4] is arguments[4]
-        ) or all(kinds(a) == kinds(b) for a, b in zip(same, arguments, strict=True)):
-            return key, plan
-        return None
+        return (key, plan) if of_same_kinds(same, arguments) else None
 
     def run(self, found: tuple[Key, Tensor], *tensors: Any) -> Tensor | None:
         """The result of the native op by a plan that ``find`` gave; None, and the plan forgotten, where it refuses."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from basisconv_kernels.core import log, registry, selfcheck, timing, timing_cuda, tuning
 from basisconv_kernels.core.problem import Conv2dProblem
-from basisconv_kernels.ops import basis_conv2d_unfused as unfused
+from basisconv_kernels.ops import basis_conv2d_training as training
 from basisconv_kernels.ops.basis_conv2d import CANDIDATES, OP, Settings, basis_conv2d, problem_of
 from basisconv_kernels.ops.basis_conv2d_native import basis_conv2d_pack
 from basisconv_kernels.reference.basis_conv2d import memory_format
@@ -63,11 +63,12 @@ class Drawn:
         leaves = [tensor.detach().requires_grad_() for tensor in given]
         arguments = (*leaves, *([None] if self.bias is None else []))
         p = self.p
-        fixed = (p.stride, p.padding, p.dilation, p.groups, p.activation, p.precise)
+        settings = Settings(p.stride, p.padding, p.dilation, p.groups, p.activation, p.precise, backend)
+        plainly = training.two_convolutions(settings, input, self.basis, self.mixing)
 
         def step() -> object:
             if backend == tuning.PLAIN:
-                out = unfused.run((*arguments, self.settings["residual"]), Settings(*fixed, backend))
+                out = plainly(*arguments, self.settings["residual"])
             else:
                 out = basis_conv2d(*arguments, **self.settings, backend=backend)
             return torch.autograd.grad(out, leaves, torch.ones_like(out))

@@ -333,9 +333,10 @@ def tucker_conv2d(
         Tensor[N, K, OH, OW]: in the dtype of ``input`` and in the memory format that its strides state by PyTorch's own
         rule, channels_last or else NCHW; ``OH = floor((H + top + bottom − dilation·(R−1) − 1)/stride) + 1``, OW alike.
 
-    All six tensors have gradients. Double backward and ``torch.vmap`` are refused. Under autocast the tensors are cast
-    to the autocast dtype. float32 and float64 compute in their own dtype; bfloat16 and float16 accumulate in float32
-    and round the two maps between the stages and the result once each to the dtype. Two runs give the same bits.
+    All six tensors have gradients. Double backward is refused except in training steps that run as three convolutions
+    of PyTorch, ``torch.vmap`` always. Under autocast the tensors are cast to the autocast dtype. float32 and float64
+    compute in their own dtype; bfloat16 and float16 accumulate in float32 and round the two maps between the stages and
+    the result once each to the dtype. Two runs give the same bits.
 
     Raises:
         TypeError: a dtype that is not float32, bfloat16, float16 or float64, mixed dtypes, or a wrong kind of argument.

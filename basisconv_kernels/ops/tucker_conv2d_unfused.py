@@ -9,15 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from basisconv_kernels.core import registry
-from basisconv_kernels.core.autograd import refuse_by_name
 from basisconv_kernels.core.layout import laid_out, memory_format
 from basisconv_kernels.ops import basis_conv2d_unfused as basis
+from basisconv_kernels.ops.basis_conv2d_training import two_convolutions
 from basisconv_kernels.reference import tucker_conv2d as reference
 
 if TYPE_CHECKING:
     from basisconv_kernels.ops.tucker_conv2d import Forward, Settings
 
-OP = "tucker_conv2d"
 # As in ``basis_conv2d``: fewer pixels of a float32 batch do not earn back the packing that new weights need.
 PIXELS_WORTH_PACKING = 1024
 
@@ -84,22 +83,15 @@ def trains_faster(settings: Settings, input: Tensor, core: Tensor) -> bool:
 
 
 def run(tensors: tuple[Any, ...], settings: Settings) -> Tensor:
-    """Three convolutions under PyTorch's autograd; like the Function it refuses double backward.
+    """Three convolutions under PyTorch's autograd.
 
     16-bit steps on a GPU round the sums with bias and residual as PyTorch does, once more often than the kernels.
     """
     input, u_in, core, u_out, bias, residual = tensors
-    if input.device.type == "cuda" and input.dtype in reference.HALF and not settings.precise and input.numel():
-        stride, padding, dilation, activation, _, _ = settings
-        reduced = F.conv2d(input, u_in.t()[:, :, None, None])
-        geometry = (stride, padding, dilation, 1, activation)
-        result = laid_out(basis.convolutions(reduced, core, u_out, bias, residual, *geometry), memory_format(input))
-    else:
-        result = reference.forward(input, u_in, core, u_out, bias, residual, *settings[:-1])
-    result.register_hook(_refuse_graph)
-    return result
-
-
-def _refuse_graph(gradient: Tensor) -> None:
-    if torch.is_grad_enabled():
-        refuse_by_name(OP)
+    by_library = input.device.type == "cuda" and input.dtype in reference.HALF and not settings.precise
+    if not by_library or not input.numel():
+        return reference.forward(input, u_in, core, u_out, bias, residual, *settings[:-1])
+    stride, padding, dilation, activation, precise, backend = settings
+    reduced = torch.conv2d(input, u_in.t()[:, :, None, None])
+    two = two_convolutions((stride, padding, dilation, 1, activation, precise, backend), reduced, core, u_out)
+    return laid_out(two(reduced, core, u_out, bias, residual), memory_format(input))

@@ -115,9 +115,9 @@ def recombine(
 def sloped(grad_output: Tensor, output: Tensor | None, activation: str | None) -> Tensor:
     """``grad_output`` where the activation's slope is 1, else 0; the slope is read off the op's result."""
     if activation == "relu":
-        return torch.ops.aten.threshold_backward(grad_output, output, 0)
+        return torch.ops.aten.threshold_backward.default(grad_output, output, 0)
     if activation == "relu6":
-        return torch.ops.aten.hardtanh_backward(grad_output, output, 0.0, 6.0)
+        return torch.ops.aten.hardtanh_backward.default(grad_output, output, 0.0, 6.0)
     return grad_output
 
 
@@ -153,7 +153,7 @@ def backward(
     mixing = coefficients.view(*coefficients.shape, 1, 1)
     mixing_groups = coefficient_groups(coefficients, basis_weight.shape[0], groups)
     padded, pad = symmetric(input, padding)
-    conv_backward = torch.ops.aten.convolution_backward
+    conv_backward = torch.ops.aten.convolution_backward.default
 
     d_maps = d_input = d_basis = d_coefficients = d_bias = None
     if wanted[2] or wanted[0] or wanted[1]:

@@ -245,6 +245,7 @@ def test_only_our_rows_belong_to_our_sources():
     assert not found["64to64_at56_n32_q16 dense"].endswith("abc")
     assert found["resnet50_n32 auto"].endswith("abc")
     assert not found["vgg16_n1 two_step"].endswith("abc")
+    assert found["training 64to64_at56_n32_q16 frozen two_step"].endswith("abc"), "one run for all of them"
 
 
 def test_the_table_says_where_we_lose():
@@ -333,12 +334,14 @@ def test_a_training_step_is_judged_by_the_signs_of_its_own_result():
     assert errors(-out, 1)[0] > 1
 
 
-def test_a_training_step_is_checked_and_timed():
+def test_a_training_step_is_checked_and_timed(monkeypatch):
     from bench.gpu.timing import CpuMeter
 
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     data = networks.training(layers.Layer(8, 16, 7, 2, 4), "cpu", True, "cpu", CpuMeter())
     assert max(data["relative_errors"]) < 2.0**-5
     assert data["eager"]["median"] > 0
+    assert torch.backends.cudnn.benchmark
 
 
 @pytest.mark.full

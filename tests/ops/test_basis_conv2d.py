@@ -231,7 +231,7 @@ def test_the_profiler_shows_the_op_and_its_gradient_by_name():
     with torch.profiler.profile() as profile:
         basis_conv2d(inputs.input, inputs.basis_weight, coefficients, backend="cpu").sum().backward()
     names = {event.key for event in profile.key_averages()}
-    assert {"basisconv::basis_conv2d_maps", "BasisConv2dFunction", "BasisConv2dFunctionBackward"} <= names
+    assert {"basisconv::basis_conv2d_maps", "BasisConv2dEagerFunction", "BasisConv2dEagerFunctionBackward"} <= names
 
 
 @pytest.mark.parametrize("backend", AVAILABLE)

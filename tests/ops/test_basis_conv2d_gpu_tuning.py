@@ -16,8 +16,8 @@ from basisconv_kernels.core.timing import Spread
 from basisconv_kernels.demo import summary
 from basisconv_kernels.ops import basis_conv2d as op
 from basisconv_kernels.ops import basis_conv2d_model as model
+from basisconv_kernels.ops import basis_conv2d_training as training
 from basisconv_kernels.ops import basis_conv2d_tuning, tucker_conv2d_tuning
-from basisconv_kernels.ops import basis_conv2d_unfused as unfused
 from basisconv_kernels.ops import tucker_conv2d_model as tucker_model
 
 DEVICE = {"name": "NVIDIA Abacus", "capability": "9.0"}
@@ -161,28 +161,38 @@ def settings(backend):
 TRAINED = {"step": tuning.TRAINING}
 
 
+def plainly(backend):
+    """Whether a step runs as two convolutions: (eagerly, while a graph is captured)."""
+    return tuple(step is not None for step in training.decide(settings(backend), P, *tensors()))
+
+
 def test_a_step_that_nobody_measured_is_two_convolutions():
     for backend in ("cuda", "triton", "reference"):
-        assert unfused.trains_faster(settings(backend), *tensors())
+        assert plainly(backend) == (True, True)
     with registry.use_backend("cuda"):
-        assert not unfused.trains_faster(settings("cuda"), *tensors())
+        assert plainly("cuda") == (False, False)
 
 
 def test_a_step_measured_to_be_no_slower_is_ours():
     put(cuda=10, triton=30, reference=20, **TRAINED)
-    assert not unfused.trains_faster(settings("cuda"), *tensors())
-    assert unfused.trains_faster(settings("triton"), *tensors())
-    assert unfused.trains_faster(settings("reference"), *tensors())
-    put(cuda=30, reference=20, way="eager", **TRAINED)
-    unfused._decisions.clear()
-    assert unfused.trains_faster(settings("cuda"), *tensors())
+    assert plainly("cuda") == (False, False)
+    assert plainly("triton") == plainly("reference") == (True, True)
 
 
-def test_the_decision_is_made_once(monkeypatch):
+def test_a_step_that_is_captured_obeys_the_times_in_a_graph(monkeypatch):
     put(cuda=10, reference=20, **TRAINED)
-    assert not unfused.trains_faster(settings("cuda"), *tensors())
-    monkeypatch.setattr(model, "slower_in_training", lambda *_: pytest.fail("asked again"))
-    assert not unfused.trains_faster(settings("cuda"), *tensors())
+    put(cuda=30, reference=20, way="eager", **TRAINED)
+    assert plainly("cuda") == (True, False)
+    decided = training.decide(settings("cuda"), P, *tensors())
+    assert decided.now() is decided.eager
+    monkeypatch.setattr(selfcheck, "capturing", lambda: True)
+    assert decided.now() is None
+
+
+def test_nobody_asks_about_capturing_where_it_changes_nothing(monkeypatch):
+    monkeypatch.setattr(selfcheck, "capturing", lambda: pytest.fail("asked"))
+    assert training.decide(settings("cuda"), P, *tensors()).now() is not None
+    assert training.OURS.now() is None
 
 
 def test_a_traced_step_obeys_the_times_in_a_graph():

@@ -13,6 +13,7 @@ from basisconv_kernels import BasisConv2d, basis_conv2d, use_backend
 from basisconv_kernels.core import log, registry, tuning
 from basisconv_kernels.core.problem import Conv2dProblem
 from basisconv_kernels.ops import basis_conv2d as op
+from basisconv_kernels.ops import basis_conv2d_backends as backends
 from basisconv_kernels.ops import basis_conv2d_tuning
 
 PROBLEM = Conv2dProblem(C=8, Q=4, K=12, N=2, H=6, W=7, padding=(1, 1, 1, 1))
@@ -52,7 +53,9 @@ def ran(monkeypatch) -> list[str]:
         return noting
 
     monkeypatch.setattr(
-        op, "_targets", {candidate.name: (note(candidate.name), op.reference.backward) for candidate in op.CANDIDATES}
+        backends,
+        "_targets",
+        {candidate.name: (note(candidate.name), op.reference.backward) for candidate in op.CANDIDATES},
     )
     return called
 
