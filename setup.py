@@ -51,7 +51,10 @@ CUDA_KERNELS = [
         "tucker_conv2d",
     )
 ]
-SM90A_KERNELS = [f"csrc/cuda/{op}_conv2d_sm90a.cu" for op in ("basis", "binary", "ternary")]
+SM90A_KERNELS = [
+    f"csrc/cuda/{name}.cu"
+    for name in ("basis_conv2d_sm90a", "binary_conv2d_sm90a", "binary_conv2d_sm90a_slabs", "ternary_conv2d_sm90a")
+]
 CUDA_GLUE = [
     f"csrc/ops/{name}.cpp"
     for name in (

@@ -55,7 +55,8 @@ __global__ void __launch_bounds__(kPackThreads) binary_conv2d_pack_tiles(const P
     const int64_t position = in_slab / to.slab_units, r = position / to.across;
     const int64_t s = position % to.across * to.merged + in_unit / slot_words;
     const int64_t word = (slab * to.slab_units + in_slab % to.slab_units) * kUnitWords + in_unit % slot_words;
-    const int64_t k = block * to.columns + row;
+    const int column = static_cast<int>(row);
+    const int64_t k = block * to.columns + (to.columns > kFewFilters ? filter_of_column(column) : column);
     uint32_t value = 0;
     if (position < to.positions && s < to.S && word < to.words) {
       if (row == to.columns) {
@@ -168,7 +169,8 @@ const char* cuda_binary_conv2d(const CudaBinaryConv2d& call, const CudaDevice& d
 #ifndef BASISCONV_WITHOUT_SM90A
   if (binary::hopper_takes(problem, device)) {
     const binary::HopperPlan plan = binary::hopper_plan(problem, device);
-    if (plan.bytes > 0) return binary::run_sm90a(problem, plan, static_cast<Stream>(stream));
+    const auto run = plan.slabs > 0 ? binary::run_sm90a_slabs : binary::run_sm90a;
+    if (plan.bytes > 0) return run(problem, plan, static_cast<Stream>(stream));
   }
 #endif
   return binary::run_sm80(problem, device, static_cast<Stream>(stream));

@@ -29,6 +29,10 @@ constexpr int kFewFilters = 16;     // of a group: a narrower tile serves them
 
 BASISCONV_EITHER int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Column n of the products of a tile of 64 filters has this one of them, by which row n of the packing is filled: lane
+// t of four, which holds the columns 8 j + 2 t and 8 j + 2 t + 1, has eight neighbouring filters of each 32.
+BASISCONV_EITHER int filter_of_column(int n) { return n / 32 * 32 + n / 2 % 4 * 8 + n / 8 % 4 * 2 + n % 2; }
+
 struct Packing {
   int64_t C, K, groups, R, S;  // C and K of one group
   int64_t words;               // of the channels of a group
@@ -70,7 +74,7 @@ inline Packing packing_of(const BinaryConv2dWeights& w) {
 }
 // Says of packed weights what they were made for: everything that decides where a bit lies.
 inline uint64_t tag_of(const BinaryConv2dWeights& w) {
-  constexpr int64_t version = 1;
+  constexpr int64_t version = 2;
   return fnv1a({version, w.C, w.K, w.R, w.S, w.groups});
 }
 
@@ -79,7 +83,8 @@ struct Problem {
   const uint64_t* tag;
   uint64_t expected_tag;
   const int32_t* totals;  // [groups][R + 1][S + 1][padded]
-  // [groups][blocks][slabs][steps * 2] units of [columns + 1] rows of 16 bytes, the last row the filter of ones
+  // [groups][blocks][slabs][steps * 2] units of [columns + 1] rows of 16 bytes, the last row the filter of ones; of 64
+  // columns in the order of filter_of_column
   const char* filters;
   CudaFactor scale, bias, pixel_scale;
   const int32_t* threshold;

@@ -11,8 +11,8 @@
 //   band      the rows of the image that a block's pixels need, in shared memory; the pixels follow each other through
 //             the batch, so no tile is cut at an edge of a map. A comes from it by ldmatrix, a window's shift is an
 //             address.
-//   filters   in shared memory for as long as the block lives, unswapped from the packing of sm_80: columns are in the
-//             order in which a lane has eight neighbouring filters of a pixel in its own accumulators.
+//   filters   in shared memory for as long as the block lives, in the order of the packing, which leaves a lane with
+//             eight neighbouring filters of a pixel in its own accumulators.
 //   outputs   go from registers to memory in pieces of 16 bytes; bits once around four lanes, then as words.
 //
 // Tests: tests/cuda_on_cpu/test_binary_conv2d_sm90a.py (no GPU), tests/ops/test_binary_conv2d.py.
@@ -39,7 +39,7 @@ BASISCONV_DEVICE void load_filters(const Problem& p, const HopperPlan& plan, cha
     uint4 signs[kBatch], ones[kBatch];
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
-      const int job = start + b * warps, j = job / together, k = first + job % together * 32 + filter_of_column(lane);
+      const int job = start + b * warps, j = job / together, k = first + job % together * 32 + lane;
       const int unit = pairs ? 0 : j / taps, tap = j - unit * taps;
       const int position = pairs ? tap / 3 * 2 + tap % 3 / 2 : tap, slot = pairs ? tap % 3 % 2 : 0;
       signs[b] = uint4{0, 0, 0, 0}, ones[b] = uint4{~0u, ~0u, ~0u, ~0u};
@@ -83,18 +83,6 @@ BASISCONV_DEVICE void load_filters(const Problem& p, const HopperPlan& plan, cha
   }
 }
 
-// Where the pixels of a tile begin: image, line of outputs, and how many outputs of the image come before.
-struct Start {
-  int number, n, before, line;
-
-  BASISCONV_DEVICE Start(const HopperPlan& plan, int tile) {
-    number = tile * plan.pixels();
-    n = number / plan.image.by;
-    before = number - n * plan.image.by;
-    line = before / plan.line.by;
-  }
-};
-
 // The band of a tile. A warp has 32 neighbouring units of a line at a time, and several such loads under way.
 template <bool pairs>
 struct Band {
@@ -120,18 +108,27 @@ struct Band {
       at[b] = -1;
       if (job >= jobs || column >= plan.width.by) continue;
       at[b] = unit * plan.plane_bytes() + (row * plan.width.by + column) * kUnitBytes;
-      const int line = start.line * plan.jump_h + row, images = plan.image_rows.of_quotient(line), n = start.n + images;
-      const int y = (line - images * plan.image_rows.by) * plan.step_h - p.pad_top,
-                x = column * plan.step_w - p.pad_left;
-      if (n >= p.N || y < 0 || y >= p.H || x < 0 || x >= p.W) continue;
+      const Line line(p, plan, start, row);
+      const int x = column * plan.step_w - p.pad_left;
+      if (!line.inside(p) || x < 0 || x >= p.W) continue;
       inside |= 1u << b;
-      const uint32_t* from = p.input + ((static_cast<int64_t>(n) * p.H + y) * p.W + x) * p.words + unit * kUnitWords;
+      const uint32_t* from = line.pixels(p) + static_cast<int64_t>(x) * p.words + unit * kUnitWords;
       if constexpr (pairs) {
         const uint2 half = *reinterpret_cast<const uint2*>(from);
         signs[b].x = half.x, signs[b].y = half.y;
       } else {
         signs[b] = *reinterpret_cast<const uint4*>(from);
       }
+    }
+  }
+
+  // The lines of a tile that comes later, into the second-level cache: a warp has one at a time.
+  BASISCONV_DEVICE void announce(const Start& start) const {
+    const int bytes = p.W * p.words * 4;
+    if (threadIdx.x % 32 != 0 || bytes % 16 != 0 || reinterpret_cast<uintptr_t>(p.input) % 16 != 0) return;
+    for (int row = threadIdx.x / 32; row < plan.rows; row += blockDim.x / 32) {
+      const Line line(p, plan, start, row);
+      if (line.inside(p)) prefetch(line.pixels(p), bytes);
     }
   }
 
@@ -190,6 +187,8 @@ __global__ void __launch_bounds__(128 * HopperPlan::most_of_a_block(N),
       band.fetch(start, job);
       band.put();
     }
+    const int next = tile + static_cast<int>(gridDim.x);
+    if (next < plan.tiles) band.announce(Start(plan, next));
     __syncthreads();  // the band and, at first, the filters are there
 
     // ldmatrix.x4: lanes 0-15 address 16 pixels in a step's first unit, lanes 16-31 in its second.

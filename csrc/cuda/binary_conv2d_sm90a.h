@@ -29,10 +29,13 @@ struct HopperPlan {
   BASISCONV_EITHER static constexpr int most_of_a_block(int columns) {
     return columns == 32 ? 3 : most_at_once(columns);
   }
+  // The same of the kernel with slabs, which has twice the sums: too many for 128 columns. Of one block too.
+  BASISCONV_EITHER static constexpr int most_with_slabs(int columns) { return columns == 128 ? 0 : 3; }
 
   int columns, warpgroups, blocks;  // blocks: of filters
   bool pairs;                       // at most 64 channels: signs and their complement are one unit, a step has two taps
   int units, taps, steps;           // units of a pixel's signs
+  int slabs;                        // of two units: binary_conv2d_sm90a_slabs.cu's; 0: the other kernel's
   int jump_h, jump_w;               // from one output's window to the next, in the band
   int step_h, step_w;               // from one pixel of the band to the next, in the image
   int down, right;                  // from tap to tap, in the band
@@ -44,10 +47,38 @@ struct HopperPlan {
   int bytes;  // of shared memory; 0 where the kernel cannot run
 
   BASISCONV_EITHER int pixels() const { return tile_pixels * warpgroups; }
-  BASISCONV_EITHER int filter_bytes() const { return steps * columns * 2 * kUnitBytes; }
+  BASISCONV_EITHER int filter_bytes() const { return steps * columns * (slabs > 0 ? 1 : 2) * kUnitBytes; }
   BASISCONV_EITHER int plane_bytes() const { return rows * width.by * kUnitBytes; }
-  BASISCONV_EITHER int constants_offset() const { return filter_bytes() + (pairs ? 1 : 2 * units) * plane_bytes(); }
+  BASISCONV_EITHER int planes() const { return pairs ? 1 : 2 * (slabs > 0 ? slabs : units); }
+  BASISCONV_EITHER int constants_offset() const { return filter_bytes() + planes() * plane_bytes(); }
   BASISCONV_EITHER int grid() const { return static_cast<int>(ceil_div(tiles, rounds)); }
+};
+
+// Where the pixels of a tile begin: image, line of outputs, and how many outputs of the image come before.
+struct Start {
+  int number, n, before, line;
+
+  BASISCONV_DEVICE Start(const HopperPlan& plan, int tile) {
+    number = tile * plan.pixels();
+    n = number / plan.image.by;
+    before = number - n * plan.image.by;
+    line = before / plan.line.by;
+  }
+};
+
+// Of which line of which image a row of a tile's band is, or of none.
+struct Line {
+  int n, y;
+
+  BASISCONV_DEVICE Line(const Problem& p, const HopperPlan& plan, const Start& start, int row) {
+    const int line = start.line * plan.jump_h + row, images = plan.image_rows.of_quotient(line);
+    n = start.n + images;
+    y = (line - images * plan.image_rows.by) * plan.step_h - p.pad_top;
+  }
+  BASISCONV_DEVICE bool inside(const Problem& p) const { return n < p.N && y >= 0 && y < p.H; }
+  BASISCONV_DEVICE const uint32_t* pixels(const Problem& p) const {
+    return p.input + (static_cast<int64_t>(n) * p.H + y) * p.W * p.words;
+  }
 };
 
 // Whether the kernel's way is one for this call; the plan says whether its memory is enough. Sums of signs over an even
@@ -67,7 +98,7 @@ inline bool hopper_takes(const Problem& p, const CudaDevice& device) {
          int64_t{p.C} * p.R * p.S < 1 << 22;
 }
 
-inline HopperPlan hopper_plan_of(const Problem& p, const CudaDevice& device, int columns, int warpgroups) {
+inline HopperPlan hopper_plan_of(const Problem& p, const CudaDevice& device, int columns, int warpgroups, bool slabs) {
   HopperPlan plan{};
   plan.columns = columns;
   plan.warpgroups = warpgroups;
@@ -75,7 +106,8 @@ inline HopperPlan hopper_plan_of(const Problem& p, const CudaDevice& device, int
   plan.pairs = p.words == 2;
   plan.units = plan.pairs ? 1 : p.words / kUnitWords;
   plan.taps = p.R * p.S;
-  plan.steps = plan.pairs ? (plan.taps + 1) / 2 : plan.taps * plan.units;
+  plan.slabs = slabs ? p.slabs : 0;
+  plan.steps = slabs ? plan.taps * 2 * p.slabs : plan.pairs ? (plan.taps + 1) / 2 : plan.taps * plan.units;
   // Of a 1x1 filter's strides the band holds only what is used.
   const bool one = plan.taps == 1;
   plan.jump_h = one ? 1 : p.stride_h, plan.jump_w = one ? 1 : p.stride_w;
@@ -91,11 +123,12 @@ inline HopperPlan hopper_plan_of(const Problem& p, const CudaDevice& device, int
   const int64_t window = (p.R - 1) * int64_t{p.dilation_h} + 1;
   const int64_t more = window > plan.jump_h ? window - plan.jump_h : 0;
   const int64_t rows = (lines - 1) * plan.jump_h + crossings * more + window;
-  constexpr int constants = 2 * 4;
-  const int64_t planes = plan.pairs ? 1 : 2 * plan.units;
+  constexpr int constants = 2 * 4, barrier = 8;
+  const int64_t filters = int64_t{plan.steps} * columns * (slabs ? 1 : 2) * kUnitBytes;
   const int64_t bytes =
-      int64_t{plan.steps} * columns * 2 * kUnitBytes + planes * rows * width * kUnitBytes + columns * constants;
-  if (bytes > device.shared_bytes) return plan;
+      filters + plan.planes() * rows * width * kUnitBytes + columns * constants + plan.slabs * barrier;
+  const int most = slabs ? HopperPlan::most_with_slabs(columns) : HopperPlan::most_at_once(columns);
+  if (bytes > device.shared_bytes || warpgroups > most) return plan;
   plan.rows = static_cast<int>(rows);
   plan.width = Divisor::of(static_cast<int>(width));
   plan.image_rows = Divisor::of(static_cast<int>(height));
@@ -105,7 +138,7 @@ inline HopperPlan hopper_plan_of(const Problem& p, const CudaDevice& device, int
   plan.parts = Divisor::of(static_cast<int>(ceil_div(width * plan.units, 32)));
   constexpr int reserved = 1024;  // of every block
   const int by_memory = static_cast<int>((device.shared_bytes + reserved) / (bytes + reserved));
-  const int by_registers = HopperPlan::most_at_once(columns) / warpgroups;
+  const int by_registers = most / warpgroups;
   plan.per_sm = by_memory < by_registers ? by_memory : by_registers;
   plan.tiles = static_cast<int>(ceil_div(image * p.N, plan.pixels()));
   const int slots = device.multiprocessors * plan.per_sm / plan.blocks;
@@ -115,30 +148,38 @@ inline HopperPlan hopper_plan_of(const Problem& p, const CudaDevice& device, int
 }
 
 // Clocks of a call, by the rates of wgmma and of instructions that were measured on an H200, rounded: a step of 64
-// pixels alone and with others; the outputs of 64 pixels; filters on their way; what a round waits for.
+// pixels alone and with others; the outputs of 64 pixels; filters until products can begin, of slabs the first alone,
+// else in turns of four loads a thread; what a round waits for.
 inline int64_t hopper_clocks(const HopperPlan& plan, const CudaDevice& device) {
   const int columns = plan.columns;
   const int alone = columns == 128 ? 72 : columns == 64 ? 54 : 45, step = columns == 128 ? 64 : columns == 64 ? 33 : 20;
-  const int64_t at_once = ceil_div(int64_t{plan.grid()} * plan.blocks, device.multiprocessors) * plan.warpgroups;
+  const int64_t blocks = ceil_div(int64_t{plan.grid()} * plan.blocks, device.multiprocessors);
+  const int64_t at_once = blocks * plan.warpgroups;
   const int64_t together = at_once * step * plan.steps, chain = int64_t{alone} * plan.steps;
-  const int64_t filters = int64_t{plan.steps} * columns * kUnitBytes * (at_once / plan.warpgroups) / 40;
+  const int64_t turns = ceil_div(int64_t{plan.steps} * columns, 128 * plan.warpgroups * 4);
+  const int64_t landing = plan.filter_bytes() / (plan.slabs > 0 ? plan.slabs : 2) * blocks / 40;
+  const int64_t filters = landing + (plan.slabs > 0 ? 0 : (turns - 1) * 3000);
   return filters + plan.rounds * (1500 + (together > chain ? together : chain) + at_once * (100 + columns * 5 / 2));
 }
 
 // The quickest plan by that count; `bytes` is 0 where none fits.
 inline HopperPlan hopper_plan(const Problem& p, const CudaDevice& device) {
   HopperPlan best{};
-  for (int columns = 128; columns >= 32; columns /= 2) {
-    if (columns / 2 >= p.K) continue;
-    for (int warpgroups = 1; warpgroups <= HopperPlan::most_of_a_block(columns); ++warpgroups) {
-      const HopperPlan plan = hopper_plan_of(p, device, columns, warpgroups);
-      if (plan.bytes == 0) continue;
-      if (best.bytes == 0 || hopper_clocks(plan, device) < hopper_clocks(best, device)) best = plan;
+  for (const bool slabs : {true, false}) {
+    if (slabs && p.slab_units == 1) continue;
+    for (int columns = 128; columns >= 32; columns /= 2) {
+      if (columns / 2 >= p.K) continue;
+      for (int warpgroups = 1; warpgroups <= HopperPlan::most_of_a_block(columns); ++warpgroups) {
+        const HopperPlan plan = hopper_plan_of(p, device, columns, warpgroups, slabs);
+        if (plan.bytes == 0) continue;
+        if (best.bytes == 0 || hopper_clocks(plan, device) < hopper_clocks(best, device)) best = plan;
+      }
     }
   }
   return best;
 }
 
 const char* run_sm90a(const Problem& problem, const HopperPlan& plan, Stream stream);
+const char* run_sm90a_slabs(const Problem& problem, const HopperPlan& plan, Stream stream);
 
 }  // namespace basisconv::cuda::binary

@@ -11,9 +11,6 @@ namespace basisconv::cuda::binary {
 
 constexpr int32_t kUnreachable = 1 << 30;  // no sum is
 
-// Column n of the products has this filter: lane t of four holds the columns 8 j + 2 t and 8 j + 2 t + 1.
-BASISCONV_DEVICE int filter_of_column(int n) { return n / 32 * 32 + n / 2 % 4 * 8 + n / 8 % 4 * 2 + n % 2; }
-
 // What belongs to the filters of a block: scale and bias as float bits; or for bits the sum / 2 from which on they are
 // set, and in `second` a word for each 32 with the filters that are flipped.
 template <int N>
@@ -89,7 +86,7 @@ BASISCONV_DEVICE void store_bits(const Problem& p, const int (&d)[N / 2], const 
     }
   } else {  // both pixels at once: lane t has word t % words of pixel t / words
     const uint32_t bits = exchanged(found[0] | found[1] << 8 * words) ^ flip;
-    const int number = pixels.number[t / words & 1];
+    const int number = t / words & 1 ? pixels.number[1] : pixels.number[0];
     if (t < 2 * words && number < all && word < of_pixel) output[int64_t{number} * of_pixel] = bits;
   }
 }

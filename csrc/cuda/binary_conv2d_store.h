@@ -72,9 +72,8 @@ BASISCONV_DEVICE Filter filter_of(const Problem& p, int group, int k) {
 
 // --- staging ---------------------------------------------------------------------------------------------------------
 
-// A pixel's counts, 32 bytes more between pixels, and from the fifth filter on 16 bytes exchanged with their neighbours
-// in every second half of 128 bytes: neither the fragments' 8-byte stores nor the 16-byte loads meet in a bank. Behind
-// the pixels their ones.
+// A pixel's counts, 32 bytes more between pixels, and in every second 128 bytes the halves exchanged: neither stores
+// nor loads of 8 bytes meet in a bank. Behind the pixels their ones.
 template <int MT, int N8>
 struct Staging {
   static constexpr int pixels = 16 * MT;
@@ -82,10 +81,10 @@ struct Staging {
   static constexpr int bytes = pixels * pitch + pixels * 4;
   char* memory;
 
-  static BASISCONV_DEVICE int place(int column) { return (column * 4) ^ (column / 32 % 2 * 16); }
+  static BASISCONV_DEVICE int place(int column) { return (column * 4) ^ (column / 32 % 2 * 64); }
   BASISCONV_DEVICE int& ones(int pixel) const { return reinterpret_cast<int*>(memory + pixels * pitch)[pixel]; }
 
-  // A lane l = 4g + t of an m16n8 accumulator has the filters 2t and 2t + 1 of pixels g and g + 8.
+  // A lane l = 4g + t of an m16n8 accumulator has the columns 2t and 2t + 1 of pixels g and g + 8.
   BASISCONV_DEVICE void put(const int (&sums)[MT][N8][4], const int (&all_ones)[MT][4]) const {
     const int lane = threadIdx.x % 32;
     warp_reuses(memory, bytes);
@@ -104,12 +103,15 @@ struct Staging {
     }
     __syncwarp();
   }
-  BASISCONV_DEVICE void get(int (&sums)[kAtOnce], int pixel, int column) const {
+  // Eight neighbouring filters, see filter_of_column.
+  BASISCONV_DEVICE void get(int (&sums)[kAtOnce], int pixel, int filter) const {
     const char* from = memory + pixel * pitch;
-    const int4 low = *reinterpret_cast<const int4*>(from + place(column));
-    const int4 high = *reinterpret_cast<const int4*>(from + place(column + 4));
-    sums[0] = low.x, sums[1] = low.y, sums[2] = low.z, sums[3] = low.w;
-    sums[4] = high.x, sums[5] = high.y, sums[6] = high.z, sums[7] = high.w;
+    const int first = N8 == 8 ? filter / 32 * 32 + filter / 8 % 4 * 2 : filter, next = N8 == 8 ? 8 : 2;
+#pragma unroll
+    for (int i = 0; i < kAtOnce / 2; ++i) {
+      const int2 two = *reinterpret_cast<const int2*>(from + place(first + i * next));
+      sums[2 * i] = two.x, sums[2 * i + 1] = two.y;
+    }
   }
 };
 

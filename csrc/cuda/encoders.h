@@ -30,6 +30,15 @@ BASISCONV_HOST_DEVICE constexpr uint64_t wgmma_descriptor(uint32_t shared_addres
   return (static_cast<uint64_t>(shared_address) >> 4 & 0x3FFF) | 1ull << 16 | eight_rows << 32 | swizzle << 62;
 }
 
+// The same without a swizzle: two columns of 16 bytes, each with its rows one behind the other, `apart` bytes between
+// them.
+//   bits 16-29 from column to column / 16 · 32-45 from eight rows to the next eight / 16 · 62-63 0
+BASISCONV_HOST_DEVICE constexpr uint64_t wgmma_descriptor_of_columns(uint32_t shared_address, int apart) {
+  constexpr uint64_t eight_rows = 8;
+  return (static_cast<uint64_t>(shared_address) >> 4 & 0x3FFF) | static_cast<uint64_t>(apart) / 16 << 16 |
+         eight_rows << 32;
+}
+
 // What cuTensorMapEncodeTiled is asked for: 16-bit elements, rank 4, innermost first, boxes of 64 elements with the
 // 128-byte swizzle, zeros outside.
 struct TensorMapRequest {

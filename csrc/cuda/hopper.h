@@ -211,10 +211,12 @@ BASISCONV_DEVICE void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], const 
   asm volatile("wgmma.mma_async.sync.aligned.m64n" n "k256.s32.b1.b1.and.popc {" d_places "}, {" a_places ", 1;" \
                : d_operands                                                                                      \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor))
-template <int N>
+// With `columns` it is not swizzled: N times 16 bytes, the first halves of all rows, then as many with the second.
+template <int N, bool columns = false>
 BASISCONV_DEVICE void wgmma_rs_bits(int (&d)[N / 2], const uint32_t (&a)[4], const void* tiles, int number) {
   static_assert(N == 32 || N == 64 || N == 128, "add the shape above");
-  const uint64_t first = wgmma_descriptor(shared_address(tiles), 32);
+  const uint32_t address = shared_address(tiles);
+  const uint64_t first = columns ? wgmma_descriptor_of_columns(address, N * 16) : wgmma_descriptor(address, 32);
   const uint64_t descriptor =
       first >> 32 << 32 | (static_cast<uint32_t>(first) + static_cast<uint32_t>(number) * (N * 2));
   if constexpr (N == 32) BASISCONV_WGMMA_BITS("32", BASISCONV_P16, "%16,%17,%18,%19}, %20", BASISCONV_I16(0));

@@ -73,13 +73,15 @@ PYBIND11_MODULE(MODULE_NAME, m) {
   });
   m.def("reason", [](const py::dict& from) { return words_or_none(cuda_binary_reason(call(from), device(from))); });
   m.def("quotient", [](int numerator, int by) { return cuda::binary::Divisor::of(by).of_quotient(numerator); });
-  // The plan of sm_90a's kernel: filters and warpgroups of a block, rounds, blocks, bytes; None where sm_80's runs.
+  // The plan of sm_90a's kernel: filters and warpgroups of a block, rounds, blocks, bytes, whether with
+  // slabs; None where sm_80's runs.
   m.def("hopper_plan", [](const py::dict& from) -> py::object {
     const cuda::binary::Problem problem = cuda::binary::problem_of(call(from));
     if (!cuda::binary::hopper_takes(problem, device(from))) return py::none();
     const cuda::binary::HopperPlan plan = cuda::binary::hopper_plan(problem, device(from));
     if (plan.bytes == 0) return py::none();
-    return py::make_tuple(plan.columns, plan.warpgroups, plan.rounds, plan.grid() * plan.blocks, plan.bytes);
+    return py::make_tuple(plan.columns, plan.warpgroups, plan.rounds, plan.grid() * plan.blocks, plan.bytes,
+                          plan.slabs > 0);
   });
   // What went wrong, or None, and (8x8 matrices read, bank conflicts). `plan`: with that plan of sm_90a's kernel.
   m.def("run", [](const py::dict& from) {
@@ -87,12 +89,11 @@ PYBIND11_MODULE(MODULE_NAME, m) {
     cuda_on_cpu::counters = {};
     const char* wrong = nullptr;
     if (from.contains("plan")) {
-      const auto [columns, warpgroups] = pair(from, "plan");
+      const auto [columns, warpgroups, slabs] = from["plan"].cast<std::tuple<int, int, bool>>();
       const Problem problem = problem_of(call(from));
-      const HopperPlan plan =
-          hopper_plan_of(problem, device(from), static_cast<int>(columns), static_cast<int>(warpgroups));
-      wrong =
-          !hopper_takes(problem, device(from)) || plan.bytes == 0 ? "no such plan" : run_sm90a(problem, plan, nullptr);
+      const HopperPlan plan = hopper_plan_of(problem, device(from), columns, warpgroups, slabs);
+      const auto kernel = plan.slabs > 0 ? run_sm90a_slabs : run_sm90a;
+      wrong = !hopper_takes(problem, device(from)) || plan.bytes == 0 ? "no such plan" : kernel(problem, plan, nullptr);
     } else {
       wrong = cuda_binary_conv2d(call(from), device(from), nullptr);
     }

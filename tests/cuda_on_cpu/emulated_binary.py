@@ -35,8 +35,8 @@ def poison(size: Sequence[int], dtype: torch.dtype, layout: torch.memory_format 
 class EmulatedBinary:
     """The kernels on a device. Every call runs in all orders of the threads, which must agree bit for bit.
 
-    ``plan``: the filters and warpgroups of a block of sm_90a's kernel; without it the kernels choose. ``chosen`` holds
-    what they chose for the last call.
+    ``plan``: the filters and warpgroups of a block of sm_90a's kernel, and whether it is the one with slabs; without it
+    the kernels choose. ``chosen`` holds what they chose for the last call.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class EmulatedBinary:
         module: ModuleType,
         device: dict[str, int],
         orders: Sequence[str] = ORDERS,
-        plan: tuple[int, int] | None = None,
+        plan: tuple[int, int, bool] | None = None,
     ):
         self.module, self.device, self.orders, self.plan = module, device, orders, plan
         self.chosen: tuple[int, ...] | None = None

@@ -39,6 +39,7 @@ struct Wgmma {
   uint32_t a_at_issue[4];
   const char* tile;
   float (*decode)(uint32_t);  // null for single bits
+  bool columns = false;       // of 16 bytes, one behind the other, in place of swizzled rows
 };
 struct WgmmaThread {
   std::vector<Wgmma> open;
@@ -142,7 +143,9 @@ inline void run_wgmma_bits(int first, size_t group, size_t index) {
   constexpr int words = 8;
   std::vector<uint32_t> b(static_cast<size_t>(w.n) * words);
   for (size_t i = 0; i < b.size(); ++i) {
-    const uint32_t offset = basisconv::cuda::swizzled(static_cast<uint32_t>(i) * 4, w.row_bytes);
+    const uint32_t row = static_cast<uint32_t>(i) / words, word = static_cast<uint32_t>(i) % words;
+    const uint32_t offset = w.columns ? (word / 4 * w.n + row) * 16 + word % 4 * 4
+                                      : basisconv::cuda::swizzled(static_cast<uint32_t>(i) * 4, w.row_bytes);
     memcpy(&b[i], &async_view[w.tile - shared_of_cluster + offset], 4);
   }
   for (int warp = first; warp < first + kWarpgroup; warp += kWarp) {
@@ -324,7 +327,7 @@ void wgmma_wait() {
 inline void issue_wgmma(const cuda_on_cpu::Wgmma& w) {
   using namespace cuda_on_cpu;
   WgmmaThread& mine = wgmma_threads[block.self];
-  shared_offset(w.tile, static_cast<size_t>(w.n) * w.row_bytes, w.row_bytes * 8, "wgmma");
+  shared_offset(w.tile, static_cast<size_t>(w.n) * w.row_bytes, w.columns ? 16 : w.row_bytes * 8, "wgmma");
   if (!mine.fenced) fail("wgmma without wgmma_fence since the last commit");
   if (block.self % kWarpgroup == 0 &&
       memcmp(w.tile, &async_view[w.tile - shared_of_cluster], static_cast<size_t>(w.n) * w.row_bytes) != 0) {
@@ -345,10 +348,10 @@ void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], const void* tile, int k
   issue_wgmma(
       {d, N, row_bytes, k, a, {a[0], a[1], a[2], a[3]}, static_cast<const char*>(tile), cuda_on_cpu::decode<T>});
 }
-template <int N>
+template <int N, bool columns = false>
 void wgmma_rs_bits(int (&d)[N / 2], const uint32_t (&a)[4], const void* tiles, int number) {
   const char* tile = static_cast<const char*>(tiles) + number * N * 32;
-  issue_wgmma({reinterpret_cast<float*>(d), N, 32, 0, a, {a[0], a[1], a[2], a[3]}, tile, nullptr});
+  issue_wgmma({reinterpret_cast<float*>(d), N, 32, 0, a, {a[0], a[1], a[2], a[3]}, tile, nullptr, columns});
 }
 
 }  // namespace basisconv::cuda

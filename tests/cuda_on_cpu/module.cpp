@@ -62,6 +62,7 @@ PYBIND11_MODULE(MODULE_NAME, m) {
                            std::vector<uint32_t>(map.box, map.box + 4), std::string(reason ? reason : ""));
   });
   m.def("wgmma_descriptor", &cuda::wgmma_descriptor);
+  m.def("wgmma_descriptor_of_columns", &cuda::wgmma_descriptor_of_columns);
   m.def("swizzled", &cuda::swizzled);
   // Runs one variant, or the chosen one for ""; what went wrong, or None, and (8x8 matrices read, bank conflicts).
   m.def("run", [](const std::string& variant, const py::dict& from) {

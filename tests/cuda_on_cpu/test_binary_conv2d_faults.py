@@ -17,7 +17,7 @@ WAIT = "cp_async_wait<kStages - 2>();"
 BUFFERS = "buffers = static_cast<int>(all < most ? all : most);"
 LAST = "__syncthreads();  // nobody reads"
 TAIL = "value = left < kWordBits ? (1u << left) - 1u : ~0u;"
-STAGED = "__syncwarp();\n  }\n  BASISCONV_DEVICE void get"
+STAGED = "__syncwarp();\n  }\n  // Eight neighbouring"
 INSIDE = "if (y + row >= p.OH || x + column >= p.OW) continue;"
 OUTSIDE = "every_factor = !good ? 1 : -p.padding_value;"
 LAST_GROUP = "const bool last = lane.group == p.groups - 1;"
@@ -48,8 +48,10 @@ FAULTS = {
     ),
     "no barrier of the warp": (STORE, STAGED, f"if (planted != #) {STAGED}"),
     "the exchange in the staging forgotten": (
-        STORE, "(from + place(column));", "(from + (planted == # ? column * 4 : place(column)));",
+        STORE, "(from + place(first + i * next))",
+        "(from + (planted == # ? (first + i * next) * 4 : place(first + i * next)))",
     ),
+    "filters in the order of columns": (STORE, "N8 == 8 ? filter / 32", "N8 == 8 && planted != # ? filter / 32"),
     "ones of the wrong rows": (STORE, "all_ones[m][half * 2]", "all_ones[m][planted == # ? 0 : half * 2]"),
     "a column never written": (STORE, INSIDE, INSIDE.replace(">= p.OW", ">= p.OW - (planted == #)")),
     "words not filled up": (STORE, BYTE, "if (lane.k < p.K || (last && at < all && planted != #))"),

@@ -22,6 +22,7 @@ CASES = [
     case("one_unit_a_pixel", "2 128 9 9 72 3 3", dtype=F16),
     case("two_units_a_pixel", "1 256 8 9 40 3 3", dtype=F32),
     case("three_units_and_a_tail_of_channels", "1 380 6 7 48 3 3"),
+    case("four_units_and_a_tail_of_channels", "2 500 5 6 40 3 3", padding_value=1),
     case("half_a_unit_with_a_tail", "1 50 9 9 32 3 3"),
     case("many_images_in_a_tile", "9 128 4 3 32 3 3"),
     case("padding_with_one", "2 64 6 7 32 3 3", padding_value=1),
@@ -37,9 +38,10 @@ CASES = [
     case("a_window_larger_than_the_map", "3 64 1 2 32 3 3"),
     case("real_to_bits", "2 126 9 9 96 3 3", planes=0, channels_last=True),
 ]  # fmt: skip
-# Filters and warpgroups of a block.
-PLANS = [(32, 1), (32, 3), (64, 1), (64, 2), (128, 1), (128, 3)]
-MORE_PLANS = [(32, 2), (64, 3), (64, 4), (64, 5), (128, 2), (128, 4)]
+# Filters and warpgroups of a block; whether filters come in slabs of two units.
+PLANS = [(32, 1, False), (32, 3, False), (64, 1, False), (64, 2, False), (128, 1, False), (128, 3, False)]
+MORE_PLANS = [(32, 2, False), (64, 3, False), (64, 4, False), (64, 5, False), (128, 2, False), (128, 4, False)]
+SLABS, MORE_SLABS = [(32, 1, True), (64, 2, True)], [(32, 2, True), (32, 3, True), (64, 1, True), (64, 3, True)]
 ONE_CORE = {**H200, "multiprocessors": 1}
 
 
@@ -50,9 +52,13 @@ def test_the_chosen_plan(binary_module, case):
     assert kernel.chosen is not None
 
 
-@pytest.mark.parametrize(
-    "plan", [*PLANS, *(pytest.param(p, marks=pytest.mark.full) for p in MORE_PLANS)], ids=lambda p: f"{p[0]}x{p[1]}"
-)
+def plans(some, more):
+    return pytest.mark.parametrize(
+        "plan", [*some, *(pytest.param(p, marks=pytest.mark.full) for p in more)], ids=lambda p: f"{p[0]}x{p[1]}"
+    )
+
+
+@plans(PLANS, MORE_PLANS)
 @ids([
     case("pairs", "3 64 11 13 136 3 3"),
     case("units", "3 256 11 13 136 3 3", padding_value=1),
@@ -60,6 +66,17 @@ def test_the_chosen_plan(binary_module, case):
 ])  # fmt: skip
 def test_every_plan(binary_module, case, plan):
     """Several rounds of one multiprocessor, tails of pixels and filters."""
+    testing.check_binary(case, EmulatedBinary(binary_module, ONE_CORE, plan=plan))
+
+
+@plans(SLABS, MORE_SLABS)
+@ids([
+    case("two_units", "3 256 11 13 136 3 3", padding_value=1),
+    case("three_units_and_a_tail_of_channels", "7 380 5 6 72 3 3", padding_value=-1),
+    case("five_units", "2 640 7 7 40 3 3"),
+    case("pointwise", "3 512 13 12 136 1 1", stride=(2, 1), padding=(1, 0, 2, 1)),
+])  # fmt: skip
+def test_every_plan_with_slabs(binary_module, case, plan):
     testing.check_binary(case, EmulatedBinary(binary_module, ONE_CORE, plan=plan))
 
 
@@ -85,9 +102,10 @@ def test_any_geometry(binary_module, request):
     rng = random.Random(7)
     count = 1_000 if request.config.getoption("--full") else 12
     for seed in range(count):
-        plan = rng.choice([*PLANS, *MORE_PLANS])
+        drawn = geometry(rng)
+        plan = rng.choice([*PLANS, *MORE_PLANS] if drawn.problem.C <= 128 else [*PLANS, *3 * SLABS, *MORE_SLABS])
         kernel = EmulatedBinary(binary_module, rng.choice([H200, ONE_CORE]), orders=("shuffled",), plan=plan)
-        testing.check_binary(geometry(rng), kernel, seed=seed)
+        testing.check_binary(drawn, kernel, seed=seed)
 
 
 def test_weights_packed_for_another_problem_give_what_no_sum_is(binary_module):
@@ -154,7 +172,7 @@ PACKED, HALF = 1, 3  # output types
         ("1 64 14 14 64 3 3", {"input": 4}, False),
         ("1 64 14 14 64 3 3", {"output": 8}, False),
         ("1 64 255 256 64 3 3", {}, False),  # quotients by multiplication end here
-        ("1 4096 14 14 64 3 3", {}, False),  # filters larger than shared memory
+        ("1 8192 14 14 64 3 3", {}, False),  # filters larger than shared memory
     ],
 )  # fmt: skip
 def test_which_kernel_a_call_gets(binary_module, sizes, changes, taken):
@@ -162,16 +180,18 @@ def test_which_kernel_a_call_gets(binary_module, sizes, changes, taken):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "columns", "warpgroups", "blocks"),
+    ("sizes", "columns", "warpgroups", "rounds", "blocks", "slabs"),
     [
-        ("32 128 28 28 128 3 3", 128, 3, 131),  # a round of all multiprocessors
-        ("32 256 14 14 256 3 3", 64, 3, 132),
-        ("32 512 7 7 512 3 3", 64, 2, 104),
-        ("1 128 28 28 128 3 3", 32, 1, 52),
+        ("32 128 28 28 128 3 3", 128, 3, 1, 131, False),  # a round of all multiprocessors
+        ("32 256 14 14 256 3 3", 64, 3, 1, 132, True),
+        ("32 512 7 7 512 3 3", 64, 2, 1, 104, True),
+        ("32 256 56 56 256 3 3", 128, 4, 6, 132, False),  # twice the filters a block: fewer outputs at once
+        ("1 128 28 28 128 3 3", 32, 1, 1, 52, False),
     ],
 )
-def test_plans(binary_module, sizes, columns, warpgroups, blocks):
-    assert plan_of(binary_module, sizes)[:4] == (columns, warpgroups, 1, blocks)
+def test_plans(binary_module, sizes, columns, warpgroups, rounds, blocks, slabs):
+    plan = plan_of(binary_module, sizes)
+    assert (*plan[:4], plan[5]) == (columns, warpgroups, rounds, blocks, slabs)
 
 
 def test_a_plan_fits_the_device(binary_module):

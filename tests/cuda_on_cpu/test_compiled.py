@@ -28,6 +28,7 @@ KERNELS = {
     "bits_sm_80": ("binary_conv2d_sm80.cu", "80"),
     "bits_sm_90": ("binary_conv2d_sm80.cu", "90"),
     "bits_sm_90a": ("binary_conv2d_sm90a.cu", "90a"),
+    "bits_in_slabs": ("binary_conv2d_sm90a_slabs.cu", "90a"),
     "ternary_sm_90a": ("ternary_conv2d_sm90a.cu", "90a"),
     "packing_of_filters": ("binary_conv2d.cu", "80"),
     "packing_of_ternary_filters": ("ternary_conv2d.cu", "80"),
@@ -76,7 +77,7 @@ FLAGS = {"basis_conv2d_sm90a": "shared out", "binary_conv2d_sm90a": "pairs", "te
 def short(mangled: str) -> str:
     """``basis_conv2d_sm90a bf16 64 9 1 shared out`` or ``binary_conv2d_sm80 2 8`` from a mangled name."""
     name = re.search(
-        r"\d((?:basis|binary|ternary)_conv2d_(?:sm\d+a?|pack(?:_[a-z]+?)?)|tucker_conv2d|bitpack_[a-z]+?)(?:I|EN)",
+        r"\d((?:basis|binary|ternary)_conv2d_(?:sm\d+a?(?:_slabs)?|pack(?:_[a-z]+?)?)|tucker_conv2d|bitpack_[a-z]+?)(?:I|EN)",
         mangled,
     )
     assert name, mangled
@@ -162,7 +163,8 @@ INSTRUCTIONS = {
     "chain_sm_90": ({"HMMA", "LDSM", "LDGSTS"}, {"LDL", "STL"}),
     "bits_sm_80": ({"BMMA", "LDSM", "LDGSTS"}, {"LDL", "STL", "CALL"}),
     "bits_sm_90": ({"BMMA", "LDSM", "LDGSTS"}, {"LDL", "STL", "CALL"}),
-    "bits_sm_90a": ({"BGMMA", "LDSM", "ACQBULK"}, {"BMMA", "LDL", "STL", "CALL"}),
+    "bits_sm_90a": ({"BGMMA", "LDSM", "ACQBULK", "UBLKPF"}, {"BMMA", "LDL", "STL", "CALL"}),
+    "bits_in_slabs": ({"BGMMA", "LDSM", "ACQBULK", "UBLKCP", "LDGSTS", "SYNCS"}, {"BMMA", "LDL", "STL", "CALL"}),
     "ternary_sm_90a": ({"HGMMA", "LDSM", "UTMALDG", "UBLKCP", "SYNCS"}, {"HMMA", "LDL", "STL"}),
     "packing_of_filters": (set(), {"LDL", "STL"}),
     "packing_of_ternary_filters": (set(), {"LDL", "STL"}),

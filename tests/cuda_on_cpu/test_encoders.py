@@ -30,6 +30,13 @@ def test_wgmma_descriptor(module, address, row_bytes, bits):
     assert module.wgmma_descriptor(address, row_bytes) == bits
 
 
+def test_wgmma_descriptor_of_columns(module):
+    """No swizzle; 8 units of 16 bytes between groups of eight rows, 64 between two columns of 64 rows."""
+    assert module.wgmma_descriptor_of_columns(0x400, 1024) == 0x0000_0008_0040_0040
+    assert module.wgmma_descriptor_of_columns(0x410, 512) == 0x0000_0008_0020_0041
+    assert module.wgmma_descriptor_of_columns(0x40400, 1024) == 0x0000_0008_0040_0040
+
+
 def test_swizzles(module):
     """Eight rows of one 16-byte column lie in eight different ones of a 128-byte line."""
     assert [module.swizzled(row * 128, 128) - row * 128 for row in range(9)] == [0, 16, 32, 48, 64, 80, 96, 112, 0]

@@ -185,11 +185,12 @@ def test_products_of_a_warpgroup(wrappers, n, row_bytes, stored, dtype):
     assert torch.equal(got.cpu(), d + a.float() @ b.float().T)
 
 
+@pytest.mark.parametrize("columns", [False, True], ids=["swizzled", "columns"])
 @pytest.mark.parametrize("n", [32, 64, 128])
-def test_products_of_bits_of_a_warpgroup(wrappers, n):
+def test_products_of_bits_of_a_warpgroup(wrappers, n, columns):
     a, b, d = words(64, 16), words(n, 16, seed=1), whole(64, n, seed=2).int()
     got = d.to(wrappers.device, copy=True)
-    wrappers("wgmma_bits", n, a.to(wrappers.device), b.to(wrappers.device), got)
+    wrappers("wgmma_bits", n, int(columns), a.to(wrappers.device), b.to(wrappers.device), got)
     counts = torch.tensor([bin(byte).count("1") for byte in range(256)])
     both = (a[:, None] & b[None]).contiguous().view(torch.uint8)
     assert torch.equal(got.cpu(), d + counts[both.int()].sum(2).int())

@@ -233,15 +233,18 @@ __global__ void wgmma_kernel(const T* a, const T* b, float* d, bool stored) {
   for (int i = 0; i < N / 2; ++i) d[(row + i / 2 % 2 * 8) * N + i / 4 * 8 + t * 2 + i % 2] = sum[i];
 }
 
-// d[64, N] += popcount(a[64, 512] AND b[N, 512]): single bits, a tile of b for each 256 of them.
-template <int N>
+// d[64, N] += popcount(a[64, 512] AND b[N, 512]): single bits, a tile of b for each 256 of them, in swizzled rows or in
+// columns of 16 bytes.
+template <int N, bool columns>
 __global__ void wgmma_bits_kernel(const uint32_t* a, const uint32_t* b, int* d) {
   constexpr int words = 8, row_bytes = words * 4, tiles = 2, all = words * tiles;
   char* memory = shared_memory();
   const int thread = threadIdx.x, lane = thread % 32, row = thread / 32 * 16 + lane / 4, t = lane % 4;
   for (int i = thread; i < N * all; i += 128) {
-    const int at = i / all * row_bytes + i % words * 4, tile = i / words % tiles;
-    *reinterpret_cast<uint32_t*>(memory + tile * N * row_bytes + swizzled(at, row_bytes)) = b[i];
+    const int row = i / all, word = i % words, tile = i / words % tiles;
+    const uint32_t at =
+        columns ? (word / 4 * N + row) * 16 + word % 4 * 4 : swizzled(row * row_bytes + word * 4, row_bytes);
+    *reinterpret_cast<uint32_t*>(memory + tile * N * row_bytes + at) = b[i];
   }
   fence_proxy_async();
   __syncthreads();
@@ -255,10 +258,18 @@ __global__ void wgmma_bits_kernel(const uint32_t* a, const uint32_t* b, int* d) 
   }
   wgmma_fence();
 #pragma unroll
-  for (int tile = 0; tile < tiles; ++tile) wgmma_rs_bits<N>(sum, left[tile], memory, tile);
+  for (int tile = 0; tile < tiles; ++tile) wgmma_rs_bits<N, columns>(sum, left[tile], memory, tile);
   wgmma_commit();
   wgmma_wait<0>();
   for (int i = 0; i < N / 2; ++i) d[(row + i / 2 % 2 * 8) * N + i / 4 * 8 + t * 2 + i % 2] = sum[i];
+}
+
+template <bool columns>
+const char* wgmma_bits_of(int n, const uint32_t* a, const uint32_t* b, int* d) {
+  const auto kernel = n == 32   ? wgmma_bits_kernel<32, columns>
+                      : n == 64 ? wgmma_bits_kernel<64, columns>
+                                : wgmma_bits_kernel<128, columns>;
+  return launch(kernel, one, warpgroup, n * 64, nullptr, a, b, d);
 }
 
 template <class T, int N>
@@ -341,9 +352,6 @@ BASISCONV_TEST wgmma(int is_bf16, int n, int row_bytes, int stored, const void* 
     return is_bf16 ? wgmma_of<bf16>(n, row_bytes, a, b, d, stored) : wgmma_of<f16>(n, row_bytes, a, b, d, stored);
   });
 }
-BASISCONV_TEST wgmma_bits(int n, const uint32_t* a, const uint32_t* b, int* d) {
-  return guarded([&] {
-    const auto kernel = n == 32 ? wgmma_bits_kernel<32> : n == 64 ? wgmma_bits_kernel<64> : wgmma_bits_kernel<128>;
-    return launch(kernel, one, warpgroup, n * 64, nullptr, a, b, d);
-  });
+BASISCONV_TEST wgmma_bits(int n, int columns, const uint32_t* a, const uint32_t* b, int* d) {
+  return guarded([&] { return columns ? wgmma_bits_of<true>(n, a, b, d) : wgmma_bits_of<false>(n, a, b, d); });
 }
