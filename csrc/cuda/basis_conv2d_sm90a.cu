@@ -2,8 +2,8 @@
 // with C a multiple of 8, one group, at most 256 basis filters; cuda_variant gives everything else to sm_80's kernel.
 //
 // A persistent block makes tiles with all Q and K. One warp issues copies, two warpgroups compute: each its half of
-// 16x8 pixels, or, where that leaves multiprocessors idle, both the same 8x8 pixels with half of the filters each. Of
-// such a tile the blocks of a cluster may have some slabs and some outputs each.
+// 16x8 pixels; on small maps each 8x8 pixels of its own image; or, where that leaves multiprocessors idle, both the same
+// 8x8 pixels with half of the filters each. Of a tile the blocks of a cluster may have some slabs and some outputs each.
 //   halo     a tensor map brings each input pixel of a slab of 64 channels once; zeros outside the image are its
 //            padding. A swizzled operand of wgmma cannot be addressed one pixel further, ldmatrix can: A comes from
 //            registers.
@@ -11,7 +11,7 @@
 //   stage 1  for each tap four ldmatrix.x4 fill one set of A registers while wgmma still reads another.
 //   between  the accumulators, rounded and packed in pairs, are the A registers of the second wgmma: Z never leaves
 //            them. Only where filters are shared out the warps with the same pixels show each other their parts, and
-//            those of a cluster add up their sums before they round.
+//            those of a cluster add up their sums before they round (basis_conv2d_exchange.h).
 //   stage 2  64 outputs at a time, or 32 a warpgroup, then the epilogue of basis_conv2d_epilogue.h.
 // Rings are pairs of mbarriers, "full" and "empty". A thread that computes never waits for a whole block.
 //
@@ -63,7 +63,7 @@ BASISCONV_DEVICE void issue_copies(const Problem& p, const HopperPlan& plan, con
     bulk_load(mixing_memory, own_mixing, bytes, mixing.full);
   }
   for (int number = blockIdx.x / plan.blocks; number < tiles; number += gridDim.x / plan.blocks) {
-    const Tile tile(p, plan.tile_y(), number);
+    const Tile tile(p, plan.tile_y(), number, plan.images);
     for (int slab = 0; slab < slabs.count(); ++slab) {
       bar_wait(halo.empty + halo_at.stage, halo_at.phase ^ 1);
       bar_arrive_expect(halo.full + halo_at.stage, plan.halo_box_bytes);
@@ -90,12 +90,16 @@ BASISCONV_DEVICE void issue_copies(const Problem& p, const HopperPlan& plan, con
   }
 }
 
+// Who makes Z of 16 pixels: one warp; two of a block, and of each in a cluster; one of each block in a cluster.
+enum class Makers { warp, halves, cluster };
+
 // `taps` is 9, or 0 for whatever number; with 9 the loop over them lies open and addresses are found once. `per_sm`
 // blocks have a multiprocessor together.
-template <class T, int Q16, bool shared_out, int taps, int per_sm>
+template <class T, int Q16, Makers makers, int taps, int per_sm>
 __global__ void __launch_bounds__(HopperPlan::threads, per_sm)
     basis_conv2d_sm90a(const __grid_constant__ Problem p, const __grid_constant__ TensorMap image,
                        const HopperPlan plan, const int tiles) {
+  constexpr bool shared_out = makers == Makers::halves, exchanged = makers != Makers::warp;
   constexpr int width = mixing_width(Q16);
   constexpr int filters = shared_out ? Q16 / 2 : Q16;                                // of a warpgroup
   constexpr int n = filters < 128 ? filters : 128;                                   // of a wgmma
@@ -111,9 +115,7 @@ __global__ void __launch_bounds__(HopperPlan::threads, per_sm)
         bar_init(ring.empty + i, HopperPlan::consumers / 32);
       }
     }
-    uint64_t* of_pairs = bars + 2 * HopperPlan::rings * HopperPlan::most_stages;
-    for (int i = 0; i < 2 * HopperPlan::pairs; ++i) bar_init(of_pairs + i, 2 * plan.blocks);
-    bar_init(of_pairs + 2 * HopperPlan::pairs, HopperPlan::consumers / 32);
+    Exchange<filters, shared_out>::init(plan, bars);
     bar_init_fence();
   }
   if (threadIdx.x == HopperPlan::consumers) prefetch_weights(p, plan);
@@ -131,15 +133,18 @@ __global__ void __launch_bounds__(HopperPlan::threads, per_sm)
   take_registers<HopperPlan::registers_to_compute(per_sm)>();
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int share = shared_out ? warp / 4 : 0, row = (shared_out ? warp % 4 : warp) * 2;
+  const bool two_images = !shared_out && plan.images > 1;
+  const int share = shared_out ? warp / 4 : 0, image_of = two_images ? warp / 4 : 0;
+  const int row = (shared_out || two_images ? warp % 4 : warp) * 2;
   const char* bases = memory + plan.basis_offset() + share * filters * kSlab * 2;
   const char* mixings = memory + plan.mixing_offset() + share * outputs * width * 2;
   char* staging = memory + plan.staging_offset() + warp * kStagingBytes;
-  Exchange<filters> exchange(plan, bars, memory, warp);
+  Exchange<filters, shared_out> exchange;
   const Part slabs(p.slabs, plan.blocks), chunks(p.chunks, plan.blocks);
   const float start = poison(p);
   // ldmatrix.x4: lanes 0-15 address 16 pixels' channels 0-7 of a k16 step, lanes 16-31 channels 8-15.
-  const int own_pixel = (row + lane % 16 / kTileX) * p.stride_h * plan.columns + lane % kTileX * p.stride_w;
+  const int own_pixel = (image_of * plan.rows + (row + lane % 16 / kTileX) * p.stride_h) * plan.columns +
+                        lane % kTileX * p.stride_w;
   auto from_tap = [&](int r, int s) {
     const uint32_t pixel = own_pixel + r * p.dilation_h * plan.columns + s * p.dilation_w;
     return swizzled(pixel * kSlab * 2 + lane / 16 * 16, kSlab * 2);
@@ -155,8 +160,9 @@ __global__ void __launch_bounds__(HopperPlan::threads, per_sm)
   if (plan.basis_resident && slabs.count() > 0) bar_wait(basis.full, 0);
 
   for (int number = blockIdx.x / plan.blocks; number < tiles; number += gridDim.x / plan.blocks) {
-    const Tile tile(p, plan.tile_y(), number);
-    const Pixels pixels{tile.n, tile.y + row, tile.x};
+    const Tile tile(p, plan.tile_y(), number, plan.images);
+    Pixels pixels{tile.n + image_of, tile.y + row, tile.x};
+    if (two_images && pixels.n >= p.N) pixels.y = p.OH;  // an image too many: all is outside
 
     // Stage 1.
     float z[filters / n][n / 2];
@@ -168,7 +174,7 @@ __global__ void __launch_bounds__(HopperPlan::threads, per_sm)
     [[maybe_unused]] int at_once = p.taps * slabs.count() - (plan.lent ? plan.basis_stages : 0);
     auto previous_is_done = [&] {
       if (plan.basis_resident || previous < 0) return;
-      if constexpr (shared_out) {
+      if constexpr (exchanged) {
         if (at_once-- <= 0) return;
       }
       release(basis.empty + previous);
@@ -231,8 +237,8 @@ __global__ void __launch_bounds__(HopperPlan::threads, per_sm)
 
     // Between the stages.
     uint32_t a[Q16 / 16][4];
-    if constexpr (shared_out) {
-      exchange.template turn<T>(p, plan, pixels, share * filters, z[0], a);
+    if constexpr (exchanged) {
+      exchange.template turn<T>(p, plan, pixels, share * filters, z, a);
       if (plan.lent && slabs.count() > 0) {
         fence_proxy_async();
         for (int stage = 0; stage < plan.basis_stages; ++stage) release(basis.empty + stage);
@@ -272,14 +278,14 @@ __global__ void __launch_bounds__(HopperPlan::threads, per_sm)
   }
 }
 
-template <class T, int Q16, bool shared_out, int taps, int per_sm>
+template <class T, int Q16, Makers makers, int taps, int per_sm>
 const char* launch_sm90a(const Problem& p, HopperPlan plan, const TensorMap& image, const CudaDevice& device,
                          Stream stream) {
   const int64_t tiles = hopper_tiles(p, plan);
   if (tiles > 0x3FFFFFFF) return "more than 2^30 tiles; split the batch";
   const dim3 grid{static_cast<unsigned>(hopper_grid(p, plan, device)), 1, 1}, block{HopperPlan::threads, 1, 1};
   plan.ahead = hopper_ahead(p, plan, grid.x);
-  return launch_clusters(basis_conv2d_sm90a<T, Q16, shared_out, taps, per_sm>, grid, plan.blocks, block, plan.bytes,
+  return launch_clusters(basis_conv2d_sm90a<T, Q16, makers, taps, per_sm>, grid, plan.blocks, block, plan.bytes,
                          stream, p, image, plan, static_cast<int>(tiles));
 }
 
@@ -288,14 +294,16 @@ const char* launch_shape(const Problem& p, const HopperPlan& plan, const TensorM
                          Stream stream) {
   const bool nine = p.R == 3 && p.S == 3;
   if constexpr (Q16 > 16) {
-    const auto shared_out = nine ? launch_sm90a<T, Q16, true, 9, 1> : launch_sm90a<T, Q16, true, 0, 1>;
-    if (plan.shared_out) return shared_out(p, plan, image, device, stream);
+    const auto halves = nine ? launch_sm90a<T, Q16, Makers::halves, 9, 1> : launch_sm90a<T, Q16, Makers::halves, 0, 1>;
+    if (plan.shared_out) return halves(p, plan, image, device, stream);
+    constexpr int taps = Q16 > 128 ? 0 : 9;  // registers are too few for an open loop
+    if (plan.blocks > 1) return launch_sm90a<T, Q16, Makers::cluster, taps, 1>(p, plan, image, device, stream);
   }
   if constexpr (Q16 <= HopperPlan::most_filters_of_two) {
-    if (plan.per_sm == 2) return launch_sm90a<T, Q16, false, 9, 2>(p, plan, image, device, stream);
+    if (plan.per_sm == 2) return launch_sm90a<T, Q16, Makers::warp, 9, 2>(p, plan, image, device, stream);
   }
-  const auto whole = nine ? launch_sm90a<T, Q16, false, 9, 1> : launch_sm90a<T, Q16, false, 0, 1>;
-  return whole(p, plan, image, device, stream);
+  const auto one = nine ? launch_sm90a<T, Q16, Makers::warp, 9, 1> : launch_sm90a<T, Q16, Makers::warp, 0, 1>;
+  return one(p, plan, image, device, stream);
 }
 
 template <class T>
@@ -332,7 +340,7 @@ const char* cuda_basis_conv2d_sm90a_by(const CudaBasisConv2d& call, const cuda::
   const bool is_bf16 = call.params.weights.dtype == DType::bf16;
   TensorMap image;
   const TensorMapRequest request =
-      image_map(p.input, is_bf16, p.N, p.H, p.W, p.C, p.in.n, p.in.h, p.in.w, plan.rows, plan.columns);
+      image_map(p.input, is_bf16, p.N, p.H, p.W, p.C, p.in.n, p.in.h, p.in.w, plan.rows, plan.columns, plan.images);
   if (const char* wrong = encode(request, image)) return wrong;
   const auto on = static_cast<Stream>(stream);
   return is_bf16 ? launch_filters<bf16>(p, plan, image, device, on) : launch_filters<f16>(p, plan, image, device, on);

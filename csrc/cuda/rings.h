@@ -21,14 +21,14 @@ struct Bars {
   BASISCONV_DEVICE Bars(uint64_t* first, int ring) : full(first + 2 * ring * kMostStages), empty(full + kMostStages) {}
 };
 
-// Where the tile of a number begins, in the output.
+// Where the tile of a number begins, in the output; it has the same pixels of so many images.
 struct Tile {
   int n, y, x;
 
-  BASISCONV_DEVICE Tile(const Problem& p, int tile_y, int number) {
+  BASISCONV_DEVICE Tile(const Problem& p, int tile_y, int number, int images = 1) {
     const int across = (p.OW + kTileX - 1) / kTileX;
     const int down = (p.OH + tile_y - 1) / tile_y;
-    n = number / across / down;
+    n = number / across / down * images;
     y = number / across % down * tile_y;
     x = number % across * kTileX;
   }
