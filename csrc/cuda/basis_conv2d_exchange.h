@@ -23,11 +23,11 @@ BASISCONV_DEVICE void finish_maps(const Problem& p, const float* z, const Pixels
 // and shown to all.
 template <int filters, bool shared_out>
 struct Exchange {
-  static constexpr int n = filters < 128 ? filters : 128;                 // of a wgmma
-  static constexpr int steps = filters / 16, step_bytes = 32 * 16;        // of A; sums take twice the bytes
-  static constexpr int warps = shared_out ? 2 : 1;                        // of a block, with the same pixels
+  static constexpr int n = filters < 128 ? filters : 128;                   // of a wgmma
+  static constexpr int steps = filters / 16, step_bytes = 32 * 16;          // of A; sums take twice the bytes
+  static constexpr int warps = shared_out ? 2 : 1;                          // of a block, with the same pixels
   static constexpr int at_once = shared_out ? HopperPlan::most_blocks : 4;  // sums, as registers allow
-  static constexpr int pitch = shared_out ? step_bytes : 2 * step_bytes;  // from fragments to fragments
+  static constexpr int pitch = shared_out ? step_bytes : 2 * step_bytes;    // from fragments to fragments
   int phase = 0;
 
   // By one thread, before any other uses them.

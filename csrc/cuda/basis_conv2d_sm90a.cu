@@ -2,13 +2,16 @@
 // with C a multiple of 8, one group, at most 256 basis filters; cuda_variant gives everything else to sm_80's kernel.
 //
 // A persistent block makes tiles with all Q and K. One warp issues copies, two warpgroups compute: each its half of
-// 16x8 pixels; on small maps each 8x8 pixels of its own image; or, where that leaves multiprocessors idle, both the same
-// 8x8 pixels with half of the filters each. Of a tile the blocks of a cluster may have some slabs and some outputs each.
+// 16x8 pixels; on small maps each 8x8 pixels of its own image; or, where that leaves multiprocessors idle, both the
+// same 8x8 pixels with half of the filters each. Of a tile the blocks of a cluster may have some slabs and some outputs
+// each.
 //   halo     a tensor map brings each input pixel of a slab of 64 channels once; zeros outside the image are its
 //            padding. A swizzled operand of wgmma cannot be addressed one pixel further, ldmatrix can: A comes from
 //            registers.
 //   basis    stays in shared memory where it fits, else each tap's tile comes through a ring of up to eight.
-//   stage 1  for each tap four ldmatrix.x4 fill one set of A registers while wgmma still reads another.
+//   stage 1  for each tap ldmatrix fills one set of A registers while wgmma still reads another. What bounds it is the
+//            bandwidth of shared memory. Hence 3x3 filters go down their columns: of the two rows of pixels that a tap
+//            wants a warp has one in registers already, from the tap above.
 //   between  the accumulators, rounded and packed in pairs, are the A registers of the second wgmma: Z never leaves
 //            them. Only where filters are shared out the warps with the same pixels show each other their parts, and
 //            those of a cluster add up their sums before they round (basis_conv2d_exchange.h).
@@ -22,17 +25,12 @@
 namespace basisconv::cuda {
 namespace {
 
-// What of `count` slabs or chunks is for the block of this rank in its cluster.
-struct Part {
-  int begin, end;
+// How a kernel goes through the taps: in their order; through nine, down the columns, with the loop open and addresses
+// found once; so too where the next row of taps is the next row of pixels, of which one is loaded and one is there.
+enum class Taps { any, nine, sliding };
 
-  BASISCONV_DEVICE Part(int count, int blocks) {
-    const int each = (count + blocks - 1) / blocks, rank = static_cast<int>(blockIdx.x) % blocks;
-    begin = min(rank * each, count);
-    end = min(begin + each, count);
-  }
-  BASISCONV_DEVICE int count() const { return end - begin; }
-};
+// The tap that comes as the n-th.
+BASISCONV_EITHER constexpr int nth_tap(bool nine, int n) { return nine ? n % 3 * 3 + n / 3 : n; }
 
 // One thread of a block, a part each: packed weights that come through a ring are on their way from memory before
 // anything else, also before the kernel ahead is done. Nobody reads them here, so they may still be written.
@@ -42,6 +40,7 @@ BASISCONV_DEVICE void prefetch_weights(const Problem& p, const HopperPlan& plan)
 }
 
 // One thread: all copies of this block, in the order in which they are needed.
+template <bool nine>
 BASISCONV_DEVICE void issue_copies(const Problem& p, const HopperPlan& plan, const TensorMap& image, int tiles,
                                    uint64_t* bars) {
   const Part slabs(p.slabs, plan.blocks), chunks(p.chunks, plan.blocks);
@@ -70,12 +69,12 @@ BASISCONV_DEVICE void issue_copies(const Problem& p, const HopperPlan& plan, con
       tensor_load(memory + halo_at.stage * plan.halo_bytes, image, (slabs.begin + slab) * kSlab,
                   tile.x * p.stride_w - p.pad_left, tile.y * p.stride_h - p.pad_top, tile.n, halo.full + halo_at.stage);
       halo_at.next();
-      for (int tap = 0; !plan.basis_resident && tap < p.taps; ++tap) {
+      for (int n = 0; !plan.basis_resident && n < p.taps; ++n) {
         bar_wait(basis.empty + basis_at.stage, basis_at.phase ^ 1);
         bar_arrive_expect(basis.full + basis_at.stage, plan.basis_tile());
         bulk_load(basis_memory + basis_at.stage * plan.basis_tile(),
-                  own_basis + (static_cast<int64_t>(slab) * p.taps + tap) * plan.basis_tile(), plan.basis_tile(),
-                  basis.full + basis_at.stage);
+                  own_basis + (static_cast<int64_t>(slab) * p.taps + nth_tap(nine, n)) * plan.basis_tile(),
+                  plan.basis_tile(), basis.full + basis_at.stage);
         basis_at.next();
       }
     }
@@ -93,9 +92,8 @@ BASISCONV_DEVICE void issue_copies(const Problem& p, const HopperPlan& plan, con
 // Who makes Z of 16 pixels: one warp; two of a block, and of each in a cluster; one of each block in a cluster.
 enum class Makers { warp, halves, cluster };
 
-// `taps` is 9, or 0 for whatever number; with 9 the loop over them lies open and addresses are found once. `per_sm`
-// blocks have a multiprocessor together.
-template <class T, int Q16, Makers makers, int taps, int per_sm>
+// `per_sm` blocks have a multiprocessor together.
+template <class T, int Q16, Makers makers, Taps taps, int per_sm>
 __global__ void __launch_bounds__(HopperPlan::threads, per_sm)
     basis_conv2d_sm90a(const __grid_constant__ Problem p, const __grid_constant__ TensorMap image,
                        const HopperPlan plan, const int tiles) {
@@ -127,7 +125,7 @@ __global__ void __launch_bounds__(HopperPlan::threads, per_sm)
   previous_kernel_done();
   if (threadIdx.x >= HopperPlan::consumers) {
     keep_registers<HopperPlan::registers_to_copy(per_sm)>();
-    if (threadIdx.x == HopperPlan::consumers) issue_copies(p, plan, image, tiles, bars);
+    if (threadIdx.x == HopperPlan::consumers) issue_copies<taps != Taps::any>(p, plan, image, tiles, bars);
     return;
   }
   take_registers<HopperPlan::registers_to_compute(per_sm)>();
@@ -142,17 +140,25 @@ __global__ void __launch_bounds__(HopperPlan::threads, per_sm)
   Exchange<filters, shared_out> exchange;
   const Part slabs(p.slabs, plan.blocks), chunks(p.chunks, plan.blocks);
   const float start = poison(p);
-  // ldmatrix.x4: lanes 0-15 address 16 pixels' channels 0-7 of a k16 step, lanes 16-31 channels 8-15.
-  const int own_pixel = (image_of * plan.rows + (row + lane % 16 / kTileX) * p.stride_h) * plan.columns +
-                        lane % kTileX * p.stride_w;
+  // ldmatrix.x4: lanes 0-15 address 16 pixels' channels 0-7 of a k16 step, lanes 16-31 channels 8-15. Of one row alone,
+  // the lower one, eight lanes each address its pixels' channels 0-7, 8-15, 16-23, 24-31: two k16 steps.
+  const int own_pixel =
+      (image_of * plan.rows + (row + lane % 16 / kTileX) * p.stride_h) * plan.columns + lane % kTileX * p.stride_w;
   auto from_tap = [&](int r, int s) {
     const uint32_t pixel = own_pixel + r * p.dilation_h * plan.columns + s * p.dilation_w;
     return swizzled(pixel * kSlab * 2 + lane / 16 * 16, kSlab * 2);
   };
-  [[maybe_unused]] uint32_t from_of[taps == 9 ? 9 : 1];
-  if constexpr (taps == 9) {
+  [[maybe_unused]] auto from_lower = [&](int r, int s) {
+    const uint32_t pixel = own_pixel + (lane / 8 % 2 == 0 ? p.stride_h * plan.columns : 0) +
+                           r * p.dilation_h * plan.columns + s * p.dilation_w;
+    return swizzled(pixel * kSlab * 2 + lane / 8 * 16, kSlab * 2);
+  };
+  [[maybe_unused]] uint32_t from_of[taps == Taps::any ? 1 : 9];
+  if constexpr (taps != Taps::any) {
 #pragma unroll
-    for (int tap = 0; tap < taps; ++tap) from_of[tap] = from_tap(tap / 3, tap % 3);
+    for (int n = 0; n < 9; ++n) {
+      from_of[n] = taps == Taps::sliding && n % 3 > 0 ? from_lower(n % 3, n / 3) : from_tap(n % 3, n / 3);
+    }
   }
   // What is resident are the block's own tiles, of which the last block of a cluster may have fewer.
   Place halo_at(plan.halo_stages), basis_at(plan.basis_resident ? p.taps * slabs.count() : plan.basis_stages),
@@ -168,8 +174,11 @@ __global__ void __launch_bounds__(HopperPlan::threads, per_sm)
     float z[filters / n][n / 2];
 #pragma unroll
     for (int i = 0; i < filters / 2; ++i) z[i / (n / 2)][i % (n / 2)] = start;
-    uint32_t fragments[3][4][4];  // of the tap that wgmma reads, the one before, the one after
-    int previous = -1;            // the place in the basis ring of the wgmma that is still under way
+    // Of the tap that wgmma reads, the one before, the one after. Beside many filters registers are too few for three,
+    // and their wgmma takes long enough to fill two while it runs.
+    constexpr int sets = Q16 > 128 ? 2 : 3;
+    uint32_t fragments[sets][4][4];
+    int previous = -1;  // the place in the basis ring of the wgmma that is still under way
     // How many places are given back as soon as they were read: the last ones may be lent.
     [[maybe_unused]] int at_once = p.taps * slabs.count() - (plan.lent ? plan.basis_stages : 0);
     auto previous_is_done = [&] {
@@ -183,9 +192,23 @@ __global__ void __launch_bounds__(HopperPlan::threads, per_sm)
 #pragma unroll
       for (int k = 0; k < 4; ++k) ldmatrix_x4(a[k], memory + (from ^ static_cast<uint32_t>(k * 32)));
     };
-    auto multiply = [&](const uint32_t(&a)[4][4]) {
+    // The row below those of `above` is the other half of its A.
+    [[maybe_unused]] auto load_below = [&](uint32_t(&a)[4][4], const uint32_t(&above)[4][4], uint32_t from) {
+#pragma unroll
+      for (int k = 0; k < 4; k += 2) {
+        uint32_t lower[4];
+        ldmatrix_x4(lower, memory + (from ^ static_cast<uint32_t>(k * 32)));
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          a[k + i][0] = above[k + i][1], a[k + i][1] = lower[2 * i];
+          a[k + i][2] = above[k + i][3], a[k + i][3] = lower[2 * i + 1];
+        }
+      }
+    };
+    // `beyond`: how much further on the tap's tile lies than it comes, where all of them stay as they are packed.
+    auto multiply = [&](const uint32_t(&a)[4][4], int beyond) {
       if (!plan.basis_resident) bar_wait(basis.full + basis_at.stage, basis_at.phase);
-      const char* tile_at = bases + basis_at.stage * Q16 * kSlab * 2;
+      const char* tile_at = bases + (basis_at.stage + (plan.basis_resident ? beyond : 0)) * Q16 * kSlab * 2;
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
@@ -198,16 +221,25 @@ __global__ void __launch_bounds__(HopperPlan::threads, per_sm)
       previous = basis_at.stage;
       basis_at.next();
     };
-    if constexpr (taps == 9) {
+    if constexpr (taps != Taps::any) {
 #pragma unroll 1
       for (int slab = slabs.begin; slab < slabs.end; ++slab) {
         bar_wait(halo.full + halo_at.stage, halo_at.phase);
         const uint32_t tile_at = halo_at.stage * plan.halo_bytes;  // a multiple of 1024: no swizzle knows it
+        if (sets == 2) wgmma_wait<0>();  // the ninth tap of the slab before was in the same registers
         load(fragments[0], tile_at + from_of[0]);
 #pragma unroll
-        for (int tap = 0; tap < taps; ++tap) {
-          if (tap + 1 < taps) load(fragments[(tap + 1) % 3], tile_at + from_of[tap + 1]);
-          multiply(fragments[tap % 3]);
+        for (int n = 0; n < 9; ++n) {
+          auto load_next = [&] {
+            if (taps == Taps::sliding && (n + 1) % 3 > 0) {
+              load_below(fragments[(n + 1) % sets], fragments[n % sets], tile_at + from_of[n + 1]);
+            } else if (n < 8) {
+              load(fragments[(n + 1) % sets], tile_at + from_of[n + 1]);
+            }
+          };
+          if (sets > 2) load_next();
+          multiply(fragments[n % sets], nth_tap(true, n) - n);
+          if (sets == 2) load_next();
         }
         release(halo.empty + halo_at.stage);
         halo_at.next();
@@ -217,7 +249,7 @@ __global__ void __launch_bounds__(HopperPlan::threads, per_sm)
       auto tap = [&](uint32_t(&a)[4][4]) {
         if (r == 0 && s == 0) bar_wait(halo.full + halo_at.stage, halo_at.phase);
         load(a, halo_at.stage * plan.halo_bytes + from_tap(r, s));
-        multiply(a);
+        multiply(a, 0);
         if (++s == p.S) s = 0, ++r;
         if (r == p.R) {
           r = 0;
@@ -251,9 +283,9 @@ __global__ void __launch_bounds__(HopperPlan::threads, per_sm)
     // Stage 2.
 #pragma unroll chunks_together
     for (int chunk = chunks.begin; chunk < chunks.end; ++chunk) {
-      const int first = chunk * kChunk + share * outputs;
+      const int k = chunk * kChunk + share * outputs;
       BiasPairs<outputs> bias;
-      bias.template load<T>(p, first);
+      bias.template load<T>(p, k);
       if (plan.mixing_resident) {
         bar_wait(mixing.full, 0);
       } else {
@@ -273,37 +305,48 @@ __global__ void __launch_bounds__(HopperPlan::threads, per_sm)
       wgmma_wait<0>();
       if (!plan.mixing_resident) release(mixing.empty + mixing_at.stage);
       mixing_at.next();
-      if (first < p.K) store_outputs<T, outputs>(p, y, bias, staging, pixels, first);
+      if (k < p.K) store_outputs<T, outputs>(p, y, bias, staging, pixels, k);
     }
   }
 }
 
-template <class T, int Q16, Makers makers, int taps, int per_sm>
+template <class T, int Q16, Makers makers, Taps taps, int per_sm>
 const char* launch_sm90a(const Problem& p, HopperPlan plan, const TensorMap& image, const CudaDevice& device,
                          Stream stream) {
   const int64_t tiles = hopper_tiles(p, plan);
   if (tiles > 0x3FFFFFFF) return "more than 2^30 tiles; split the batch";
   const dim3 grid{static_cast<unsigned>(hopper_grid(p, plan, device)), 1, 1}, block{HopperPlan::threads, 1, 1};
   plan.ahead = hopper_ahead(p, plan, grid.x);
-  return launch_clusters(basis_conv2d_sm90a<T, Q16, makers, taps, per_sm>, grid, plan.blocks, block, plan.bytes,
-                         stream, p, image, plan, static_cast<int>(tiles));
+  return launch_clusters(basis_conv2d_sm90a<T, Q16, makers, taps, per_sm>, grid, plan.blocks, block, plan.bytes, stream,
+                         p, image, plan, static_cast<int>(tiles));
+}
+
+template <class T, int Q16, Makers makers, int per_sm>
+const char* launch_taps(const Problem& p, const HopperPlan& plan, const TensorMap& image, const CudaDevice& device,
+                        Stream stream) {
+  if (p.R == 3 && p.S == 3) {
+    if constexpr (Q16 <= 128) {  // else registers are too few
+      if (p.stride_h == p.dilation_h)
+        return launch_sm90a<T, Q16, makers, Taps::sliding, per_sm>(p, plan, image, device, stream);
+    }
+    return launch_sm90a<T, Q16, makers, Taps::nine, per_sm>(p, plan, image, device, stream);
+  }
+  if constexpr (per_sm == 1) return launch_sm90a<T, Q16, makers, Taps::any, 1>(p, plan, image, device, stream);
+  return "two blocks a multiprocessor are for 3x3 filters";
 }
 
 template <class T, int Q16>
 const char* launch_shape(const Problem& p, const HopperPlan& plan, const TensorMap& image, const CudaDevice& device,
                          Stream stream) {
-  const bool nine = p.R == 3 && p.S == 3;
   if constexpr (Q16 > 16) {
-    const auto halves = nine ? launch_sm90a<T, Q16, Makers::halves, 9, 1> : launch_sm90a<T, Q16, Makers::halves, 0, 1>;
-    if (plan.shared_out) return halves(p, plan, image, device, stream);
-    constexpr int taps = Q16 > 128 ? 0 : 9;  // registers are too few for an open loop
+    if (plan.shared_out) return launch_taps<T, Q16, Makers::halves, 1>(p, plan, image, device, stream);
+    constexpr Taps taps = Q16 > 128 ? Taps::any : Taps::sliding;  // as above
     if (plan.blocks > 1) return launch_sm90a<T, Q16, Makers::cluster, taps, 1>(p, plan, image, device, stream);
   }
   if constexpr (Q16 <= HopperPlan::most_filters_of_two) {
-    if (plan.per_sm == 2) return launch_sm90a<T, Q16, Makers::warp, 9, 2>(p, plan, image, device, stream);
+    if (plan.per_sm == 2) return launch_taps<T, Q16, Makers::warp, 2>(p, plan, image, device, stream);
   }
-  const auto one = nine ? launch_sm90a<T, Q16, Makers::warp, 9, 1> : launch_sm90a<T, Q16, Makers::warp, 0, 1>;
-  return one(p, plan, image, device, stream);
+  return launch_taps<T, Q16, Makers::warp, 1>(p, plan, image, device, stream);
 }
 
 template <class T>

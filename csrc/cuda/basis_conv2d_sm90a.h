@@ -72,7 +72,8 @@ inline HopperPlan hopper_plan_of(const Problem& p, int shared_limit, const Hoppe
   constexpr int longest_side = 256;  // of a box
   const int64_t box = int64_t{plan.rows} * plan.columns * plan.images * kSlab * 2;
   const bool whole_of_cluster = form.blocks > 1 && !form.shared_out;
-  if (whole_of_cluster && (p.R != 3 || p.S != 3 || plan.Q16 < 32)) return plan;
+  const bool sliding = p.R == 3 && p.S == 3 && p.stride_h == p.dilation_h;
+  if (whole_of_cluster && (!sliding || plan.Q16 < 32)) return plan;
   if (plan.Q16 > kLargestQ || (form.shared_out && plan.Q16 < 32)) return plan;
   if (plan.rows > longest_side || plan.columns > longest_side || box > shared_limit) return plan;
   plan.halo_box_bytes = static_cast<int>(box);
@@ -141,22 +142,27 @@ inline int hopper_ahead(const Problem& p, const HopperPlan& plan, int64_t grid) 
   return plan.basis_resident ? 0 : static_cast<int>(part < most ? part : most);
 }
 
-// What a call takes, in clocks: wgmma with A by ldmatrix for each tap and slab at the N of a warpgroup, or the basis
-// coming from the second-level cache where it does not stay; the outputs; what a tile and an exchange cost. Rates are
-// those measured on an H200 (docs/gpu.md), rounded. Tiles that all blocks want at once come slower than others: 22
-// bytes a clock and multiprocessor where all are at work, 40 where few are.
+// What a call takes, in clocks: for each tap and slab wgmma, or what it moves in shared memory, or the basis coming
+// from the second-level cache where it does not stay; the outputs; what a tile and an exchange cost. Rates are those
+// measured on an H200 (docs/gpu.md), rounded. Shared memory moves 84 bytes a clock: pixels into registers, by sliding
+// filters a third less; the basis' tile for each warpgroup that has its pixels; and the same tile coming in. Tiles that
+// all blocks want at once come slower than others: 22 bytes a clock and multiprocessor where all are at work, 40 where
+// few are.
 inline int64_t hopper_clocks(const Problem& p, const HopperPlan& plan, const CudaDevice& device) {
   const int64_t grid = hopper_grid(p, plan, device), rounds = tiles_of(hopper_tiles(p, plan), grid / plan.blocks);
   const int filters = plan.shared_out ? plan.Q16 / 2 : plan.Q16;
-  const int mma = filters <= 16 ? 252 : filters == 32 ? 290 : filters == 64 ? 363 : filters == 128 ? 511 : 1022;
+  const bool sliding = p.R == 3 && p.S == 3 && p.stride_h == p.dilation_h && plan.Q16 <= 128;
+  const int pixels = 2 * 64 * kSlab * 2, tiles = (plan.shared_out ? 1 : 2) + (plan.basis_resident ? 0 : 1);
+  const int moved = (pixels * (sliding ? 2 : 3) / 3 + tiles * plan.basis_tile()) / 84;
+  const int tap = moved > 4 * filters ? moved : 4 * filters;
   const int64_t bytes_a_clock = 22 * int64_t{device.multiprocessors} / grid;
   int64_t refill = plan.basis_resident ? 0 : plan.basis_tile() / (bytes_a_clock < 40 ? bytes_a_clock : 40);
   constexpr int under_way = 1000;  // clocks; one tile of the ring is in use and one is being given back
   const int ahead = plan.basis_stages > 3 ? plan.basis_stages - 2 : 1;
   if (!plan.basis_resident && refill < under_way / ahead) refill = under_way / ahead;
-  const int64_t stage1 = p.taps * tiles_of(p.slabs, plan.blocks) * (mma > refill ? mma : refill);
+  const int64_t stage1 = p.taps * tiles_of(p.slabs, plan.blocks) * (tap > refill ? tap : refill);
   const int64_t stage2 = tiles_of(p.chunks, plan.blocks) * (plan.shared_out ? 500 : 800);
-  const int exchange = plan.blocks > 1 ? (plan.shared_out ? 2500 : 3500) : plan.shared_out ? 1000 : 0;
+  const int exchange = plan.blocks > 1 ? (plan.shared_out ? 2500 : 40 * plan.Q16) : plan.shared_out ? 1000 : 0;
   return rounds * (600 + stage1 + exchange + stage2) * (plan.per_sm == 2 ? 150 : 100) / 100;
 }
 

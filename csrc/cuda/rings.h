@@ -1,4 +1,4 @@
-// What the sm_90a kernels with halo tiles share: places in rings of mbarriers, and tiles of the output.
+// What the sm_90a kernels with halo tiles share: places in rings of mbarriers, tiles of the output, parts of a cluster.
 #pragma once
 #include "basis_conv2d_problem.h"
 #include "hopper.h"
@@ -32,6 +32,18 @@ struct Tile {
     y = number / across % down * tile_y;
     x = number % across * kTileX;
   }
+};
+
+// What of `count` slabs or chunks is for the block of this rank in its cluster.
+struct Part {
+  int begin, end;
+
+  BASISCONV_DEVICE Part(int count, int blocks) {
+    const int each = (count + blocks - 1) / blocks, rank = static_cast<int>(blockIdx.x) % blocks;
+    begin = min(rank * each, count);
+    end = min(begin + each, count);
+  }
+  BASISCONV_DEVICE int count() const { return end - begin; }
 };
 
 // A warp is done with a place, or with what it wrote: the last one that is lets the others go on.

@@ -37,7 +37,7 @@ PREVIOUS = "wgmma_wait<1>();"
 ALL_DONE = "wgmma_wait<0>();\n    previous_is_done();"
 BOX_BYTES = "bar_arrive_expect(halo.full + halo_at.stage, plan.halo_box_bytes);"
 SUMMED, SHOWN = "meet(summed, plan.blocks);", "meet(shown, plan.blocks);"
-MORE_SUMS, OF_NOTHING = "first_of < plan.blocks;", "if (two_images && pixels.n >= p.N) pixels.y = p.OH;"
+MORE_SUMS, OF_NOTHING = "first_of < plan.blocks;", "two_images && pixels.n >= p.N"
 SECOND = "!shared_out && plan.images > 1;"
 DRAINED, LENT = "bar_wait(drained, phase);", "if (at_once-- <= 0) return;"
 RETURNED = "release(basis.empty + stage);"
@@ -76,7 +76,7 @@ FAULTS = {
     "sm90a: sums of the fifth block left out": (
         EXCHANGE, MORE_SUMS, MORE_SUMS.replace("plan", "(planted == # ? 1 : plan").replace(";", ");"),
     ),
-    "sm90a: an image too many stored": (SM90A, OF_NOTHING, f"if (planted != #) {OF_NOTHING}"),
+    "sm90a: the last image taken for one too many": (SM90A, OF_NOTHING, f"{OF_NOTHING} - (planted == #)"),
     "sm90a: both warpgroups with one image": (SM90A, SECOND, f"planted != # && {SECOND}"),
     "sm90a: the basis not drained": (EXCHANGE, DRAINED, f"if (planted != #) {DRAINED}"),
     "sm90a: what is lent given back at once": (SM90A, LENT, f"if (planted != #) {LENT}"),
