@@ -145,7 +145,7 @@ static bool hopper_takes(const CudaBasisConv2d& call, const CudaDevice& device) 
   if (!p.input_in_16_bytes || p.C % 8 != 0 || p.H == 0 || p.W == 0) return false;
   const HopperPlan plan = hopper_plan(p, device);
   const TensorMapRequest map =
-      image_map(p.input, true, p.N, p.H, p.W, p.C, p.in.n, p.in.h, p.in.w, plan.rows, plan.columns);
+      image_map(p.input, true, p.N, p.H, p.W, p.C, p.in.n, p.in.h, p.in.w, plan.rows, plan.columns, plan.images);
   return plan.bytes > 0 && reason_against(map) == nullptr;
 }
 

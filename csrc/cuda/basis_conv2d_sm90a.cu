@@ -2,16 +2,19 @@
 // with C a multiple of 8, one group, at most 256 basis filters; cuda_variant gives everything else to sm_80's kernel.
 //
 // A persistent block makes tiles with all Q and K. One warp issues copies, two warpgroups compute: each its half of
-// 16x8 pixels, or, where that leaves multiprocessors idle, both the same 8x8 pixels with half of the filters each. Of
-// such a tile the blocks of a cluster may have some slabs and some outputs each.
+// 16x8 pixels; on small maps each 8x8 pixels of its own image; or, where that leaves multiprocessors idle, both the
+// same 8x8 pixels with half of the filters each. Of a tile the blocks of a cluster may have some slabs and some outputs
+// each.
 //   halo     a tensor map brings each input pixel of a slab of 64 channels once; zeros outside the image are its
 //            padding. A swizzled operand of wgmma cannot be addressed one pixel further, ldmatrix can: A comes from
 //            registers.
 //   basis    stays in shared memory where it fits, else each tap's tile comes through a ring of up to eight.
-//   stage 1  for each tap four ldmatrix.x4 fill one set of A registers while wgmma still reads another.
+//   stage 1  for each tap ldmatrix fills one set of A registers while wgmma still reads another. What bounds it is the
+//            bandwidth of shared memory. Hence 3x3 filters go down their columns: of the two rows of pixels that a tap
+//            wants a warp has one in registers already, from the tap above.
 //   between  the accumulators, rounded and packed in pairs, are the A registers of the second wgmma: Z never leaves
 //            them. Only where filters are shared out the warps with the same pixels show each other their parts, and
-//            those of a cluster add up their sums before they round.
+//            those of a cluster add up their sums before they round (basis_conv2d_exchange.h).
 //   stage 2  64 outputs at a time, or 32 a warpgroup, then the epilogue of basis_conv2d_epilogue.h.
 // Rings are pairs of mbarriers, "full" and "empty". A thread that computes never waits for a whole block.
 //
@@ -22,17 +25,12 @@
 namespace basisconv::cuda {
 namespace {
 
-// What of `count` slabs or chunks is for the block of this rank in its cluster.
-struct Part {
-  int begin, end;
+// How a kernel goes through the taps: in their order; through nine, down the columns, with the loop open and addresses
+// found once; so too where the next row of taps is the next row of pixels, of which one is loaded and one is there.
+enum class Taps { any, nine, sliding };
 
-  BASISCONV_DEVICE Part(int count, int blocks) {
-    const int each = (count + blocks - 1) / blocks, rank = static_cast<int>(blockIdx.x) % blocks;
-    begin = min(rank * each, count);
-    end = min(begin + each, count);
-  }
-  BASISCONV_DEVICE int count() const { return end - begin; }
-};
+// The tap that comes as the n-th.
+BASISCONV_EITHER constexpr int nth_tap(bool nine, int n) { return nine ? n % 3 * 3 + n / 3 : n; }
 
 // One thread of a block, a part each: packed weights that come through a ring are on their way from memory before
 // anything else, also before the kernel ahead is done. Nobody reads them here, so they may still be written.
@@ -42,6 +40,7 @@ BASISCONV_DEVICE void prefetch_weights(const Problem& p, const HopperPlan& plan)
 }
 
 // One thread: all copies of this block, in the order in which they are needed.
+template <bool nine>
 BASISCONV_DEVICE void issue_copies(const Problem& p, const HopperPlan& plan, const TensorMap& image, int tiles,
                                    uint64_t* bars) {
   const Part slabs(p.slabs, plan.blocks), chunks(p.chunks, plan.blocks);
@@ -63,19 +62,19 @@ BASISCONV_DEVICE void issue_copies(const Problem& p, const HopperPlan& plan, con
     bulk_load(mixing_memory, own_mixing, bytes, mixing.full);
   }
   for (int number = blockIdx.x / plan.blocks; number < tiles; number += gridDim.x / plan.blocks) {
-    const Tile tile(p, plan.tile_y(), number);
+    const Tile tile(p, plan.tile_y(), number, plan.images);
     for (int slab = 0; slab < slabs.count(); ++slab) {
       bar_wait(halo.empty + halo_at.stage, halo_at.phase ^ 1);
       bar_arrive_expect(halo.full + halo_at.stage, plan.halo_box_bytes);
       tensor_load(memory + halo_at.stage * plan.halo_bytes, image, (slabs.begin + slab) * kSlab,
                   tile.x * p.stride_w - p.pad_left, tile.y * p.stride_h - p.pad_top, tile.n, halo.full + halo_at.stage);
       halo_at.next();
-      for (int tap = 0; !plan.basis_resident && tap < p.taps; ++tap) {
+      for (int n = 0; !plan.basis_resident && n < p.taps; ++n) {
         bar_wait(basis.empty + basis_at.stage, basis_at.phase ^ 1);
         bar_arrive_expect(basis.full + basis_at.stage, plan.basis_tile());
         bulk_load(basis_memory + basis_at.stage * plan.basis_tile(),
-                  own_basis + (static_cast<int64_t>(slab) * p.taps + tap) * plan.basis_tile(), plan.basis_tile(),
-                  basis.full + basis_at.stage);
+                  own_basis + (static_cast<int64_t>(slab) * p.taps + nth_tap(nine, n)) * plan.basis_tile(),
+                  plan.basis_tile(), basis.full + basis_at.stage);
         basis_at.next();
       }
     }
@@ -90,12 +89,15 @@ BASISCONV_DEVICE void issue_copies(const Problem& p, const HopperPlan& plan, con
   }
 }
 
-// `taps` is 9, or 0 for whatever number; with 9 the loop over them lies open and addresses are found once. `per_sm`
-// blocks have a multiprocessor together.
-template <class T, int Q16, bool shared_out, int taps, int per_sm>
+// Who makes Z of 16 pixels: one warp; two of a block, and of each in a cluster; one of each block in a cluster.
+enum class Makers { warp, halves, cluster };
+
+// `per_sm` blocks have a multiprocessor together.
+template <class T, int Q16, Makers makers, Taps taps, int per_sm>
 __global__ void __launch_bounds__(HopperPlan::threads, per_sm)
     basis_conv2d_sm90a(const __grid_constant__ Problem p, const __grid_constant__ TensorMap image,
                        const HopperPlan plan, const int tiles) {
+  constexpr bool shared_out = makers == Makers::halves, exchanged = makers != Makers::warp;
   constexpr int width = mixing_width(Q16);
   constexpr int filters = shared_out ? Q16 / 2 : Q16;                                // of a warpgroup
   constexpr int n = filters < 128 ? filters : 128;                                   // of a wgmma
@@ -111,9 +113,7 @@ __global__ void __launch_bounds__(HopperPlan::threads, per_sm)
         bar_init(ring.empty + i, HopperPlan::consumers / 32);
       }
     }
-    uint64_t* of_pairs = bars + 2 * HopperPlan::rings * HopperPlan::most_stages;
-    for (int i = 0; i < 2 * HopperPlan::pairs; ++i) bar_init(of_pairs + i, 2 * plan.blocks);
-    bar_init(of_pairs + 2 * HopperPlan::pairs, HopperPlan::consumers / 32);
+    Exchange<filters, shared_out>::init(plan, bars);
     bar_init_fence();
   }
   if (threadIdx.x == HopperPlan::consumers) prefetch_weights(p, plan);
@@ -125,29 +125,40 @@ __global__ void __launch_bounds__(HopperPlan::threads, per_sm)
   previous_kernel_done();
   if (threadIdx.x >= HopperPlan::consumers) {
     keep_registers<HopperPlan::registers_to_copy(per_sm)>();
-    if (threadIdx.x == HopperPlan::consumers) issue_copies(p, plan, image, tiles, bars);
+    if (threadIdx.x == HopperPlan::consumers) issue_copies<taps != Taps::any>(p, plan, image, tiles, bars);
     return;
   }
   take_registers<HopperPlan::registers_to_compute(per_sm)>();
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int share = shared_out ? warp / 4 : 0, row = (shared_out ? warp % 4 : warp) * 2;
+  const bool two_images = !shared_out && plan.images > 1;
+  const int share = shared_out ? warp / 4 : 0, image_of = two_images ? warp / 4 : 0;
+  const int row = (shared_out || two_images ? warp % 4 : warp) * 2;
   const char* bases = memory + plan.basis_offset() + share * filters * kSlab * 2;
   const char* mixings = memory + plan.mixing_offset() + share * outputs * width * 2;
   char* staging = memory + plan.staging_offset() + warp * kStagingBytes;
-  Exchange<filters> exchange(plan, bars, memory, warp);
+  Exchange<filters, shared_out> exchange;
   const Part slabs(p.slabs, plan.blocks), chunks(p.chunks, plan.blocks);
   const float start = poison(p);
-  // ldmatrix.x4: lanes 0-15 address 16 pixels' channels 0-7 of a k16 step, lanes 16-31 channels 8-15.
-  const int own_pixel = (row + lane % 16 / kTileX) * p.stride_h * plan.columns + lane % kTileX * p.stride_w;
+  // ldmatrix.x4: lanes 0-15 address 16 pixels' channels 0-7 of a k16 step, lanes 16-31 channels 8-15. Of one row alone,
+  // the lower one, eight lanes each address its pixels' channels 0-7, 8-15, 16-23, 24-31: two k16 steps.
+  const int own_pixel =
+      (image_of * plan.rows + (row + lane % 16 / kTileX) * p.stride_h) * plan.columns + lane % kTileX * p.stride_w;
   auto from_tap = [&](int r, int s) {
     const uint32_t pixel = own_pixel + r * p.dilation_h * plan.columns + s * p.dilation_w;
     return swizzled(pixel * kSlab * 2 + lane / 16 * 16, kSlab * 2);
   };
-  [[maybe_unused]] uint32_t from_of[taps == 9 ? 9 : 1];
-  if constexpr (taps == 9) {
+  [[maybe_unused]] auto from_lower = [&](int r, int s) {
+    const uint32_t pixel = own_pixel + (lane / 8 % 2 == 0 ? p.stride_h * plan.columns : 0) +
+                           r * p.dilation_h * plan.columns + s * p.dilation_w;
+    return swizzled(pixel * kSlab * 2 + lane / 8 * 16, kSlab * 2);
+  };
+  [[maybe_unused]] uint32_t from_of[taps == Taps::any ? 1 : 9];
+  if constexpr (taps != Taps::any) {
 #pragma unroll
-    for (int tap = 0; tap < taps; ++tap) from_of[tap] = from_tap(tap / 3, tap % 3);
+    for (int n = 0; n < 9; ++n) {
+      from_of[n] = taps == Taps::sliding && n % 3 > 0 ? from_lower(n % 3, n / 3) : from_tap(n % 3, n / 3);
+    }
   }
   // What is resident are the block's own tiles, of which the last block of a cluster may have fewer.
   Place halo_at(plan.halo_stages), basis_at(plan.basis_resident ? p.taps * slabs.count() : plan.basis_stages),
@@ -155,20 +166,24 @@ __global__ void __launch_bounds__(HopperPlan::threads, per_sm)
   if (plan.basis_resident && slabs.count() > 0) bar_wait(basis.full, 0);
 
   for (int number = blockIdx.x / plan.blocks; number < tiles; number += gridDim.x / plan.blocks) {
-    const Tile tile(p, plan.tile_y(), number);
-    const Pixels pixels{tile.n, tile.y + row, tile.x};
+    const Tile tile(p, plan.tile_y(), number, plan.images);
+    Pixels pixels{tile.n + image_of, tile.y + row, tile.x};
+    if (two_images && pixels.n >= p.N) pixels.y = p.OH;  // an image too many: all is outside
 
     // Stage 1.
     float z[filters / n][n / 2];
 #pragma unroll
     for (int i = 0; i < filters / 2; ++i) z[i / (n / 2)][i % (n / 2)] = start;
-    uint32_t fragments[3][4][4];  // of the tap that wgmma reads, the one before, the one after
-    int previous = -1;            // the place in the basis ring of the wgmma that is still under way
+    // Of the tap that wgmma reads, the one before, the one after. Beside many filters registers are too few for three,
+    // and their wgmma takes long enough to fill two while it runs.
+    constexpr int sets = Q16 > 128 ? 2 : 3;
+    uint32_t fragments[sets][4][4];
+    int previous = -1;  // the place in the basis ring of the wgmma that is still under way
     // How many places are given back as soon as they were read: the last ones may be lent.
     [[maybe_unused]] int at_once = p.taps * slabs.count() - (plan.lent ? plan.basis_stages : 0);
     auto previous_is_done = [&] {
       if (plan.basis_resident || previous < 0) return;
-      if constexpr (shared_out) {
+      if constexpr (exchanged) {
         if (at_once-- <= 0) return;
       }
       release(basis.empty + previous);
@@ -177,9 +192,23 @@ __global__ void __launch_bounds__(HopperPlan::threads, per_sm)
 #pragma unroll
       for (int k = 0; k < 4; ++k) ldmatrix_x4(a[k], memory + (from ^ static_cast<uint32_t>(k * 32)));
     };
-    auto multiply = [&](const uint32_t(&a)[4][4]) {
+    // The row below those of `above` is the other half of its A.
+    [[maybe_unused]] auto load_below = [&](uint32_t(&a)[4][4], const uint32_t(&above)[4][4], uint32_t from) {
+#pragma unroll
+      for (int k = 0; k < 4; k += 2) {
+        uint32_t lower[4];
+        ldmatrix_x4(lower, memory + (from ^ static_cast<uint32_t>(k * 32)));
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          a[k + i][0] = above[k + i][1], a[k + i][1] = lower[2 * i];
+          a[k + i][2] = above[k + i][3], a[k + i][3] = lower[2 * i + 1];
+        }
+      }
+    };
+    // `beyond`: how much further on the tap's tile lies than it comes, where all of them stay as they are packed.
+    auto multiply = [&](const uint32_t(&a)[4][4], int beyond) {
       if (!plan.basis_resident) bar_wait(basis.full + basis_at.stage, basis_at.phase);
-      const char* tile_at = bases + basis_at.stage * Q16 * kSlab * 2;
+      const char* tile_at = bases + (basis_at.stage + (plan.basis_resident ? beyond : 0)) * Q16 * kSlab * 2;
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
@@ -192,16 +221,25 @@ __global__ void __launch_bounds__(HopperPlan::threads, per_sm)
       previous = basis_at.stage;
       basis_at.next();
     };
-    if constexpr (taps == 9) {
+    if constexpr (taps != Taps::any) {
 #pragma unroll 1
       for (int slab = slabs.begin; slab < slabs.end; ++slab) {
         bar_wait(halo.full + halo_at.stage, halo_at.phase);
         const uint32_t tile_at = halo_at.stage * plan.halo_bytes;  // a multiple of 1024: no swizzle knows it
+        if (sets == 2) wgmma_wait<0>();  // the ninth tap of the slab before was in the same registers
         load(fragments[0], tile_at + from_of[0]);
 #pragma unroll
-        for (int tap = 0; tap < taps; ++tap) {
-          if (tap + 1 < taps) load(fragments[(tap + 1) % 3], tile_at + from_of[tap + 1]);
-          multiply(fragments[tap % 3]);
+        for (int n = 0; n < 9; ++n) {
+          auto load_next = [&] {
+            if (taps == Taps::sliding && (n + 1) % 3 > 0) {
+              load_below(fragments[(n + 1) % sets], fragments[n % sets], tile_at + from_of[n + 1]);
+            } else if (n < 8) {
+              load(fragments[(n + 1) % sets], tile_at + from_of[n + 1]);
+            }
+          };
+          if (sets > 2) load_next();
+          multiply(fragments[n % sets], nth_tap(true, n) - n);
+          if (sets == 2) load_next();
         }
         release(halo.empty + halo_at.stage);
         halo_at.next();
@@ -211,7 +249,7 @@ __global__ void __launch_bounds__(HopperPlan::threads, per_sm)
       auto tap = [&](uint32_t(&a)[4][4]) {
         if (r == 0 && s == 0) bar_wait(halo.full + halo_at.stage, halo_at.phase);
         load(a, halo_at.stage * plan.halo_bytes + from_tap(r, s));
-        multiply(a);
+        multiply(a, 0);
         if (++s == p.S) s = 0, ++r;
         if (r == p.R) {
           r = 0;
@@ -231,8 +269,8 @@ __global__ void __launch_bounds__(HopperPlan::threads, per_sm)
 
     // Between the stages.
     uint32_t a[Q16 / 16][4];
-    if constexpr (shared_out) {
-      exchange.template turn<T>(p, plan, pixels, share * filters, z[0], a);
+    if constexpr (exchanged) {
+      exchange.template turn<T>(p, plan, pixels, share * filters, z, a);
       if (plan.lent && slabs.count() > 0) {
         fence_proxy_async();
         for (int stage = 0; stage < plan.basis_stages; ++stage) release(basis.empty + stage);
@@ -245,9 +283,9 @@ __global__ void __launch_bounds__(HopperPlan::threads, per_sm)
     // Stage 2.
 #pragma unroll chunks_together
     for (int chunk = chunks.begin; chunk < chunks.end; ++chunk) {
-      const int first = chunk * kChunk + share * outputs;
+      const int k = chunk * kChunk + share * outputs;
       BiasPairs<outputs> bias;
-      bias.template load<T>(p, first);
+      bias.template load<T>(p, k);
       if (plan.mixing_resident) {
         bar_wait(mixing.full, 0);
       } else {
@@ -267,35 +305,48 @@ __global__ void __launch_bounds__(HopperPlan::threads, per_sm)
       wgmma_wait<0>();
       if (!plan.mixing_resident) release(mixing.empty + mixing_at.stage);
       mixing_at.next();
-      if (first < p.K) store_outputs<T, outputs>(p, y, bias, staging, pixels, first);
+      if (k < p.K) store_outputs<T, outputs>(p, y, bias, staging, pixels, k);
     }
   }
 }
 
-template <class T, int Q16, bool shared_out, int taps, int per_sm>
+template <class T, int Q16, Makers makers, Taps taps, int per_sm>
 const char* launch_sm90a(const Problem& p, HopperPlan plan, const TensorMap& image, const CudaDevice& device,
                          Stream stream) {
   const int64_t tiles = hopper_tiles(p, plan);
   if (tiles > 0x3FFFFFFF) return "more than 2^30 tiles; split the batch";
   const dim3 grid{static_cast<unsigned>(hopper_grid(p, plan, device)), 1, 1}, block{HopperPlan::threads, 1, 1};
   plan.ahead = hopper_ahead(p, plan, grid.x);
-  return launch_clusters(basis_conv2d_sm90a<T, Q16, shared_out, taps, per_sm>, grid, plan.blocks, block, plan.bytes,
-                         stream, p, image, plan, static_cast<int>(tiles));
+  return launch_clusters(basis_conv2d_sm90a<T, Q16, makers, taps, per_sm>, grid, plan.blocks, block, plan.bytes, stream,
+                         p, image, plan, static_cast<int>(tiles));
+}
+
+template <class T, int Q16, Makers makers, int per_sm>
+const char* launch_taps(const Problem& p, const HopperPlan& plan, const TensorMap& image, const CudaDevice& device,
+                        Stream stream) {
+  if (p.R == 3 && p.S == 3) {
+    if constexpr (Q16 <= 128) {  // else registers are too few
+      if (p.stride_h == p.dilation_h)
+        return launch_sm90a<T, Q16, makers, Taps::sliding, per_sm>(p, plan, image, device, stream);
+    }
+    return launch_sm90a<T, Q16, makers, Taps::nine, per_sm>(p, plan, image, device, stream);
+  }
+  if constexpr (per_sm == 1) return launch_sm90a<T, Q16, makers, Taps::any, 1>(p, plan, image, device, stream);
+  return "two blocks a multiprocessor are for 3x3 filters";
 }
 
 template <class T, int Q16>
 const char* launch_shape(const Problem& p, const HopperPlan& plan, const TensorMap& image, const CudaDevice& device,
                          Stream stream) {
-  const bool nine = p.R == 3 && p.S == 3;
   if constexpr (Q16 > 16) {
-    const auto shared_out = nine ? launch_sm90a<T, Q16, true, 9, 1> : launch_sm90a<T, Q16, true, 0, 1>;
-    if (plan.shared_out) return shared_out(p, plan, image, device, stream);
+    if (plan.shared_out) return launch_taps<T, Q16, Makers::halves, 1>(p, plan, image, device, stream);
+    constexpr Taps taps = Q16 > 128 ? Taps::any : Taps::sliding;  // as above
+    if (plan.blocks > 1) return launch_sm90a<T, Q16, Makers::cluster, taps, 1>(p, plan, image, device, stream);
   }
   if constexpr (Q16 <= HopperPlan::most_filters_of_two) {
-    if (plan.per_sm == 2) return launch_sm90a<T, Q16, false, 9, 2>(p, plan, image, device, stream);
+    if (plan.per_sm == 2) return launch_taps<T, Q16, Makers::warp, 2>(p, plan, image, device, stream);
   }
-  const auto whole = nine ? launch_sm90a<T, Q16, false, 9, 1> : launch_sm90a<T, Q16, false, 0, 1>;
-  return whole(p, plan, image, device, stream);
+  return launch_taps<T, Q16, Makers::warp, 1>(p, plan, image, device, stream);
 }
 
 template <class T>
@@ -332,7 +383,7 @@ const char* cuda_basis_conv2d_sm90a_by(const CudaBasisConv2d& call, const cuda::
   const bool is_bf16 = call.params.weights.dtype == DType::bf16;
   TensorMap image;
   const TensorMapRequest request =
-      image_map(p.input, is_bf16, p.N, p.H, p.W, p.C, p.in.n, p.in.h, p.in.w, plan.rows, plan.columns);
+      image_map(p.input, is_bf16, p.N, p.H, p.W, p.C, p.in.n, p.in.h, p.in.w, plan.rows, plan.columns, plan.images);
   if (const char* wrong = encode(request, image)) return wrong;
   const auto on = static_cast<Stream>(stream);
   return is_bf16 ? launch_filters<bf16>(p, plan, image, device, on) : launch_filters<f16>(p, plan, image, device, on);

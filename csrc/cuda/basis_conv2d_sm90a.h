@@ -13,11 +13,12 @@ struct HopperPlan {
   BASISCONV_EITHER static constexpr int registers_to_copy(int per_sm) { return per_sm == 1 ? 40 : 24; }
   static constexpr int most_stages = kMostStages, most_blocks = 8,
                        most_filters_of_two = 32;  // of two blocks a multiprocessor
-  static constexpr int rings = 3, pairs = 4;      // of warps with the same pixels, where filters are shared out
+  static constexpr int rings = 3, warps = consumers / 32;
 
   int Q16;
   bool shared_out;  // both warpgroups have the same 8x8 pixels, each half of the filters
-  int blocks;       // that share the slabs and the outputs of a tile: a cluster; 1 unless filters are shared out
+  int images;       // of a tile: 2 where each warpgroup has 8x8 pixels of an image of its own
+  int blocks;       // that share the slabs and the outputs of a tile: a cluster
   int per_sm;       // blocks of a multiprocessor: 2 where few filters leave it registers and memory enough
   bool lent;        // sums and fragments lie in the ring of the basis, whose last places are kept until they are read
   int rows, columns, halo_box_bytes, halo_bytes;  // the box is what an mbarrier counts, the rest is alignment
@@ -26,14 +27,14 @@ struct HopperPlan {
   int ahead;  // bytes of packed weights of which a block says that they will be read
   int bytes;  // of shared memory, 0 where the kernel cannot run
 
-  BASISCONV_EITHER int tile_y() const { return shared_out ? 8 : 16; }
+  BASISCONV_EITHER int tile_y() const { return shared_out || images > 1 ? 8 : 16; }
   BASISCONV_EITHER int basis_tile() const { return Q16 * kSlab * 2; }
   BASISCONV_EITHER int mixing_tile() const { return kChunk * Q16 * 2; }
   BASISCONV_EITHER int basis_offset() const { return halo_stages * halo_bytes; }
   BASISCONV_EITHER int mixing_offset() const { return basis_offset() + basis_stages * basis_tile(); }
-  // Where filters are shared out: Z of 64 pixels as A fragments, and where blocks share slabs this block's sums.
+  // Where filters are shared out: Z of 64 pixels as A fragments. Where blocks share slabs: this block's sums.
   BASISCONV_EITHER int fragments_bytes() const { return shared_out ? 64 * Q16 * 2 : 0; }
-  BASISCONV_EITHER int sums_bytes() const { return blocks > 1 ? 64 * Q16 * 4 : 0; }
+  BASISCONV_EITHER int sums_bytes() const { return blocks > 1 ? (shared_out ? 64 : 128) * Q16 * 4 : 0; }
   BASISCONV_EITHER int behind_mixing() const { return mixing_offset() + mixing_stages * mixing_tile(); }
   BASISCONV_EITHER int fragments_offset() const { return lent ? basis_offset() : behind_mixing(); }
   BASISCONV_EITHER int sums_offset() const { return fragments_offset() + fragments_bytes(); }
@@ -41,14 +42,14 @@ struct HopperPlan {
     return behind_mixing() + (lent ? 0 : fragments_bytes() + sums_bytes());
   }
   BASISCONV_EITHER int bars_offset() const { return staging_offset() + consumers / 32 * kStagingBytes; }
-  // Full and empty of three rings, two for each pair, one for all warps.
-  BASISCONV_EITHER static constexpr int bars() { return 2 * (rings * most_stages + pairs) + 1; }
+  // Full and empty of three rings, two for each group of warps with the same pixels, one for all warps.
+  BASISCONV_EITHER static constexpr int bars() { return 2 * (rings * most_stages + warps) + 1; }
 };
 
 // What a plan is made for: see there.
 struct HopperForm {
   bool shared_out = false;
-  int blocks = 1, per_sm = 1;
+  int blocks = 1, per_sm = 1, images = 1;
 };
 
 // The best plan of a kind that fits: all of the basis resident, then the coefficients, with two halo tiles or three,
@@ -60,6 +61,7 @@ inline HopperPlan hopper_plan_of(const Problem& p, int shared_limit, const Hoppe
   plan.shared_out = form.shared_out;
   plan.blocks = form.blocks;
   plan.per_sm = form.per_sm;
+  plan.images = form.images;
   if (form.per_sm > 1) {
     constexpr int reserved = 1024;  // of every block
     if (form.shared_out || plan.Q16 > HopperPlan::most_filters_of_two || p.R != 3 || p.S != 3) return plan;
@@ -68,7 +70,10 @@ inline HopperPlan hopper_plan_of(const Problem& p, int shared_limit, const Hoppe
   plan.rows = (plan.tile_y() - 1) * p.stride_h + (p.R - 1) * p.dilation_h + 1;
   plan.columns = (HopperPlan::tile_x - 1) * p.stride_w + (p.S - 1) * p.dilation_w + 1;
   constexpr int longest_side = 256;  // of a box
-  const int64_t box = int64_t{plan.rows} * plan.columns * kSlab * 2;
+  const int64_t box = int64_t{plan.rows} * plan.columns * plan.images * kSlab * 2;
+  const bool whole_of_cluster = form.blocks > 1 && !form.shared_out;
+  const bool sliding = p.R == 3 && p.S == 3 && p.stride_h == p.dilation_h;
+  if (whole_of_cluster && (!sliding || plan.Q16 < 32)) return plan;
   if (plan.Q16 > kLargestQ || (form.shared_out && plan.Q16 < 32)) return plan;
   if (plan.rows > longest_side || plan.columns > longest_side || box > shared_limit) return plan;
   plan.halo_box_bytes = static_cast<int>(box);
@@ -105,7 +110,7 @@ inline HopperPlan hopper_plan_of(const Problem& p, int shared_limit, const Hoppe
   // Only where it is not deep otherwise the ring lends its memory: then it is filled late for the next tile.
   const int deep_enough = plan.basis_tile() < 32 * 1024 ? 6 : 4;
   for (const bool lent : {false, true}) {
-    if (lent && !form.shared_out) break;
+    if (lent && !form.shared_out && form.blocks == 1) break;
     for (const Choice& choice : {Choice{3, chunks}, Choice{2, chunks}, Choice{2, streamed(2)}, Choice{2, streamed(1)},
                                  Choice{1, chunks}, Choice{1, streamed(2)}, Choice{1, streamed(1)}}) {
       if (plan.basis_stages >= deep_enough) return plan;
@@ -119,7 +124,7 @@ inline HopperPlan hopper_plan_of(const Problem& p, int shared_limit, const Hoppe
 }
 
 inline int64_t hopper_tiles(const Problem& p, const HopperPlan& plan) {
-  return int64_t{p.N} * tiles_of(p.OH, plan.tile_y()) * tiles_of(p.OW, HopperPlan::tile_x);
+  return tiles_of(p.N, plan.images) * tiles_of(p.OH, plan.tile_y()) * tiles_of(p.OW, HopperPlan::tile_x);
 }
 
 // Blocks of the persistent grid, never more than tiles ask for. The multiprocessors of a cluster lie close to each
@@ -137,22 +142,27 @@ inline int hopper_ahead(const Problem& p, const HopperPlan& plan, int64_t grid) 
   return plan.basis_resident ? 0 : static_cast<int>(part < most ? part : most);
 }
 
-// What a call takes, in clocks: wgmma with A by ldmatrix for each tap and slab at the N of a warpgroup, or the basis
-// coming from the second-level cache where it does not stay; the outputs; what a tile and an exchange cost. Rates are
-// those measured on an H200 (docs/gpu.md), rounded. Tiles that all blocks want at once come slower than others: 22
-// bytes a clock and multiprocessor where all are at work, 40 where few are.
+// What a call takes, in clocks: for each tap and slab wgmma, or what it moves in shared memory, or the basis coming
+// from the second-level cache where it does not stay; the outputs; what a tile and an exchange cost. Rates are those
+// measured on an H200 (docs/gpu.md), rounded. Shared memory moves 84 bytes a clock: pixels into registers, by sliding
+// filters a third less; the basis' tile for each warpgroup that has its pixels; and the same tile coming in. Tiles that
+// all blocks want at once come slower than others: 22 bytes a clock and multiprocessor where all are at work, 40 where
+// few are.
 inline int64_t hopper_clocks(const Problem& p, const HopperPlan& plan, const CudaDevice& device) {
   const int64_t grid = hopper_grid(p, plan, device), rounds = tiles_of(hopper_tiles(p, plan), grid / plan.blocks);
   const int filters = plan.shared_out ? plan.Q16 / 2 : plan.Q16;
-  const int mma = filters <= 16 ? 252 : filters == 32 ? 290 : filters == 64 ? 363 : filters == 128 ? 511 : 1022;
+  const bool sliding = p.R == 3 && p.S == 3 && p.stride_h == p.dilation_h && plan.Q16 <= 128;
+  const int pixels = 2 * 64 * kSlab * 2, tiles = (plan.shared_out ? 1 : 2) + (plan.basis_resident ? 0 : 1);
+  const int moved = (pixels * (sliding ? 2 : 3) / 3 + tiles * plan.basis_tile()) / 84;
+  const int tap = moved > 4 * filters ? moved : 4 * filters;
   const int64_t bytes_a_clock = 22 * int64_t{device.multiprocessors} / grid;
   int64_t refill = plan.basis_resident ? 0 : plan.basis_tile() / (bytes_a_clock < 40 ? bytes_a_clock : 40);
   constexpr int under_way = 1000;  // clocks; one tile of the ring is in use and one is being given back
   const int ahead = plan.basis_stages > 3 ? plan.basis_stages - 2 : 1;
   if (!plan.basis_resident && refill < under_way / ahead) refill = under_way / ahead;
-  const int64_t stage1 = p.taps * tiles_of(p.slabs, plan.blocks) * (mma > refill ? mma : refill);
+  const int64_t stage1 = p.taps * tiles_of(p.slabs, plan.blocks) * (tap > refill ? tap : refill);
   const int64_t stage2 = tiles_of(p.chunks, plan.blocks) * (plan.shared_out ? 500 : 800);
-  const int exchange = plan.blocks > 1 ? 2500 : plan.shared_out ? 1000 : 0;
+  const int exchange = plan.blocks > 1 ? (plan.shared_out ? 2500 : 40 * plan.Q16) : plan.shared_out ? 1000 : 0;
   return rounds * (600 + stage1 + exchange + stage2) * (plan.per_sm == 2 ? 150 : 100) / 100;
 }
 
@@ -166,7 +176,11 @@ inline HopperPlan hopper_plan(const Problem& p, const CudaDevice& device) {
     if (best.bytes == 0 || hopper_clocks(p, plan, device) < hopper_clocks(p, best, device)) best = plan;
   };
   consider({false, 1, 2});
-  for (const int blocks : {1, 2, 3, 4, HopperPlan::most_blocks}) consider({true, blocks});
+  for (const int blocks : {1, 2, 3, 4, HopperPlan::most_blocks}) {
+    consider({true, blocks});
+    consider({false, blocks, 1, 2});
+    if (blocks > 1) consider({false, blocks});
+  }
   return best;
 }
 

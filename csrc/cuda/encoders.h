@@ -50,14 +50,15 @@ struct TensorMapRequest {
 };
 
 // The map of a channels_last image [N, H, W, C] with strides in elements, and boxes of 64 channels of `rows` x
-// `columns` pixels.
+// `columns` pixels of so many images.
 inline TensorMapRequest image_map(const void* base, bool is_bf16, int64_t N, int64_t H, int64_t W, int64_t C,
-                                  int64_t stride_n, int64_t stride_h, int64_t stride_w, int rows, int columns) {
+                                  int64_t stride_n, int64_t stride_h, int64_t stride_w, int rows, int columns,
+                                  int images = 1) {
   TensorMapRequest map{};
   map.base = base;
   map.is_bf16 = is_bf16;
   const int64_t sizes[] = {C, W, H, N}, strides[] = {stride_w, stride_h, stride_n};
-  const int boxes[] = {64, columns, rows, 1};
+  const int boxes[] = {64, columns, rows, images};
   for (int i = 0; i < 4; ++i) map.size[i] = static_cast<uint64_t>(sizes[i]);
   for (int i = 0; i < 3; ++i) map.stride[i] = static_cast<uint64_t>(strides[i]) * 2;
   for (int i = 0; i < 4; ++i) map.box[i] = static_cast<uint32_t>(boxes[i]);

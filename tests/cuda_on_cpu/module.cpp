@@ -10,13 +10,13 @@ using namespace requests;
 namespace {
 
 // The plan of a call: the chosen one, or of the `form` asked for (filters shared out, blocks of a tile, blocks of a
-// multiprocessor).
+// multiprocessor, images of a tile).
 cuda::HopperPlan plan_of(const py::dict& from) {
   const cuda::Problem p = cuda::problem_of(call(from));
   const CudaDevice on = device(from);
   if (!from.contains("form")) return cuda::hopper_plan(p, on);
   const auto form = from["form"].cast<std::vector<int>>();
-  return cuda::hopper_plan_of(p, on.shared_bytes, {form.at(0) != 0, form.at(1), form.at(2)});
+  return cuda::hopper_plan_of(p, on.shared_bytes, {form.at(0) != 0, form.at(1), form.at(2), form.at(3)});
 }
 
 }  // namespace
@@ -39,6 +39,7 @@ PYBIND11_MODULE(MODULE_NAME, m) {
     facts["blocks"] = plan.blocks;
     facts["lent"] = plan.lent;
     facts["per_sm"] = plan.per_sm;
+    facts["images"] = plan.images;
     if (plan.bytes != 0) {
       const cuda::Problem p = cuda::problem_of(call(from));
       const int64_t grid = cuda::hopper_grid(p, plan, device(from));

@@ -109,7 +109,7 @@ def test_sm90a_at_larger_sizes(module, way):
 def test_sm90a_where_filters_are_shared_out(module, filters, blocks):
     """Small maps: two warpgroups with the same pixels, and clusters of so many blocks."""
     one = case("small_map", f"1 520 7 5 {filters} 200 3 3", padding=ONE, bias=True, residual=True, activation="relu")
-    kernel = Emulated(module, "sm90a", {**H200, "multiprocessors": blocks, "form": (1, blocks, 1)})
+    kernel = Emulated(module, "sm90a", {**H200, "multiprocessors": blocks, "form": (1, blocks, 1, 1)})
     plan = module.hopper_plan(kernel.request(*testing.make_inputs(one).tensors[:3], **one.arguments()))
     assert (plan["shared_out"], plan["blocks"]) == (True, blocks)
     assert plan["lent"] == (filters == 200 and blocks > 1)
@@ -145,8 +145,11 @@ def test_two_blocks_of_a_multiprocessor(module, filters):
     testing.check(one, kernel)
 
 
-# Filters shared out, blocks of a tile, blocks of a multiprocessor: with how many multiprocessors.
-FORMS = {(0, 1, 1): 2, (1, 1, 1): 2, (1, 2, 1): 2, (1, 3, 1): 3, (1, 4, 1): 8, (1, 8, 1): 8}
+# Filters shared out, blocks of a tile, blocks of a multiprocessor, images of a tile: with how many multiprocessors.
+FORMS = {
+    (0, 1, 1, 1): 2, (1, 1, 1, 1): 2, (1, 2, 1, 1): 2, (1, 3, 1, 1): 3, (1, 4, 1, 1): 8, (1, 8, 1, 1): 8,
+    (0, 2, 1, 1): 2, (0, 8, 1, 1): 8, (0, 1, 1, 2): 2, (0, 2, 1, 2): 4, (0, 3, 1, 2): 3, (0, 8, 1, 2): 8,
+}  # fmt: skip
 # Several tiles for a cluster; slabs and outputs of which some blocks have fewer, or none.
 OF_FORMS = [
     case("most_filters", "5 200 7 7 200 100 3 3", padding=ONE, bias=True, residual=True, activation="relu"),
@@ -169,9 +172,12 @@ def test_every_form_gives_the_result(module, case, form):
         kernel.device["shared_bytes"] = H200["shared_bytes"]
         request = kernel.request(*testing.make_inputs(case).tensors[:3], **case.arguments())
     plan = module.hopper_plan(request)
-    assert (plan["shared_out"], plan["blocks"], plan["per_sm"]) == form
+    if not form[0] and form[1] > 1 and case.problem.R == 1:  # there are whole warps of a cluster for 3x3 alone
+        assert plan["bytes"] == 0
+        return
+    assert (plan["shared_out"], plan["blocks"], plan["per_sm"], plan["images"]) == form
     if case.name == "most_filters":
-        assert plan["lent"] == plan["shared_out"]
+        assert plan["lent"] == (plan["shared_out"] or plan["blocks"] > 1)
     if case.name == "one_tap":  # places of the ring are free before the last tile of it was read
         assert not plan["lent"]
     testing.check(case, kernel)
@@ -193,20 +199,21 @@ def test_large_maps_are_not_shared_out(module):
 @pytest.mark.parametrize(
     ("sizes", "form"),
     [
-        ("32 512 7 7 256 512 3 3", (True, 3)),
-        ("32 512 7 7 128 512 3 3", (True, 3)),
-        ("1 512 7 7 256 512 3 3", (True, 8)),
-        ("128 512 7 7 256 512 3 3", (True, 1)),
-        ("32 256 14 14 128 256 3 3", (False, 1)),
-        ("32 256 14 14 64 256 3 3", (False, 1)),
-        ("1 256 14 14 64 256 3 3", (True, 4)),
-        ("32 512 28 28 256 512 3 3", (False, 1)),
+        ("32 512 7 7 256 512 3 3", (True, 3, 1)),
+        ("32 512 7 7 128 512 3 3", (True, 3, 1)),
+        ("1 512 7 7 256 512 3 3", (True, 8, 1)),
+        ("128 512 7 7 256 512 3 3", (False, 2, 2)),
+        ("128 512 7 7 128 512 3 3", (False, 2, 2)),
+        ("32 256 14 14 128 256 3 3", (False, 2, 1)),
+        ("32 256 14 14 64 256 3 3", (False, 2, 1)),
+        ("1 256 14 14 64 256 3 3", (True, 4, 1)),
+        ("32 512 28 28 256 512 3 3", (False, 1, 1)),
     ],
 )
 def test_the_form_is_the_one_that_was_measured_to_be_quickest(module, sizes, form):
     """On an H200; docs/gpu.md has the times."""
     plan = module.hopper_plan(request_of(module, sizes))
-    assert (plan["shared_out"], plan["blocks"]) == form
+    assert (plan["shared_out"], plan["blocks"], plan["images"]) == form
 
 
 def test_all_blocks_together_prefetch_what_comes_through_rings(module):

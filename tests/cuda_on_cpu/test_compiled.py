@@ -70,7 +70,7 @@ def disassembler(name: str) -> str:
 
 
 # What a true template argument says.
-FLAGS = {"basis_conv2d_sm90a": "shared out", "binary_conv2d_sm90a": "pairs", "ternary_conv2d_sm90a": "shared out",
+FLAGS = {"binary_conv2d_sm90a": "pairs", "ternary_conv2d_sm90a": "shared out",
          "tucker_conv2d": "tall"}  # fmt: skip
 
 
@@ -83,8 +83,13 @@ def short(mangled: str) -> str:
     assert name, mangled
     dtype = re.search(r"(b?f16)E|_[a-z]+I([fi])L", mangled)
     numbers, flag = re.findall(r"Li(\d+)E", mangled), FLAGS.get(name[1], "precise")
+    makers = re.search(r"MakersE(\d)", mangled)  # of Z, an enumeration of basis_conv2d_sm90a.cu
+    taps = re.search(r"TapsE(\d)", mangled)  # likewise
     words = [name[1], {"f": "f32", "i": "i32"}.get(dtype[2], dtype[1]) if dtype else "", *numbers]
-    return " ".join([*filter(None, words), *([flag] if "Lb1E" in mangled else [])])
+    words += [("any taps", "nine taps", "sliding")[int(taps[1])]] if taps else []
+    words += [flag] if "Lb1E" in mangled else []
+    words += [("", "shared out", "of a cluster")[int(makers[1])]] if makers else []
+    return " ".join(filter(None, words))
 
 
 @pytest.fixture(scope="session")
