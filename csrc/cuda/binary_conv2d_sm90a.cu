@@ -122,16 +122,6 @@ struct Band {
     }
   }
 
-  // The lines of a tile that comes later, into the second-level cache: a warp has one at a time.
-  BASISCONV_DEVICE void announce(const Start& start) const {
-    const int bytes = p.W * p.words * 4;
-    if (threadIdx.x % 32 != 0 || bytes % 16 != 0 || reinterpret_cast<uintptr_t>(p.input) % 16 != 0) return;
-    for (int row = threadIdx.x / 32; row < plan.rows; row += blockDim.x / 32) {
-      const Line line(p, plan, start, row);
-      if (line.inside(p)) prefetch(line.pixels(p), bytes);
-    }
-  }
-
   BASISCONV_DEVICE void put() const {
     const uint32_t outside = p.padding_value == -1 ? ~0u : 0u;
     const uint4 ones{~0u, ~0u, ~0u, ~0u}, filled{outside, outside, outside, outside};
@@ -187,8 +177,6 @@ __global__ void __launch_bounds__(128 * HopperPlan::most_of_a_block(N),
       band.fetch(start, job);
       band.put();
     }
-    const int next = tile + static_cast<int>(gridDim.x);
-    if (next < plan.tiles) band.announce(Start(plan, next));
     __syncthreads();  // the band and, at first, the filters are there
 
     // ldmatrix.x4: lanes 0-15 address 16 pixels in a step's first unit, lanes 16-31 in its second.

@@ -147,18 +147,18 @@ inline HopperPlan hopper_plan_of(const Problem& p, const CudaDevice& device, int
   return plan;
 }
 
-// Clocks of a call, by the rates of wgmma and of instructions that were measured on an H200, rounded: a step of 64
-// pixels alone and with others; the outputs of 64 pixels; filters until products can begin, of slabs the first alone,
-// else in turns of four loads a thread; what a round waits for.
+// Clocks of a call, by rates that were measured on an H200, rounded: a step of 64 pixels alone, and beside others,
+// where shared memory moves 84 bytes a clock, 2 KB of pixels and 32 bytes a filter; the outputs of 64 pixels; filters
+// until products can begin, of slabs the first alone, else in turns of four loads a thread; what a round waits for.
 inline int64_t hopper_clocks(const HopperPlan& plan, const CudaDevice& device) {
   const int columns = plan.columns;
-  const int alone = columns == 128 ? 72 : columns == 64 ? 54 : 45, step = columns == 128 ? 64 : columns == 64 ? 33 : 20;
+  const int alone = columns == 128 ? 72 : columns == 64 ? 54 : 45, step = (2048 + 32 * columns) / 84;
   const int64_t blocks = ceil_div(int64_t{plan.grid()} * plan.blocks, device.multiprocessors);
   const int64_t at_once = blocks * plan.warpgroups;
   const int64_t together = at_once * step * plan.steps, chain = int64_t{alone} * plan.steps;
   const int64_t turns = ceil_div(int64_t{plan.steps} * columns, 128 * plan.warpgroups * 4);
   const int64_t landing = plan.filter_bytes() / (plan.slabs > 0 ? plan.slabs : 2) * blocks / 40;
-  const int64_t filters = landing + (plan.slabs > 0 ? 0 : (turns - 1) * 3000);
+  const int64_t filters = landing + (plan.slabs > 0 ? 0 : (turns - 1) * 1500);
   return filters + plan.rounds * (1500 + (together > chain ? together : chain) + at_once * (100 + columns * 5 / 2));
 }
 

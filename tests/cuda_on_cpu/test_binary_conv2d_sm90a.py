@@ -187,6 +187,8 @@ def test_which_kernel_a_call_gets(binary_module, sizes, changes, taken):
         ("32 512 7 7 512 3 3", 64, 2, 1, 104, True),
         ("32 256 56 56 256 3 3", 128, 4, 6, 132, False),  # twice the filters a block: fewer outputs at once
         ("1 128 28 28 128 3 3", 32, 1, 1, 52, False),
+        ("128 512 7 7 512 3 3", 128, 3, 1, 132, False),  # enough pixels for all multiprocessors at once
+        ("128 256 14 14 256 3 3", 128, 3, 2, 132, False),
     ],
 )
 def test_plans(binary_module, sizes, columns, warpgroups, rounds, blocks, slabs):
