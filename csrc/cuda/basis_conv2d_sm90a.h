@@ -163,7 +163,7 @@ inline int64_t hopper_clocks(const Problem& p, const HopperPlan& plan, const Cud
   const int64_t stage1 = p.taps * tiles_of(p.slabs, plan.blocks) * (tap > refill ? tap : refill);
   const int64_t stage2 = tiles_of(p.chunks, plan.blocks) * (plan.shared_out ? 500 : 800);
   const int exchange = plan.blocks > 1 ? (plan.shared_out ? 2500 : 40 * plan.Q16) : plan.shared_out ? 1000 : 0;
-  return rounds * (600 + stage1 + exchange + stage2) * (plan.per_sm == 2 ? 150 : 100) / 100;
+  return rounds * (600 + stage1 + exchange + stage2) * (plan.per_sm == 2 ? 125 : 100) / 100;
 }
 
 // The quickest plan of a call by that count; `bytes` is 0 where none fits.
@@ -178,8 +178,8 @@ inline HopperPlan hopper_plan(const Problem& p, const CudaDevice& device) {
   consider({false, 1, 2});
   for (const int blocks : {1, 2, 3, 4, HopperPlan::most_blocks}) {
     consider({true, blocks});
-    consider({false, blocks, 1, 2});
     if (blocks > 1) consider({false, blocks});
+    consider({false, blocks, 1, 2});
   }
   return best;
 }

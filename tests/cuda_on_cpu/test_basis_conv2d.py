@@ -128,7 +128,7 @@ def test_blocks_of_a_cluster_that_have_less_to_do(module, slabs):
 
 def test_a_cluster_makes_several_tiles(module):
     one = case("several_tiles", "5 640 5 5 40 72 3 3", padding=ONE, bias=True)
-    kernel = Emulated(module, "sm90a", {**H200, "multiprocessors": 4})
+    kernel = Emulated(module, "sm90a", {**H200, "multiprocessors": 4, "form": (1, 2, 1, 1)})
     plan = module.hopper_plan(kernel.request(*testing.make_inputs(one).tensors[:3], **one.arguments()))
     assert plan["blocks"] == 2
     testing.check(one, kernel)

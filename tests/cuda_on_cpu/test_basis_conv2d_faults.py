@@ -38,6 +38,8 @@ ALL_DONE = "wgmma_wait<0>();\n    previous_is_done();"
 BOX_BYTES = "bar_arrive_expect(halo.full + halo_at.stage, plan.halo_box_bytes);"
 SUMMED, SHOWN = "meet(summed, plan.blocks);", "meet(shown, plan.blocks);"
 MORE_SUMS, OF_NOTHING = "first_of < plan.blocks;", "two_images && pixels.n >= p.N"
+NEXT, SLID = "load(fragments[(n + 1) % sets], tile_at", "a[k + i][0] = above[k + i][1]"
+STREAMED, STAYING = "p.taps + nth_tap(nine, n)", "plan.basis_resident ? beyond : 0"
 SECOND = "!shared_out && plan.images > 1;"
 DRAINED, LENT = "bar_wait(drained, phase);", "if (at_once-- <= 0) return;"
 RETURNED = "release(basis.empty + stage);"
@@ -58,7 +60,10 @@ FAULTS = {
     "sm80: no barrier of the warp": (SHARED, STAGED, f"if (planted != #) {STAGED}"),
     "sm90a: no wait for the halo": (SM90A, HALO_WAIT, f"if (planted != #) {HALO_WAIT}"),
     "sm90a: no wait for the halo of nine taps": (SM90A, HALO_WAIT_9, f"if (planted != #) {HALO_WAIT_9}"),
-    "sm90a: a fragment used too early again": (SM90A, "[(tap + 1) % 3]", "[planted == # ? 2 : (tap + 1) % 3]"),
+    "sm90a: a fragment used too early again": (SM90A, NEXT, NEXT.replace("n + 1", "n + 1 + (planted == #)")),
+    "sm90a: the row above not slid": (SM90A, SLID, SLID.replace("[1]", "[planted != #]")),
+    "sm90a: the basis streamed in another order": (SM90A, STREAMED, STREAMED.replace("nine", "nine && planted != #")),
+    "sm90a: the resident basis in another order": (SM90A, STAYING, f"planted != # && {STAYING}"),
     "sm90a: no wait for the basis": (SM90A, BASIS_WAIT, f"if (planted != #) {BASIS_WAIT}"),
     "sm90a: the halo overwritten": (SM90A, HALO_EMPTY, f"if (planted != #) {HALO_EMPTY}"),
     "sm90a: the halo never released": (SM90A, HALO_RELEASE, HALO_RELEASE.replace("rel", "if (planted != #) rel")),
