@@ -86,7 +86,10 @@ def row(line: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def keep(sources: Sequence[Path], results: Path = RESULTS) -> list[Path]:
-    """Write the rows of some runs under ``results``, in place of those that are there; the files.
+    """Write the rows of some runs under ``results``; the files.
+
+    A row takes the place of the one that is there of the same key, of tests that of the same file and backend. Others
+    stay, unless they were measured with other versions of the software.
 
     Raises:
         ValueError: a source that is none, or rows of several devices, or of none.
@@ -105,11 +108,28 @@ def keep(sources: Sequence[Path], results: Path = RESULTS) -> list[Path]:
         path = results / folder_of(latest["device"]) / f"{kind}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         rows = [row(line) for line in lines.values()]
-        path.write_text(text_of(head, counted(rows) if kind == "check" else rows), encoding="utf-8")
+        path.write_text(text_of(head, beside_others(path, head, counted(rows) if kind == "check" else rows)), "utf-8")
         written.append(path)
     if not written:
         raise ValueError("no rows in " + ", ".join(map(str, sources)))
     return written
+
+
+def beside_others(path: Path, head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The rows with those of a file that they do not replace, in the order of the file."""
+    there = read(path) if path.exists() else {}
+    if there.get("versions") != head["versions"]:
+        return list(rows)
+    new: dict[Any, list[Mapping[str, Any]]] = {}
+    for each in rows:
+        new.setdefault(_identity(each), []).append(each)
+    known = dict.fromkeys(map(_identity, there["rows"]))
+    stay = {key: [each for each in there["rows"] if _identity(each) == key] for key in known if key not in new}
+    return [each for key in [*known, *(key for key in new if key not in known)] for each in new.get(key) or stay[key]]
+
+
+def _identity(row: Mapping[str, Any]) -> Any:
+    return row["key"] if "key" in row else (row["part"], row["backend"])
 
 
 def counted(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

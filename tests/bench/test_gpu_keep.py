@@ -66,6 +66,20 @@ def test_the_newest_row_of_a_key_is_kept_whatever_the_order_of_the_sources(tmp_p
     assert "at" not in json.dumps(keep.read(path)["rows"][0]).split('"')
 
 
+def test_a_run_replaces_its_rows_alone(kept, tmp_path):
+    """What another run measured stays, but not beside other versions; of tests a file and backend counts as one."""
+    test = "tests/ops/test_x.py::test_{}[{}]"
+    first = [line("a", value=1), line("b", value=2)]
+    kept(bench=first, check=[line(test.format(i, "cuda")) for i in range(3)] + [line(test.format(0, "triton"))])
+    again = kept(bench=[line("b", value=3), line("c", value=4)], check=[line(test.format(9, "cuda"))])
+    assert [(row["key"], row["value"]) for row in again["bench"]["rows"]] == [("a", 1), ("b", 3), ("c", 4)]
+    counts = {(row["backend"], row["counts"]["passed"]) for row in again["check"]["rows"]}
+    assert counts == {("cuda", 1), ("triton", 1)}
+    path = tmp_path / "results" / "nvidia-abacus" / "bench.json"
+    path.write_text(path.read_text("utf-8").replace('"torch": "', '"torch": "0.'), "utf-8")
+    assert [row["key"] for row in kept(bench=[line("d")])["bench"]["rows"]] == ["d"]
+
+
 def test_what_began_and_did_not_end_is_unfinished(kept):
     rows = kept(bench=[line("a"), line("b", at=1), line("b", "started", at=2)])["bench"]["rows"]
     assert [row["status"] for row in rows] == ["passed", "unfinished"]
