@@ -10,7 +10,7 @@ from torch import nn
 
 from bench.audit import checks, methods, networks
 
-SIDE = 80
+SIDE = 64
 IMAGE = networks.images(SIDE)
 SHORT = "squeezenet1_1"
 LONG = (
