@@ -14,13 +14,15 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from torch import Tensor, nn
 
 from basisconv_kernels.core.version import __version__
 from bench.audit import checks, methods, networks, page
 from bench.harness import machine
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
-LARGE, SMALL = 224, 80  # sides of the images for the kernels' geometries, and for everything else
+# Sides of the images: for the kernels' geometries, for everything else, and for what adds up maps of all resolutions.
+LARGE, SMALL, HALVED = 224, 80, 96
 Job = tuple[tuple[str, ...], Callable[[], checks.Row]]
 
 
@@ -61,15 +63,23 @@ def jobs(names: list[str], part: str, wanted: list[str], path: Path) -> list[Job
     """(key, check) of everything that was asked for; ``path`` is where model files may be written."""
     found: list[Job] = []
     for name in names:
-        large, build = (functools.partial(networks.build, name, size) for size in (LARGE, SMALL))
         if part != "methods":
-            found.append((("full rank", name), lambda b=large: checks.full_rank(b(), networks.images(LARGE))))
-            found.append((("quarter", name), lambda b=build: checks.quarter(b(), b(), networks.images(SMALL), path)))
+            found.append((("full rank", name), functools.partial(_full_rank, name)))
+            found.append((("quarter", name), lambda n=name: checks.quarter(*_small(n), path)))
         if part != "basis":
             for each in wanted:
-                check = lambda b=build, m=each: methods.check(m, b(), b(), networks.images(SMALL), path)  # noqa: E731
-                found.append((("method", name, each), check))
+                found.append((("method", name, each), lambda n=name, m=each: methods.check(m, *_small(n), path)))
     return found
+
+
+def _full_rank(name: str) -> checks.Row:
+    return checks.full_rank(networks.build(name, LARGE), networks.images(LARGE))
+
+
+def _small(name: str) -> tuple[nn.Module, nn.Module, Tensor]:
+    """(the network, the same once more to load a file into, images)."""
+    size = HALVED if name in networks.HALVED_FIVE_TIMES else SMALL
+    return networks.build(name, size), networks.build(name, size), networks.images(size)
 
 
 def row_of(key: tuple[str, ...], check: Callable[[], checks.Row]) -> dict[str, Any]:

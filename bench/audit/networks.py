@@ -36,6 +36,7 @@ TIMM = (
     "dla34",
     "convnext_atto",
 )
+HALVED_FIVE_TIMES = ("timm/hrnet_w18_small", "timm/dla34")  # and added up again: sides must be multiples of 32
 NAMES = (*TORCHVISION, *(f"timm/{name}" for name in TIMM))
 
 
