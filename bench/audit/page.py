@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.audit.methods import CONFIGS
+from bench.audit.networks import NAMES
 from bench.harness.paths import ROOT
 
 ROWS = Path(__file__).with_name("rows.jsonl")
@@ -26,7 +27,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 def text(rows: Iterable[dict[str, Any]]) -> str:
     """All tables, the reasons of the layers that were kept, what did not pass, and where it ran."""
     by_key = {tuple(row["key"]): row for row in rows}
-    networks = list(dict.fromkeys(key[1] for key in by_key))
+    networks = [name for name in NAMES if any(key[1] == name for key in by_key)]
     parts = [_full_rank(by_key, networks), _quarter(by_key, networks), _methods(by_key, networks), _reasons(by_key)]
     other = [f"- {' '.join(key)}: {row['status']}, {row['note']}" for key, row in by_key.items() if "note" in row]
     places = Counter(", ".join(f"{name} {value}" for name, value in row["about"].items()) for row in by_key.values())
