@@ -15,6 +15,7 @@ from basisconv_kernels.compression.config import FRACTIONS, BasisConfig, Sensiti
 from basisconv_kernels.compression.model import compress
 from basisconv_kernels.compression.ranks import Option
 from basisconv_kernels.layers.decompose import FilterSpectrum, channels_for_energy
+from basisconv_kernels.testing import tolerances
 
 PUBLISHED_ENERGY = 0.63
 
@@ -67,6 +68,11 @@ def test_the_converter_gives_the_published_counts(resnet56, spectra):
         assert row["pixels"] * row["K"] * row["C"] * row["R"] * row["S"] == made.macs_before
         kept = sum(value**2 for value in row["s"][: made.basis_channels]) / sum(value**2 for value in row["s"])
         assert made.energy_kept == pytest.approx(kept, abs=1e-6)
+        weight = resnet56.get_submodule(made.name).weight.detach().double().flatten(1)
+        layer = model.get_submodule(made.name)
+        product = layer.coefficients.detach().double() @ layer.basis_weight.double().flatten(1)
+        dropped = torch.linalg.svdvals(weight)[made.basis_channels :].square().sum()
+        torch.testing.assert_close((weight - product).square().sum(), dropped, **tolerances.FORMULA)
     assert not any(type(module) is torch.nn.Conv2d for module in model.modules())
 
 
