@@ -168,7 +168,7 @@ INSTRUCTIONS = {
     "chain_sm_90": ({"HMMA", "LDSM", "LDGSTS"}, {"LDL", "STL"}),
     "bits_sm_80": ({"BMMA", "LDSM", "LDGSTS"}, {"LDL", "STL", "CALL"}),
     "bits_sm_90": ({"BMMA", "LDSM", "LDGSTS"}, {"LDL", "STL", "CALL"}),
-    "bits_sm_90a": ({"BGMMA", "LDSM", "ACQBULK", "UBLKPF"}, {"BMMA", "LDL", "STL", "CALL"}),
+    "bits_sm_90a": ({"BGMMA", "LDSM", "ACQBULK"}, {"BMMA", "LDL", "STL", "CALL"}),
     "bits_in_slabs": ({"BGMMA", "LDSM", "ACQBULK", "UBLKCP", "LDGSTS", "SYNCS"}, {"BMMA", "LDL", "STL", "CALL"}),
     "ternary_sm_90a": ({"HGMMA", "LDSM", "UTMALDG", "UBLKCP", "SYNCS"}, {"HMMA", "LDL", "STL"}),
     "packing_of_filters": (set(), {"LDL", "STL"}),
