@@ -120,12 +120,14 @@ def beside_others(path: Path, head: Mapping[str, Any], rows: Sequence[Mapping[st
     there = read(path) if path.exists() else {}
     if there.get("versions") != head["versions"]:
         return list(rows)
-    new: dict[Any, list[Mapping[str, Any]]] = {}
+    return [row for some in (_by_identity(there["rows"]) | _by_identity(rows)).values() for row in some]
+
+
+def _by_identity(rows: Sequence[Mapping[str, Any]]) -> dict[Any, list[Mapping[str, Any]]]:
+    found: dict[Any, list[Mapping[str, Any]]] = {}
     for each in rows:
-        new.setdefault(_identity(each), []).append(each)
-    known = dict.fromkeys(map(_identity, there["rows"]))
-    stay = {key: [each for each in there["rows"] if _identity(each) == key] for key in known if key not in new}
-    return [each for key in [*known, *(key for key in new if key not in known)] for each in new.get(key) or stay[key]]
+        found.setdefault(_identity(each), []).append(each)
+    return found
 
 
 def _identity(row: Mapping[str, Any]) -> Any:

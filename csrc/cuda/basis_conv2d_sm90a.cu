@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(HopperPlan::threads, per_sm)
     for (int i = 0; i < filters / 2; ++i) z[i / (n / 2)][i % (n / 2)] = start;
     // Of the tap that wgmma reads, the one before, the one after. Beside many filters registers are too few for three,
     // and their wgmma takes long enough to fill two while it runs.
-    constexpr int sets = Q16 > 128 ? 2 : 3;
+    constexpr int sets = Q16 > HopperPlan::most_filters_to_slide ? 2 : 3;
     uint32_t fragments[sets][4][4];
     int previous = -1;  // the place in the basis ring of the wgmma that is still under way
     // How many places are given back as soon as they were read: the last ones may be lent.
@@ -325,9 +325,8 @@ template <class T, int Q16, Makers makers, int per_sm>
 const char* launch_taps(const Problem& p, const HopperPlan& plan, const TensorMap& image, const CudaDevice& device,
                         Stream stream) {
   if (p.R == 3 && p.S == 3) {
-    if constexpr (Q16 <= 128) {  // else registers are too few
-      if (p.stride_h == p.dilation_h)
-        return launch_sm90a<T, Q16, makers, Taps::sliding, per_sm>(p, plan, image, device, stream);
+    if constexpr (Q16 <= HopperPlan::most_filters_to_slide) {
+      if (slides(p)) return launch_sm90a<T, Q16, makers, Taps::sliding, per_sm>(p, plan, image, device, stream);
     }
     return launch_sm90a<T, Q16, makers, Taps::nine, per_sm>(p, plan, image, device, stream);
   }
@@ -340,7 +339,7 @@ const char* launch_shape(const Problem& p, const HopperPlan& plan, const TensorM
                          Stream stream) {
   if constexpr (Q16 > 16) {
     if (plan.shared_out) return launch_taps<T, Q16, Makers::halves, 1>(p, plan, image, device, stream);
-    constexpr Taps taps = Q16 > 128 ? Taps::any : Taps::sliding;  // as above
+    constexpr Taps taps = Q16 <= HopperPlan::most_filters_to_slide ? Taps::sliding : Taps::any;
     if (plan.blocks > 1) return launch_sm90a<T, Q16, Makers::cluster, taps, 1>(p, plan, image, device, stream);
   }
   if constexpr (Q16 <= HopperPlan::most_filters_of_two) {

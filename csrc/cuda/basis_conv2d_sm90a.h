@@ -12,7 +12,8 @@ struct HopperPlan {
   BASISCONV_EITHER static constexpr int registers_to_compute(int per_sm) { return per_sm == 1 ? 232 : 104; }
   BASISCONV_EITHER static constexpr int registers_to_copy(int per_sm) { return per_sm == 1 ? 40 : 24; }
   static constexpr int most_stages = kMostStages, most_blocks = 8,
-                       most_filters_of_two = 32;  // of two blocks a multiprocessor
+                       most_filters_of_two = 32,  // of two blocks a multiprocessor
+      most_filters_to_slide = 128;                // beside more of them registers are too few
   static constexpr int rings = 3, warps = consumers / 32;
 
   int Q16;
@@ -46,6 +47,9 @@ struct HopperPlan {
   BASISCONV_EITHER static constexpr int bars() { return 2 * (rings * most_stages + warps) + 1; }
 };
 
+// Whether the row of taps below reads the row of pixels below: of a warp's two rows one is then there already.
+inline bool slides(const Problem& p) { return p.R == 3 && p.S == 3 && p.stride_h == p.dilation_h; }
+
 // What a plan is made for: see there.
 struct HopperForm {
   bool shared_out = false;
@@ -72,8 +76,7 @@ inline HopperPlan hopper_plan_of(const Problem& p, int shared_limit, const Hoppe
   constexpr int longest_side = 256;  // of a box
   const int64_t box = int64_t{plan.rows} * plan.columns * plan.images * kSlab * 2;
   const bool whole_of_cluster = form.blocks > 1 && !form.shared_out;
-  const bool sliding = p.R == 3 && p.S == 3 && p.stride_h == p.dilation_h;
-  if (whole_of_cluster && (!sliding || plan.Q16 < 32)) return plan;
+  if (whole_of_cluster && (!slides(p) || plan.Q16 < 32)) return plan;
   if (plan.Q16 > kLargestQ || (form.shared_out && plan.Q16 < 32)) return plan;
   if (plan.rows > longest_side || plan.columns > longest_side || box > shared_limit) return plan;
   plan.halo_box_bytes = static_cast<int>(box);
@@ -151,7 +154,7 @@ inline int hopper_ahead(const Problem& p, const HopperPlan& plan, int64_t grid) 
 inline int64_t hopper_clocks(const Problem& p, const HopperPlan& plan, const CudaDevice& device) {
   const int64_t grid = hopper_grid(p, plan, device), rounds = tiles_of(hopper_tiles(p, plan), grid / plan.blocks);
   const int filters = plan.shared_out ? plan.Q16 / 2 : plan.Q16;
-  const bool sliding = p.R == 3 && p.S == 3 && p.stride_h == p.dilation_h && plan.Q16 <= 128;
+  const bool sliding = slides(p) && plan.Q16 <= HopperPlan::most_filters_to_slide;
   const int pixels = 2 * 64 * kSlab * 2, tiles = (plan.shared_out ? 1 : 2) + (plan.basis_resident ? 0 : 1);
   const int moved = (pixels * (sliding ? 2 : 3) / 3 + tiles * plan.basis_tile()) / 84;
   const int tap = moved > 4 * filters ? moved : 4 * filters;
