@@ -1,319 +1,280 @@
 // basis_conv2d for bfloat16 on the matrix unit of x86 (AMX): both stages as products of 16x32 by 32x16 tiles.
 //
-// A tile row is 64 bytes: one pixel's 32 channels of a ring row, so a tap of 16 neighbouring pixels is one tile load
-// with a stride of 64 bytes, whatever the convolution's stride. Sums are kept in float; z is rounded to bfloat16 once,
-// which is also the operand of stage 2. `precise` and very few channels run on the vector kernels instead.
-// Test: tests/ops/test_basis_conv2d.py with BASISCONV_CPU_ISA=amx. Bench: python -m bench run --suite C3.
+// Four tiles of pixels at a time go through both stages: a tile of filters, or of coefficients, is loaded once for the
+// four, which keeps the loads, from the second-level cache too, under the 16 cycles that each product takes. Sums are
+// kept in float; z is rounded to bfloat16 once, which is also the operand of stage 2. `precise` and very few channels
+// run on the vector kernels instead. Test: tests/ops/test_basis_conv2d.py with BASISCONV_CPU_ISA=amx. Bench: python -m
+// bench run --suite C3.
 #include "basis_conv2d.h"
-#include "basis_conv2d_amx_tiles.h"
-#include "basis_conv2d_rows.h"
+#include "basis_conv2d_amx_band.h"
+#include "basis_conv2d_amx_store.h"
 
 namespace basisconv {
 namespace BASISCONV_ISA {
 
-// One tap of one channel block for all pixel tiles of a pass: where its pixels lie, and its filters.
-struct Step {
-  int64_t pixels, filters;  // elements
-};
+// The rows of a product are those of its first factor: pixels (channels_last, and stage 1), or outputs (NCHW).
+enum class Rows { pixels, outputs };
 
-// z of PIXELS tiles of 16 pixels and FILTERS tiles of 16 filters: the accumulators are tiles 0 ... 3.
-template <int PIXELS, int FILTERS>
-static void stage1(const Step* steps, int64_t count, const bf16* const* pixels, const bf16* filters,
-                   int64_t filter_block, float* const* z, int64_t z_stride) {
-  static_assert(PIXELS * FILTERS <= 4, "four accumulator tiles");
-  _tile_zero(0);
-  if constexpr (PIXELS * FILTERS > 1) _tile_zero(1);
-  if constexpr (PIXELS * FILTERS > 2) {
-    _tile_zero(2);
-    _tile_zero(3);
-  }
-  for (int64_t i = 0; i < count; i++) {
-    const bf16* f = filters + steps[i].filters;
-    const int64_t at = steps[i].pixels;
-    _tile_loadd(6, f, kTileRow);
-    if constexpr (FILTERS == 2) _tile_loadd(7, f + filter_block, kTileRow);
-    _tile_loadd(4, pixels[0] + at, kTileRow);
+template <Rows ROWS>
+static BASISCONV_INLINE void product0() {
+  if constexpr (ROWS == Rows::pixels) {
     _tile_dpbf16ps(0, 4, 6);
-    if constexpr (FILTERS == 2) {
-      _tile_dpbf16ps(1, 4, 7);
-      if constexpr (PIXELS == 2) {
-        _tile_loadd(5, pixels[1] + at, kTileRow);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-      }
-    } else if constexpr (PIXELS > 1) {
-      _tile_loadd(5, pixels[1] + at, kTileRow);
-      _tile_dpbf16ps(1, 5, 6);
-      if constexpr (PIXELS == 4) {
-        _tile_loadd(4, pixels[2] + at, kTileRow);
-        _tile_dpbf16ps(2, 4, 6);
-        _tile_loadd(5, pixels[3] + at, kTileRow);
-        _tile_dpbf16ps(3, 5, 6);
-      }
-    }
+  } else {
+    _tile_dpbf16ps(0, 6, 4);
   }
-  const int64_t stride = z_stride * 4;
-  _tile_stored(0, z[0], stride);
-  if constexpr (FILTERS == 2) {
-    _tile_stored(1, z[0] + kSide, stride);
-    if constexpr (PIXELS == 2) {
-      _tile_stored(2, z[1], stride);
-      _tile_stored(3, z[1] + kSide, stride);
-    }
-  } else if constexpr (PIXELS > 1) {
-    _tile_stored(1, z[1], stride);
-    if constexpr (PIXELS == 4) {
-      _tile_stored(2, z[2], stride);
-      _tile_stored(3, z[3], stride);
-    }
+}
+template <Rows ROWS>
+static BASISCONV_INLINE void product1() {
+  if constexpr (ROWS == Rows::pixels) {
+    _tile_dpbf16ps(1, 5, 6);
+  } else {
+    _tile_dpbf16ps(1, 6, 5);
+  }
+}
+template <Rows ROWS>
+static BASISCONV_INLINE void product2() {
+  if constexpr (ROWS == Rows::pixels) {
+    _tile_dpbf16ps(2, 4, 6);
+  } else {
+    _tile_dpbf16ps(2, 6, 4);
+  }
+}
+template <Rows ROWS>
+static BASISCONV_INLINE void product3() {
+  if constexpr (ROWS == Rows::pixels) {
+    _tile_dpbf16ps(3, 5, 6);
+  } else {
+    _tile_dpbf16ps(3, 6, 5);
   }
 }
 
-// out += bias + residual, activation, one rounding; for n <= 16 neighbouring elements of out.
-static BASISCONV_INLINE void finish(Vec::Reg value, const bf16* residual, bf16* out, int64_t n, Activation activation) {
-  const __mmask16 valid = Vec::first(n);
-  if (residual) value = Vec::add(value, Vec::load_n(residual, n));
-  if (activation != Activation::none) value = Vec::max(Vec::zero(), value);
-  if (activation == Activation::relu6) value = Vec::min(Vec::set1(6.0f), value);
-  _mm256_mask_storeu_epi16(out, valid, Vec::to_bf16(value));
+// Tile t of sums, kBlock floats after the one before, its rows kOutputs apart = sum over i of the pixels at
+// pixels[t] + steps[i] times tile i of the weights.
+template <int TILES, Rows ROWS>
+static void multiply(const bf16* const* pixels, int64_t pixel_row, const int64_t* steps, int64_t count,
+                     const bf16* weights, float* sums) {
+  static_assert(1 <= TILES && TILES <= kTogether);
+  _tile_zero(0);
+  if constexpr (TILES > 1) _tile_zero(1);
+  if constexpr (TILES > 2) _tile_zero(2);
+  if constexpr (TILES > 3) _tile_zero(3);
+  for (int64_t i = 0; i < count; i++, weights += kTile) {
+    const int64_t at = steps[i];
+    _tile_loadd(6, weights, kTileRow);
+    _tile_loadd(4, pixels[0] + at, pixel_row);
+    product0<ROWS>();
+    if constexpr (TILES > 1) {
+      _tile_loadd(5, pixels[1] + at, pixel_row);
+      product1<ROWS>();
+    }
+    if constexpr (TILES > 2) {
+      _tile_loadd(4, pixels[2] + at, pixel_row);
+      product2<ROWS>();
+    }
+    if constexpr (TILES > 3) {
+      _tile_loadd(5, pixels[3] + at, pixel_row);
+      product3<ROWS>();
+    }
+  }
+  _tile_stored(0, sums, kOutputs * 4);
+  if constexpr (TILES > 1) _tile_stored(1, sums + kBlock, kOutputs * 4);
+  if constexpr (TILES > 2) _tile_stored(2, sums + 2 * kBlock, kOutputs * 4);
+  if constexpr (TILES > 3) _tile_stored(3, sums + 3 * kBlock, kOutputs * 4);
+}
+
+template <Rows ROWS>
+static void multiply(int64_t tiles, const bf16* const* pixels, int64_t pixel_row, const int64_t* steps, int64_t count,
+                     const bf16* weights, float* sums) {
+  switch (tiles) {
+    case 1:
+      return multiply<1, ROWS>(pixels, pixel_row, steps, count, weights, sums);
+    case 2:
+      return multiply<2, ROWS>(pixels, pixel_row, steps, count, weights, sums);
+    case 3:
+      return multiply<3, ROWS>(pixels, pixel_row, steps, count, weights, sums);
+    default:
+      return multiply<4, ROWS>(pixels, pixel_row, steps, count, weights, sums);
+  }
 }
 
 struct Amx {
   const BasisConv2dParams& params;
   const CpuPlan& plan;
+  Band band;
   const bf16* filters;
   const bf16* coefficients;  // [mixing groups][K/16][slots/32] tiles [pairs][16 outputs][2]   (channels_last)
   const bf16* planar;        // [mixing groups][K/16][slots/32] tiles [16 outputs][32 maps]    (NCHW)
-  Ring ring;
-  float* z;         // [tiles][16][all maps], stage 1 sums
-  bf16* maps;       // the same rounded: [tiles][16][all maps]
-  bf16* turned;     // NCHW: [slots/32] tiles [pairs][16 pixels][2] of one pixel tile
-  float* products;  // two tiles [16][32]
+  Store store;
+  bf16* maps;             // z, rounded: [plan.tiles][16][all maps]
+  bf16* turned;           // NCHW, z of a mixing group: [kTogether][slots/32] tiles [pairs][16 pixels][2]
+  float* sums;            // of two filter blocks, then of a block of outputs, the one before beside it
+  const int64_t* taps;    // for stage 1
+  const int64_t* places;  // of maps for stage 2
   int64_t all_maps;
 
-  // 16 pixels times all outputs of one mixing group; `first` is the first pixel in its image.
-  void recombine(int64_t group, const bf16* maps16, int64_t n, int64_t first, int64_t pixels) const {
+  // z of `count` tiles, at most kTogether.
+  void stage1(const PixelTile* tiles, int64_t count, bf16* to) const {
     const BasisConv2dWeights& w = params.weights;
     const CpuPack& pack = plan.pack;
-    const int64_t outputs = w.K / w.mixing_groups, plane = params.OH * params.OW, depth = pack.slots / kDepth;
-    const bf16* source = maps16 + group * (w.groups / w.mixing_groups) * pack.maps;
-    if (!params.channels_last) {
-      for (int64_t d = 0; d < depth; d++) {
-        Vec::Reg square[kSide];
-        for (int64_t i = 0; i < kSide; i++)
-          square[i] = Vec::load(reinterpret_cast<const float*>(source + i * all_maps + d * kDepth));
-        transpose(square);
-        for (int64_t i = 0; i < kSide; i++)
-          Vec::store(reinterpret_cast<float*>(turned + d * kTile + i * kDepth), square[i]);
-      }
-    }
-    stores_before_tile_loads();
-    for (int64_t block = 0; block < pack.panels; block += 2) {
-      const bool two = block + 1 < pack.panels;
-      const int64_t at = (group * pack.panels + block) * depth * kTile, next = depth * kTile;
-      _tile_zero(0);
-      _tile_zero(1);
-      for (int64_t d = 0; d < depth; d++) {
-        if (params.channels_last) {
-          _tile_loadd(4, source + d * kDepth, all_maps * 2);
-          _tile_loadd(6, coefficients + at + d * kTile, kTileRow);
-          _tile_dpbf16ps(0, 4, 6);
-          if (two) {
-            _tile_loadd(7, coefficients + at + next + d * kTile, kTileRow);
-            _tile_dpbf16ps(1, 4, 7);
-          }
-        } else {
-          _tile_loadd(6, turned + d * kTile, kTileRow);
-          _tile_loadd(4, planar + at + d * kTile, kTileRow);
-          _tile_dpbf16ps(0, 4, 6);
-          if (two) {
-            _tile_loadd(5, planar + at + next + d * kTile, kTileRow);
-            _tile_dpbf16ps(1, 5, 6);
-          }
-        }
-      }
-      const int64_t k = group * outputs + block * kSide;
-      const int64_t count = outputs - block * kSide < 2 * kSide ? outputs - block * kSide : 2 * kSide;
-      if (params.channels_last) {
-        _tile_stored(0, products, 2 * kTileRow);
-        _tile_stored(1, products + kSide, 2 * kTileRow);
-        const int64_t low = count < kSide ? count : kSide, high = count - low;
-        const Vec::Reg bias0 = Vec::load_n(params.bias + k, low), bias1 = Vec::load_n(params.bias + k + kSide, high);
-        for (int64_t p = 0; p < pixels; p++) {
-          const int64_t to = (n * plane + first + p) * w.K + k;
-          bf16* out = static_cast<bf16*>(params.output) + to;
-          const bf16* residual = params.residual ? static_cast<const bf16*>(params.residual) + to : nullptr;
-          finish(Vec::add(Vec::load(products + p * kDepth), bias0), residual, out, low, params.activation);
-          if (high) {
-            finish(Vec::add(Vec::load(products + p * kDepth + kSide), bias1), residual ? residual + kSide : nullptr,
-                   out + kSide, high, params.activation);
-          }
-        }
-      } else {
-        _tile_stored(0, products, kTileRow);
-        _tile_stored(1, products + kSide * kSide, kTileRow);
-        for (int64_t i = 0; i < count; i++) {
-          const int64_t to = (n * w.K + k + i) * plane + first;
-          bf16* out = static_cast<bf16*>(params.output) + to;
-          const bf16* residual = params.residual ? static_cast<const bf16*>(params.residual) + to : nullptr;
-          finish(Vec::add(Vec::load(products + i * kSide), Vec::set1(params.bias[k + i])), residual, out, pixels,
-                 params.activation);
-        }
-      }
-    }
-  }
-
-  void keep_maps(const bf16* maps16, int64_t n, int64_t first, int64_t pixels) const {
-    const BasisConv2dWeights& w = params.weights;
-    const int64_t group_maps = w.Q / w.groups, plane = params.OH * params.OW;
-    bf16* to = static_cast<bf16*>(params.maps);
-    for (int64_t p = 0; p < pixels; p++) {
-      for (int64_t group = 0; group < w.groups; group++) {
-        const bf16* from = maps16 + p * all_maps + group * plan.pack.maps;
-        if (params.channels_last) {
-          memcpy(to + (n * plane + first + p) * w.Q + group * group_maps, from, group_maps * sizeof(bf16));
-        } else {
-          for (int64_t q = 0; q < group_maps; q++) to[(n * w.Q + group * group_maps + q) * plane + first + p] = from[q];
-        }
-      }
-    }
-  }
-
-  // Rows oy ... oy+rows-1 of image n: every row is cut into tiles of 16 pixels, the last one reaching past the row.
-  void pass(int64_t n, int64_t oy, int64_t rows, Step* steps, const bf16** pixels, float** sums) const {
-    const BasisConv2dWeights& w = params.weights;
-    const CpuPack& pack = plan.pack;
-    const int64_t row_tiles = (params.OW + kSide - 1) / kSide, tiles = rows * row_tiles;
-    const int64_t taps = w.R * w.S;
+    const int64_t steps = pack.channel_blocks * w.R * w.S;
+    const bf16* pixels[kTogether];
     for (int64_t group = 0; group < w.groups; group++) {
-      const bf16* group_filters = filters + group * pack.group_size;
-      for (int64_t row = 0; row < rows; row++) {
-        // Taps outside the image add nothing; the steps differ from row to row at the border only.
-        int64_t count = 0;
-        for (int64_t b = 0; b < pack.channel_blocks; b++) {
-          for (int64_t r = 0; r < w.R; r++) {
-            const int64_t y = (oy + row) * w.stride_h + r * w.dilation_h - params.pad_top;
-            if (y < 0 || y >= params.H) continue;
-            for (int64_t s = 0; s < w.S; s++) {
-              steps[count].pixels = y % plan.ring_rows * ring.row_size +
-                                    (group * pack.channel_blocks + b) * ring.plane + ring.column(s * w.dilation_w);
-              steps[count].filters = (b * taps + r * w.S + s) * kTile;
-              count++;
-            }
-          }
-        }
-        for (int64_t t = 0; t < row_tiles; t++) {
-          pixels[t] = ring.rows + t * kSide * kDepth;
-          sums[t] = z + (row * row_tiles + t) * kSide * all_maps + group * pack.maps;
-        }
-        const int64_t block = pack.channel_blocks * taps * kTile;
-        for (int64_t f = 0; f < pack.filter_blocks;) {
-          const bf16* here = group_filters + f * block;
-          const bool pair = f + 1 < pack.filter_blocks;
-          float* to[4];
-          for (int64_t t = 0; t < row_tiles;) {
-            const int64_t rest = row_tiles - t;
-            for (int i = 0; i < 4; i++) to[i] = sums[t + i < row_tiles ? t + i : t] + f * kSide;
-            if (pair) {
-              if (rest >= 2) {
-                stage1<2, 2>(steps, count, pixels + t, here, block, to, all_maps);
-                t += 2;
-              } else {
-                stage1<1, 2>(steps, count, pixels + t, here, block, to, all_maps);
-                t += 1;
-              }
-            } else if (rest >= 4) {
-              stage1<4, 1>(steps, count, pixels + t, here, block, to, all_maps);
-              t += 4;
-            } else if (rest >= 2) {
-              stage1<2, 1>(steps, count, pixels + t, here, block, to, all_maps);
-              t += 2;
-            } else {
-              stage1<1, 1>(steps, count, pixels + t, here, block, to, all_maps);
-              t += 1;
-            }
-          }
-          f += pair ? 2 : 1;
-        }
+      for (int64_t t = 0; t < count; t++) {
+        pixels[t] = band.pixels(group * pack.channel_blocks) + tiles[t].start * kDepth;
       }
-    }
-    for (int64_t i = 0; i < tiles * kSide * all_maps; i += kSide) {
-      _mm256_store_si256(reinterpret_cast<__m256i*>(maps + i), Vec::to_bf16(Vec::load(z + i)));
-    }
-    // Maps that only fill up a tile: an infinite input times a filter of zeros is NaN.
-    if (const int64_t real = w.Q / w.groups; real < pack.maps) {
-      for (int64_t i = 0; i < tiles * kSide * all_maps; i += pack.maps)
-        memset(maps + i + real, 0, (pack.maps - real) * sizeof(bf16));
-    }
-    for (int64_t row = 0; row < rows; row++) {
-      for (int64_t t = 0; t < row_tiles; t++) {
-        const int64_t count = params.OW - t * kSide < kSide ? params.OW - t * kSide : kSide;
-        if (params.maps) {
-          keep_maps(maps + (row * row_tiles + t) * kSide * all_maps, n, (oy + row) * params.OW + t * kSide, count);
+      const bf16* weights = filters + group * pack.group_size;
+      for (int64_t f = 0; f < pack.filter_blocks; f += 2) {
+        float* now = sums + f / 2 % 2 * kTogether * kBlock;
+        multiply<Rows::pixels>(count, pixels, kTileRow, taps, steps, weights + f * steps * kTile, now);
+        if (f + 1 < pack.filter_blocks) {
+          multiply<Rows::pixels>(count, pixels, kTileRow, taps, steps, weights + (f + 1) * steps * kTile, now + kSide);
         }
-        for (int64_t group = 0; group < w.mixing_groups; group++) {
-          recombine(group, maps + (row * row_tiles + t) * kSide * all_maps, n, (oy + row) * params.OW + t * kSide,
-                    count);
+        if (f > 0) round(sums + (f / 2 - 1) % 2 * kTogether * kBlock, count, group, f - 2, to);
+      }
+      const int64_t last = (pack.filter_blocks - 1) / 2;
+      round(sums + last % 2 * kTogether * kBlock, count, group, 2 * last, to);
+    }
+  }
+
+  // Two filter blocks. Maps that only fill up a tile are zeros: an infinite input times a filter of zeros is NaN.
+  void round(const float* of, int64_t count, int64_t group, int64_t filter_block, bf16* to) const {
+    const int64_t rest = params.weights.Q / params.weights.groups - filter_block * kSide;
+    const __mmask32 real = rest < kDepth ? (__mmask32{1} << rest) - 1 : ~__mmask32{0};
+    to += group * plan.pack.maps + filter_block * kSide;
+    for (int64_t i = 0; i < count * kSide; i++, of += kOutputs, to += all_maps) {
+      const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(Vec::load(of + kSide), Vec::load(of));
+      _mm512_storeu_si512(to, _mm512_maskz_mov_epi16(real, both));
+    }
+  }
+
+  void stage2(const PixelTile* tiles, int64_t count, const bf16* from) const {
+    const BasisConv2dWeights& w = params.weights;
+    const CpuPack& pack = plan.pack;
+    const int64_t outputs = w.K / w.mixing_groups, depth = pack.slots / kDepth;
+    const int64_t width = params.channels_last ? kOutputs : kSide;
+    const bf16* pixels[kTogether];
+    for (int64_t group = 0; group < w.mixing_groups; group++) {
+      const bf16* source = from + group * (w.groups / w.mixing_groups) * pack.maps;
+      for (int64_t t = 0; t < count; t++) {
+        pixels[t] = source + t * kSide * all_maps;
+        if (!params.channels_last) pixels[t] = turn(pixels[t], turned + t * depth * kTile, depth);
+      }
+      stores_before_tile_loads();
+      Block before{};
+      for (int64_t k = 0; k < outputs; k += width) {
+        const int64_t tile = (group * pack.panels + k / kSide) * depth * kTile;
+        float* now = sums + k / width % 2 * kTogether * kBlock;
+        if (params.channels_last) {
+          multiply<Rows::pixels>(count, pixels, all_maps * 2, places, depth, coefficients + tile, now);
+          if (k + kSide < outputs) {
+            multiply<Rows::pixels>(count, pixels, all_maps * 2, places, depth, coefficients + tile + depth * kTile,
+                                   now + kSide);
+          }
+        } else {
+          multiply<Rows::outputs>(count, pixels, kTileRow, places, depth, planar + tile, now);
+        }
+        // While the matrix unit works at one block, the vector units finish the one before.
+        if (k > 0) store(params, before);
+        before = {now, tiles, count, band.image(), group * outputs + k, outputs - k < width ? outputs - k : width};
+      }
+      store(params, before);
+    }
+  }
+
+  // 16 pixels of maps as pairs of maps of 16 pixels: the second factor of a product whose rows are outputs.
+  const bf16* turn(const bf16* pixels, bf16* to, int64_t depth) const {
+    for (int64_t d = 0; d < depth; d++) {
+      Vec::Reg square[kSide];
+      for (int64_t i = 0; i < kSide; i++) square[i] = Slots::load(pixels + i * all_maps + d * kDepth);
+      transpose(square);
+      for (int64_t i = 0; i < kSide; i++) Slots::store(to + d * kTile + i * kDepth, square[i]);
+    }
+    return to;
+  }
+
+  // z for the backward.
+  void keep_maps(const PixelTile* tiles, int64_t count) const {
+    const BasisConv2dWeights& w = params.weights;
+    const int64_t group_maps = w.Q / w.groups, plane = params.OH * params.OW, image = band.image();
+    bf16* const to = static_cast<bf16*>(params.maps);
+    for (int64_t t = 0; t < count; t++) {
+      int64_t pixel = tiles[t].output;
+      for (uint32_t valid = tiles[t].valid; valid; valid &= valid - 1, pixel++) {
+        const bf16* from = maps + (t * kSide + __builtin_ctz(valid)) * all_maps;
+        for (int64_t group = 0; group < w.groups; group++, from += plan.pack.maps) {
+          if (params.channels_last) {
+            memcpy(to + (image * plane + pixel) * w.Q + group * group_maps, from, group_maps * sizeof(bf16));
+          } else {
+            for (int64_t q = 0; q < group_maps; q++) {
+              to[(image * w.Q + group * group_maps + q) * plane + pixel] = from[q];
+            }
+          }
         }
       }
     }
   }
 
-  void run(int64_t begin, int64_t end) const {
-    const BasisConv2dWeights& w = params.weights;
-    const int64_t row_tiles = (params.OW + kSide - 1) / kSide;
-    Step* steps = new Step[plan.pack.channel_blocks * w.R * w.S];
-    const bf16** pixels = new const bf16*[row_tiles];
-    float** sums = new float*[row_tiles];
-    int64_t image = -1, filled = 0;
-    for (int64_t unit = begin; unit < end;) {
-      const int64_t n = unit / params.OH, oy = unit % params.OH;
-      int64_t rows = plan.rows;
-      if (rows > params.OH - oy) rows = params.OH - oy;
-      if (rows > end - unit) rows = end - unit;
-      int64_t first = oy * w.stride_h - params.pad_top;
-      int64_t last = (oy + rows - 1) * w.stride_h - params.pad_top + (w.R - 1) * w.dilation_h;
-      if (first < 0) first = 0;
-      if (last > params.H - 1) last = params.H - 1;
-      if (n != image) filled = 0;
-      if (filled < first) filled = first;
-      image = n;
-      for (; filled <= last; filled++) fill_row<bf16>(params, plan.pack, ring, filled % plan.ring_rows, n, filled);
+  // Output rows oy ... oy+rows-1 of an image. Each stage takes several times kTogether tiles in a row, so that its
+  // weights come into the first-level cache once for all of them.
+  void pass(int64_t image, int64_t oy, int64_t rows) {
+    band.begin(image, oy, rows);
+    const int64_t tiles = band.tiles();
+    for (int64_t done = 0; done < tiles; done += plan.tiles) {
+      const int64_t count = tiles - done < plan.tiles ? tiles - done : plan.tiles;
+      PixelTile at[kAmxMostTiles];
+      for (int64_t t = 0; t < count; t++) at[t] = band.tile(done + t);
+      band.fill_for(at[count - 1].row);
       stores_before_tile_loads();
-      pass(n, oy, rows, steps, pixels, sums);
+      for (int64_t t = 0; t < count; t += kTogether) stage1(at + t, together(count - t), maps_of(t));
+      if (params.maps) keep_maps(at, count);
+      for (int64_t t = 0; t < count; t += kTogether) stage2(at + t, together(count - t), maps_of(t));
+    }
+  }
+  static int64_t together(int64_t left) { return left < kTogether ? left : kTogether; }
+  bf16* maps_of(int64_t tile) const { return maps + tile * kSide * all_maps; }
+
+  // Passes as equal as can be, of at most plan.rows rows.
+  void run(int64_t begin, int64_t end) {
+    for (int64_t unit = begin; unit < end;) {
+      const int64_t image = unit / params.OH, oy = unit % params.OH;
+      const int64_t left = end - unit < params.OH - oy ? end - unit : params.OH - oy;
+      const int64_t passes = (left + plan.rows - 1) / plan.rows, rows = (left + passes - 1) / passes;
+      pass(image, oy, rows);
       unit += rows;
     }
-    delete[] steps;
-    delete[] pixels;
-    delete[] sums;
   }
 };
 
 static void run(const BasisConv2dParams& params, const CpuPlan& plan, float* scratch, int64_t begin, int64_t end) {
   const CpuPack& pack = plan.pack;
   const BasisConv2dWeights& w = params.weights;
-  float* z = scratch + plan.ring_size;
-  bf16* maps = reinterpret_cast<bf16*>(z + plan.maps_size);
-  float* turned = z + plan.maps_size + plan.transformed_size;
-  // Zeros for pixels past a row too, and for maps that only fill up a tile.
-  const Ring ring = make_ring(params, plan, w.stride_w, reinterpret_cast<bf16*>(scratch));
-  memset(z, 0, plan.maps_size * sizeof(float));
+  float* maps = scratch + plan.ring_size;
+  float* turned = maps + plan.maps_size;
+  float* sums = turned + plan.turned_size;
   const bf16* filters = static_cast<const bf16*>(params.packed);
   const bf16* coefficients = filters + 2 * pack.filters_size;
   const bf16* planar = coefficients + 2 * pack.coefficients_size;
+  const Band band(params, plan, reinterpret_cast<bf16*>(scratch));
+  const int64_t count = pack.channel_blocks * w.R * w.S, depth = pack.slots / kDepth;
+  int64_t* taps = new int64_t[count + depth];
+  for (int64_t i = 0; i < count; i++) taps[i] = band.tap(i / (w.R * w.S), i / w.S % w.R, i % w.S);
+  for (int64_t d = 0; d < depth; d++) taps[count + d] = d * (params.channels_last ? kDepth : kTile);
   const TileRegisters registers;
   Amx{params,
       plan,
+      band,
       filters,
       coefficients,
       planar,
-      ring,
-      z,
-      maps,
+      store_for(params),
+      reinterpret_cast<bf16*>(maps),
       reinterpret_cast<bf16*>(turned),
-      turned + plan.turned_size,
+      sums,
+      taps,
+      taps + count,
       w.groups * pack.maps}
       .run(begin, end);
+  delete[] taps;
 }
 
 static void pack(const BasisConv2dWeights& w, const CpuPack& pack, const float* filters, const float* coefficients,

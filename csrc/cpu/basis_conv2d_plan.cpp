@@ -88,7 +88,9 @@ int32_t tile_width_of(const BasisConv2dWeights& w) {
   return w.stride_h == 1 && w.dtype == DType::f32 && w.C / w.groups >= kWideTileChannels ? 4 : 2;
 }
 
-constexpr int64_t kAmxSide = 16, kAmxDepth = 32;
+constexpr int64_t kAmxSide = 16, kAmxDepth = 32, kAmxTogether = 4;
+constexpr int64_t kAmxMapsFloats = 8 * 1024;  // z of the tiles that go through a stage together
+constexpr int64_t kBandFloats = 64 * 1024;    // amx: input rows of a pass
 
 CpuPack amx_pack(const BasisConv2dWeights& w) {
   CpuPack p{};
@@ -119,25 +121,25 @@ CpuPlan amx_plan(const BasisConv2dParams& params, const CpuPack& pack) {
   p.pack = pack;
   p.units = params.N * params.OH;
   p.chunk = pack.channel_blocks;
-  const int64_t columns = ceil_div(params.OW, kAmxSide) * kAmxSide;
   p.ring_columns =
-      std::max(ceil_div(params.W + params.pad_left, w.stride_w), columns + (w.S - 1) * w.dilation_w / w.stride_w);
+      std::max(ceil_div(params.W + params.pad_left, w.stride_w), params.OW + (w.S - 1) * w.dilation_w / w.stride_w);
   const int64_t reach = (w.R - 1) * w.dilation_h + 1;
-  const int64_t a_ring_row = w.stride_w * p.ring_columns * w.groups * pack.channel_blocks * kAmxDepth / 2;
-  const int64_t a_map_row = columns * w.groups * pack.maps;
-  const int64_t floats = pack.group_size / pack.values;
-  const int64_t wanted = floats > cache_floats(pack.width) ? ceil_div(4 * kAmxSide, columns) : 1;
+  // Places that tiles reach beyond the last row: one tile more in each phase.
+  const int64_t place = w.groups * pack.channel_blocks * w.stride_h * w.stride_w * kAmxDepth / 2;
+  const auto rows_for = [&](int64_t rows) { return ceil_div((rows - 1) * w.stride_h + reach, w.stride_h); };
+  const auto size_for = [&](int64_t rows) { return place * (rows_for(rows) * p.ring_columns + kAmxSide); };
   p.rows = 1;
-  while (p.rows < wanted && p.rows < params.OH &&
-         (reach + p.rows * w.stride_h) * a_ring_row + (p.rows + 1) * 2 * a_map_row <= kScratchFloats) {
-    p.rows++;
-  }
-  p.ring_rows = (p.rows - 1) * w.stride_h + reach;
-  p.ring_size = aligned(p.ring_rows * a_ring_row);
-  p.maps_size = aligned(p.rows * a_map_row);
-  p.transformed_size = aligned(p.maps_size / 2);
-  p.turned_size = aligned(pack.slots * kAmxSide / 2);
-  p.products_size = kAmxSide * kAmxDepth;
+  while (p.rows < params.OH && size_for(p.rows + 1) <= kBandFloats) p.rows++;
+  p.ring_rows = rows_for(p.rows);
+  p.ring_size = size_for(p.rows);
+  const int64_t apart = ceil_div(params.OW, kAmxSide);
+  const bool together = ceil_div((p.rows - 1) * p.ring_columns + params.OW, kAmxSide) <= p.rows * apart;
+  p.row_tiles = together ? 0 : apart;
+  const int64_t maps_of_tiles = kAmxTogether * kAmxSide * w.groups * pack.maps / 2;
+  p.tiles = kAmxTogether * std::clamp<int64_t>(kAmxMapsFloats / maps_of_tiles, 1, kAmxMostTiles / kAmxTogether);
+  p.maps_size = p.tiles / kAmxTogether * maps_of_tiles;
+  p.turned_size = params.channels_last ? 0 : kAmxTogether * kAmxSide * pack.slots / 2;
+  p.products_size = 2 * kAmxTogether * kAmxSide * 2 * kAmxSide;
   return p;
 }
 

@@ -58,6 +58,7 @@ inline int64_t winograd_filters_at(const CpuPack& p, int64_t position, int64_t f
 }
 
 // The amx variant packs tiles of bfloat16 pairs instead: see basis_conv2d_amx.cpp.
+constexpr int64_t kAmxMostTiles = 32;  // CpuPlan::tiles at most
 
 // Tile sizes for one batch and map. Scratch is each thread's own.
 struct CpuPlan {
@@ -65,13 +66,14 @@ struct CpuPlan {
   int64_t units;         // rows of work that threads share, over the batch: output rows, or rows of Winograd tiles
   int64_t rows;          // direct: output rows in a pass
   int64_t chunk;         // direct: channel blocks between two visits of a tile; amx: all
-  int64_t tiles;         // winograd: tiles in a pass
+  int64_t tiles;         // winograd: tiles in a pass; amx: tiles of 16 pixels that go through a stage together
   int64_t tile_columns;  // winograd: tiles in a row
   bool fetches_filters;  // winograd: the first pixels of a filter block fetch the next one towards the core
   // Read where the input lies, without a ring: operands as they are, channels_last, whole blocks; direct: and no
   // padding columns, or pairs of more than one block.
   bool in_place;
-  int64_t ring_rows;     // padded input rows kept
+  int64_t row_tiles;     // amx: tiles of 16 pixels in each row of outputs; 0: tiles go on over the ends of rows
+  int64_t ring_rows;     // padded input rows kept; amx: of one stride phase
   int64_t ring_columns;  // pixels of one ring row and stride phase
   // Floats of scratch, each a multiple of 16: rows, z, z of one pixel block turned for NCHW, accumulators between
   // chunks, one pixel of zeros, transformed input tiles, products.

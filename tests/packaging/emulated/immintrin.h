@@ -82,6 +82,9 @@ inline __m256i to_bf16(__m512 value) {
   }
   return same_bits<__m256i>(to);
 }
+inline __m512i to_bf16(__m512 high, __m512 low) {
+  return same_bits<__m512i>(Lanes<__m256i, 2>{{to_bf16(low), to_bf16(high)}});
+}
 
 // sums[i] + both products of pair i, subnormal numbers as zero.
 template <typename Pairs>
@@ -103,12 +106,14 @@ inline __m512 multiply_pairs(__m512 sums, Pairs a, Pairs b) {
 #undef _mm512_maskz_loadu_epi16
 #undef _mm512_maskz_loadu_ps
 #undef _mm256_mask_storeu_epi16
+#undef _mm512_mask_storeu_epi16
 #undef _mm512_mask_storeu_ps
 #undef _mm512_cvtepu16_epi32
 #undef _mm512_cvtepi32_epi16
 #undef _mm512_cvtph_ps
 #undef _mm512_cvtps_ph
 #undef _mm512_cvtneps_pbh
+#undef _mm512_cvtne2ps_pbh
 #undef _mm512_dpbf16_ps
 #undef _mm512_permute_ps
 #undef _mm512_shuffle_f32x4
@@ -116,12 +121,14 @@ inline __m512 multiply_pairs(__m512 sums, Pairs a, Pairs b) {
 #define _mm512_maskz_loadu_epi16(mask, from) emulated::load<__m512i, uint16_t>(mask, from)
 #define _mm512_maskz_loadu_ps(mask, from) emulated::load<__m512, float>(mask, from)
 #define _mm256_mask_storeu_epi16(to, mask, value) emulated::store<uint16_t>(to, mask, value)
+#define _mm512_mask_storeu_epi16(to, mask, value) emulated::store<uint16_t>(to, mask, value)
 #define _mm512_mask_storeu_ps(to, mask, value) emulated::store<float>(to, mask, value)
 #define _mm512_cvtepu16_epi32(value) emulated::widen(value)
 #define _mm512_cvtepi32_epi16(value) emulated::narrow(value)
 #define _mm512_cvtph_ps(value) emulated::from_f16(value)
 #define _mm512_cvtps_ph(value, rounding) emulated::to_f16(value)  // the kernels ask for the nearest only
 #define _mm512_cvtneps_pbh(value) emulated::to_bf16(value)
+#define _mm512_cvtne2ps_pbh(high, low) emulated::to_bf16(high, low)
 #define _mm512_dpbf16_ps(sums, a, b) emulated::multiply_pairs(sums, a, b)
 #define _mm512_permute_ps(value, which) simde_mm512_shuffle_ps(value, value, which)
 #define _mm512_shuffle_f32x4(a, b, which) emulated::shuffle_lanes<which>(a, b)
