@@ -1,11 +1,12 @@
-// binary_conv2d on the CPU: packing of filters, and the loops over passes, blocks of filters and tiles. Compiled once
-// per instruction set (BASISCONV_ISA).
+// binary_conv2d on the CPU by counting bits: the loops over passes, blocks of filters and tiles. Compiled once per
+// instruction set (BASISCONV_ISA).
 //
 // Input real (packed on the way in), signs or codes; output whole numbers, floats or bits. Wins over int8 because a
 // register holds 128 to 512 pairs of bits and nothing but bits moves between the layers.
 // Test: tests/ops/test_binary_conv2d.py. Bench: python -m bench.binary_conv2d.
 #include "binary_conv2d.h"
 
+#include "binary_conv2d_pack.h"
 #include "binary_conv2d_rows.h"
 #include "binary_conv2d_store.h"
 
@@ -21,28 +22,6 @@
 
 namespace basisconv {
 namespace BASISCONV_ISA {
-
-static void pack(const BinaryConv2dWeights& w, const BinaryPack& pack, const uint32_t* words, int32_t* counts,
-                 uint8_t* bits) {
-  const int64_t filters = w.K / w.groups, taps = w.R * w.S, count = words_for(w.C / w.groups);
-  for (int64_t k = 0; k < w.K; k++) {
-    const int64_t g = k / filters, within = k % filters, block = within / pack.block, lane = within % pack.block;
-    const int64_t place = lane / pack.lanes * pack.lanes + binary_place(pack, lane % pack.lanes);
-    for (int64_t t = 0; t < taps; t++, words += count) {
-      uint8_t* to = bits + ((g * pack.blocks + block) * taps + t) * pack.units * pack.block * pack.unit_bytes;
-      int32_t set = 0;
-      for (int64_t j = 0; j < count; j++) set += __builtin_popcount(words[j]);
-      counts[(g * taps + t) * pack.padded + within] = set;
-      for (int64_t u = 0; u < pack.units; u++) {
-        if (pack.variant == BinaryVariant::words) {
-          memcpy(to + (u * pack.block + place) * 4, words + u, 4);
-        } else {
-          to[u * pack.block + place] = static_cast<uint8_t>(words[u / 4] >> (u % 4 * 8));
-        }
-      }
-    }
-  }
-}
 
 constexpr int64_t kMostBlock = 64, kMostPixels = 8;
 
@@ -112,7 +91,7 @@ static void run(const BinaryConv2dParams& p, const BinaryPlan& plan, uint8_t* sc
   const int64_t ring_bytes = (plan.ring_rows * plan.row_bytes + 63) / 64 * 64;
   const int64_t line_bytes = (plan.line_words * 4 + 63) / 64 * 64;
   uint32_t* line = reinterpret_cast<uint32_t*>(scratch + ring_bytes);
-  Ring ring{p, plan, scratch, line, line + p.W * words_for(w.C)};
+  Ring ring{p, plan, scratch, Lines{p, line, line + p.W * words_for(w.C)}};
   const uint8_t** pointers = reinterpret_cast<const uint8_t**>(scratch + ring_bytes + line_bytes);
   const uint8_t* bits = static_cast<const uint8_t*>(p.packed) + pack.counts_bytes;
   const int64_t tap_bytes = pack.units * pack.block * pack.unit_bytes;

@@ -1,9 +1,7 @@
 // The ring of input rows that the tiles of binary_conv2d read: bits of each plane and channel group, a pixel's side by
-// side, with zero bits in the padding columns. Real inputs are packed on the way in; borders, dtypes, memory layouts
-// and groups end here.
+// side, with zero bits in the padding columns. Borders end here.
 #pragma once
-#include "binary_conv2d_plan.h"
-#include "bitpack_rows.h"
+#include "binary_conv2d_lines.h"
 
 namespace basisconv {
 namespace BASISCONV_ISA {
@@ -12,8 +10,7 @@ struct Ring {
   const BinaryConv2dParams& p;
   const BinaryPlan& plan;
   uint8_t* rows;
-  uint32_t* line;        // [W][words_for(C)]
-  uint32_t* group_line;  // [W][words_for(C / groups)]
+  Lines lines;
   int64_t image = -1;
   int64_t begin = 0, end = 0;  // the input rows of the image that the ring holds
 
@@ -29,52 +26,12 @@ struct Ring {
 
   void fill(int64_t n, int64_t y) {
     uint8_t* row = rows + y % plan.ring_rows * plan.row_bytes;
-    const int64_t words = words_for(p.weights.C);
     for (int32_t plane = 0; plane < p.planes; plane++) {
-      const uint32_t* bits = line;
-      switch (p.input_type) {
-        case BinaryInput::packed:
-          bits = static_cast<const uint32_t*>(p.input) + ((n * p.planes + plane) * p.H + y) * p.W * words;
-          break;
-        case BinaryInput::f32:
-          pack<float>(n, y);
-          break;
-        case BinaryInput::bf16:
-          pack<bf16>(n, y);
-          break;
-        case BinaryInput::f16:
-          pack<f16>(n, y);
-          break;
-      }
+      const uint32_t* bits = lines.of_row(n, y, plane);
       for (int64_t g = 0; g < p.weights.groups; g++) {
-        uint8_t* to = row + plane * plan.plane_bytes + g * plan.columns * plan.pixel_bytes;
-        place(p.weights.groups == 1 ? bits : bits_of_group(bits, g), to);
+        place(lines.of_group(bits, g), row + plane * plan.plane_bytes + g * plan.columns * plan.pixel_bytes);
       }
     }
-  }
-
-  template <typename T>
-  void pack(int64_t n, int64_t y) {
-    const T* x = static_cast<const T*>(p.input) + n * p.input_stride_n + y * p.input_stride_h;
-    sign_row(x, p.input_stride_c, p.input_stride_w, p.weights.C, p.W, line);
-  }
-
-  // The channels of a group start anywhere in a word: shift them to the start of one, zeros behind the last.
-  const uint32_t* bits_of_group(const uint32_t* bits, int64_t g) {
-    const int64_t channels = p.weights.C / p.weights.groups, count = words_for(channels),
-                  words = words_for(p.weights.C);
-    for (int64_t x = 0; x < p.W; x++) {
-      for (int64_t j = 0; j < count; j++) {
-        const int64_t from = g * channels + j * kWordBits, word = from / kWordBits, shift = from % kWordBits;
-        const uint32_t* pixel = bits + x * words;
-        uint32_t value = pixel[word] >> shift;
-        if (shift != 0 && word + 1 < words) value |= pixel[word + 1] << (kWordBits - shift);
-        const int64_t left = channels - j * kWordBits;
-        if (left < kWordBits) value &= (1u << left) - 1u;
-        group_line[x * count + j] = value;
-      }
-    }
-    return group_line;
   }
 
   // Words of a row of pixels to the form of the tiles, between zero columns.
