@@ -37,7 +37,7 @@ CPU_KERNELS = [
 ]
 POPCOUNT_KERNELS = ["csrc/cpu/binary_conv2d.cpp"]
 PAIR_KERNELS = ["csrc/cpu/basis_conv2d.cpp"]
-AMX_KERNELS = ["csrc/cpu/basis_conv2d_amx.cpp"]
+AMX_KERNELS = ["csrc/cpu/basis_conv2d_amx.cpp", "csrc/cpu/binary_conv2d_amx.cpp"]
 CUDA_KERNELS = [
     f"csrc/cuda/{name}.cu"
     for name in (
@@ -99,7 +99,7 @@ def instruction_sets() -> dict[str, InstructionSet]:
     avx512 = [*avx2, "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mprefer-vector-width=512"]
     popcount = [*avx512, "-mavx512vpopcntdq"]
     pairs = [*avx512, "-mavx512bf16"]
-    amx = [*pairs, "-mamx-tile", "-mamx-bf16"]
+    amx = [*pairs, "-mamx-tile", "-mamx-bf16", "-mamx-int8"]
     for name, sources, options, body in (
         ("avx2", CPU_KERNELS, ["-DBASISCONV_AVX2", *avx2], "return _mm256_fmadd_ps(v, v, v);"),
         ("avx512", CPU_KERNELS, ["-DBASISCONV_AVX512", *avx512], "return _mm256_mask_add_ps(v, 1, v, v);"),
@@ -115,7 +115,12 @@ def instruction_sets() -> dict[str, InstructionSet]:
             ["-DBASISCONV_AVX512", "-DBASISCONV_PAIRS", *pairs],
             "return _mm256_add_ps(v, (__m256)_mm512_cvtneps_pbh(_mm512_set1_ps(v[0])));",
         ),
-        ("amx", AMX_KERNELS, ["-DBASISCONV_AVX512", "-DBASISCONV_PAIRS", *amx], "_tile_dpbf16ps(0, 1, 2); return v;"),
+        (
+            "amx",
+            AMX_KERNELS,
+            ["-DBASISCONV_AVX512", "-DBASISCONV_PAIRS", *amx],
+            "_tile_dpbf16ps(0, 1, 2); _tile_dpbusd(3, 4, 5); return v;",
+        ),
     ):
         sets[name] = InstructionSet(sources, options, f"#include <immintrin.h>\n__m256 probe(__m256 v) {{ {body} }}")
     return sets

@@ -1,6 +1,6 @@
 """The binary convolution: suites C5 to C8, and all of its forms in one process: ``python -m bench.binary_conv2d``.
 
-    C5  packed → packed on AVX-512 VPOPCNTDQ        at least 800 GMAC/s and 13 times the best dense float32 convolution
+    C5  packed → packed on AVX-512 VPOPCNTDQ, AMX   at least 800 GMAC/s and 13 times the best dense float32 convolution
     C6  float → float, packing inside               at least 2.5 times the best int8 convolution
     C7  float → float                               at least 9 times Larq Compute Engine with indirect BGEMM
     C8  packed → packed on AVX2                     at least 350 GMAC/s (set for 3.7 GHz)

@@ -1,4 +1,4 @@
-"""The op ``binary_conv2d``: convolution of ±1 (or few-bit) activations with ±1 filters by XOR and popcount."""
+"""The op ``binary_conv2d``: convolution of ±1 (or few-bit) activations with ±1 filters, exact."""
 
 from __future__ import annotations
 

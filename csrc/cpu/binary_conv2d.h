@@ -16,5 +16,6 @@ CpuBinaryConv2d cpu_binary_conv2d_base();
 CpuBinaryConv2d cpu_binary_conv2d_avx2();
 CpuBinaryConv2d cpu_binary_conv2d_avx512();            // byte shuffles of 512 bits
 CpuBinaryConv2d cpu_binary_conv2d_avx512_vpopcntdq();  // counts bits itself
+CpuBinaryConv2d cpu_binary_conv2d_amx();               // multiplies on the matrix unit: plans of products
 
 }  // namespace basisconv

@@ -1,5 +1,5 @@
-// How binary_conv2d runs on a CPU: packed layout, rows in a pass. Pure functions of sizes and instruction
-// set, compiled once, tested without running a kernel.
+// How binary_conv2d runs on a CPU: packed layout, counts or products, rows in a pass. Pure functions of sizes and
+// instruction set, compiled once, tested without running a kernel.
 #pragma once
 #include <cstdint>
 
@@ -38,7 +38,8 @@ static_assert(sizeof(BinaryPackHeader) == 64, "bits behind it stay aligned to a 
 
 constexpr int64_t kBinaryPackVersion = 2;
 
-// The set whose kernels of this op run when `isa` is in use: sets with products of bfloat16 have none of their own.
+// The set for which weights are packed when `isa` is in use: those with products of bfloat16 have no layout of their
+// own, and the matrix unit reads the words of avx512_vpopcntdq.
 Isa binary_isa_for(Isa isa);
 BinaryPack binary_pack(const BinaryConv2dWeights& weights, Isa isa);
 BinaryPackHeader binary_pack_header(const BinaryConv2dWeights& weights, Isa isa);
@@ -55,11 +56,15 @@ inline int64_t binary_place(const BinaryPack& pack, int64_t f) {
 }
 
 constexpr int64_t kMostPassRows = 16;
+constexpr int64_t kTileChannels = 64;  // of a pixel or filter in a tile of the matrix unit, a byte each
 
 // One batch and map. A unit of work is a pass: `rows` output rows of one image. Scratch is each thread's own: a ring of
 // input rows in the form that the tiles read, and one row of words.
+//
+// Products: a band of bytes in place of the ring, expanded filters, where each product finds its operands, and the row.
 struct BinaryPlan {
   BinaryPack pack;
+  BinaryRaw raw;        // what a tile sums up
   int64_t rows;         // output rows in a pass
   int64_t passes;       // of one image
   int64_t units;        // N * passes
@@ -71,7 +76,17 @@ struct BinaryPlan {
   int64_t line_words;  // the row of words, and one of a group
   int64_t pointers;    // to rows of the ring, for the taps of all rows in a pass
   int64_t scratch_bytes;
+  // Products have rows, passes, units, columns (of one phase), line_words and scratch_bytes of these, and:
+  int64_t chunks;       // of 64 channels, in a group
+  int64_t products;     // of a tile of pixels with one of filters: taps * chunks
+  int64_t kept;         // expanded tiles of filters: all products of a pass, or a power of two of them in turn
+  int64_t phase_bytes;  // every stride-th column of every stride-th row of a pass, of one chunk
+  int64_t chunk_bytes;  // all phases
+  int64_t band_bytes;   // all chunks of all groups
 };
-BinaryPlan binary_plan(const BinaryConv2dParams& params, const BinaryPack& pack, int64_t threads);
+// Products where `isa` has the matrix unit and they are quicker, else counts.
+BinaryPlan binary_plan(const BinaryConv2dParams& params, const BinaryPack& pack, Isa isa, int64_t threads);
+BinaryPlan binary_counts_plan(const BinaryConv2dParams& params, const BinaryPack& pack, int64_t threads);
+BinaryPlan binary_products_plan(const BinaryConv2dParams& params, const BinaryPack& pack, int64_t threads);
 
 }  // namespace basisconv

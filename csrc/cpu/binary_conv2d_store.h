@@ -1,5 +1,5 @@
-// From the counts of a tile to the result: whole numbers, floats with scales, bias and activation, or bits for the next
-// layer, in the same pass.
+// From the counts or products of a tile to the result: whole numbers, floats with scales, bias and activation, or bits
+// for the next layer, in the same pass.
 #pragma once
 #include "binary_conv2d_plan.h"
 #include "simd.h"

@@ -38,8 +38,13 @@ BinaryClasses binary_classes(int64_t outputs, int64_t stride, int64_t pad, int64
 //   a row outside                        skipped: v shall get d
 // For codes 2 * popc(a & w) - popc(a) = c - popc(a ^ w) for each plane, right outside too, where a = 0: the table gets
 // (2^planes - 1) * c of every computed tap.
-void binary_table(const BinaryConv2dParams& p, const BinaryPack& pack, const BinaryClasses& rows,
+//
+// Where raw is products, a * (1 - 2w) of every tap with bits a of 0 or 1, a tap inside the image shall add to v
+// (2a - 1) * (2w - 1) = -2 * a * (1 - 2w) + 1 - 2w: the table gets L - 2c. Outside a is 0 and v shall get d. With codes
+// v is -raw.
+void binary_table(const BinaryConv2dParams& p, const BinaryPack& pack, BinaryRaw raw, const BinaryClasses& rows,
                   const BinaryClasses& columns, const int32_t* counts, int32_t* table) {
+  const bool products = raw == BinaryRaw::products;
   const BinaryConv2dWeights& w = p.weights;
   const int32_t L = static_cast<int32_t>(w.C / w.groups), value = p.padding_value, codes = (1 << p.planes) - 1;
   const int64_t size = pack.padded;
@@ -54,11 +59,11 @@ void binary_table(const BinaryConv2dParams& p, const BinaryPack& pack, const Bin
             const int32_t* c = counts + ((g * w.R + r) * w.S + s) * size;
             int32_t constant, per_bit;
             if (p.codes) {
-              constant = 0, per_bit = computed ? codes : 0;
+              constant = 0, per_bit = computed && !products ? codes : 0;
             } else if (computed && inside) {
-              constant = L, per_bit = 0;
+              constant = L, per_bit = products ? -2 : 0;
             } else {
-              constant = -value * L, per_bit = 2 * value + (computed ? 2 : 0);
+              constant = -value * L, per_bit = 2 * value + (computed && !products ? 2 : 0);
             }
             if (per_bit == 0) {
               for (int64_t k = 0; k < size; k++) table[k] += constant;
@@ -79,11 +84,11 @@ void binary_limits(const BinaryPack& pack, int64_t classes, int64_t groups, int3
   const int64_t size = groups * pack.padded;
   for (int64_t i = 0; i < classes; i++, table += size) {
     for (int64_t k = 0; k < size; k++) {
-      // raw is never negative: a limit below -1 is -1.
       const int64_t room = static_cast<int64_t>(table[k]) - threshold[k] + flip[k];
       const int64_t limit = factor == 2 ? room >> 1 : room;
+      // No raw is as low as the lowest number, nor above the highest.
       table[k] = static_cast<int32_t>(
-          std::clamp<int64_t>(limit, -1, static_cast<int64_t>(std::numeric_limits<int32_t>::max())));
+          std::clamp<int64_t>(limit, std::numeric_limits<int32_t>::min(), std::numeric_limits<int32_t>::max()));
     }
   }
 }

@@ -16,7 +16,7 @@ BinaryClasses binary_classes(int64_t outputs, int64_t stride, int64_t pad, int64
                              int64_t size);
 
 // The table of the contract, from the counts of the packed weights. `table` is [rows][columns][groups * padded].
-void binary_table(const BinaryConv2dParams& params, const BinaryPack& pack, const BinaryClasses& rows,
+void binary_table(const BinaryConv2dParams& params, const BinaryPack& pack, BinaryRaw raw, const BinaryClasses& rows,
                   const BinaryClasses& columns, const int32_t* counts, int32_t* table);
 // Turn it into limits: bit = (raw <= limit) ^ flip is v >= threshold, or v <= threshold for flipped outputs.
 // `threshold` and `flip` are [groups * padded].

@@ -24,14 +24,16 @@ bool has_f16c() {
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & kF16c) != 0;
 }
 
-// The matrix unit with bfloat16, and the kernel's leave to use its registers (asked for once a process).
+// The matrix unit with both of its products, of bfloat16 and of bytes (every processor with one of them has the other
+// so far), and the kernel's leave to use its registers, which is asked for once a process.
 bool has_amx() {
 #if defined(__linux__)
-  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
+  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24, kAmxInt8 = 1u << 25;
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
-  if ((edx & kAmxBf16) == 0 || (edx & kAmxTile) == 0) return false;
+  constexpr unsigned kAmx = kAmxBf16 | kAmxTile | kAmxInt8;
+  if ((edx & kAmx) != kAmx) return false;
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
   return false;

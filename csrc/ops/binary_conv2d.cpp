@@ -21,9 +21,12 @@ namespace {
 
 constexpr int64_t kMacsWorthAThread = 1 << 22;
 
-CpuBinaryConv2d kernels_in_use() {
+CpuBinaryConv2d kernels_for(BinaryRaw raw) {
   const Isa isa = binary_isa_for(isa_in_use());
   // What was not compiled must not be named: it could not be linked.
+  if constexpr (kWidestIsa >= Isa::amx) {
+    if (raw == BinaryRaw::products) return cpu_binary_conv2d_amx();
+  }
   if constexpr (kWidestIsa >= Isa::avx512_vpopcntdq) {
     if (isa == Isa::avx512_vpopcntdq) return cpu_binary_conv2d_avx512_vpopcntdq();
   }
@@ -83,8 +86,9 @@ void pack_into(const BinaryConv2dWeights& w, const Tensor& weight, bool words, c
   std::memcpy(bytes, &header, sizeof(header));
   const BinaryPack layout = binary_pack(w, isa);
   char* counts = bytes + sizeof(header);
-  kernels_in_use().pack(w, layout, sign_words(w, weight, words).data(), reinterpret_cast<int32_t*>(counts),
-                        reinterpret_cast<uint8_t*>(counts + layout.counts_bytes));
+  kernels_for(BinaryRaw::counts)
+      .pack(w, layout, sign_words(w, weight, words).data(), reinterpret_cast<int32_t*>(counts),
+            reinterpret_cast<uint8_t*>(counts + layout.counts_bytes));
 }
 
 Tensor pack(const Tensor& weight, bool words, int64_t channels, int64_t groups, int64_t format) {
@@ -177,11 +181,17 @@ Tensor run(const BinaryCall& call, const Tensor* packed, const BinarySettings& s
   }
   p.packed = bytes + sizeof(BinaryPackHeader);
 
+  const int64_t macs = p.N * p.OH * p.OW * p.planes * w.K * (w.C / w.groups) * w.R * w.S;
+  const int64_t most = static_cast<int64_t>(torch::stable::get_num_threads());
+  const int64_t wanted = macs / kMacsWorthAThread;
+  const int64_t threads = wanted < 1 ? 1 : wanted < most ? wanted : most;
+  const BinaryPlan plan = binary_plan(p, layout, isa, threads);
+
   const BinaryClasses rows = binary_classes(p.OH, p.stride_h, p.pad_top, p.dilation_h, w.R, p.H);
   const BinaryClasses columns = binary_classes(p.OW, p.stride_w, p.pad_left, p.dilation_w, w.S, p.W);
   const int64_t classes = static_cast<int64_t>(rows.lo.size() * columns.lo.size());
   std::vector<int32_t> table(classes * w.groups * layout.padded), flipped(w.groups * layout.padded, 0);
-  binary_table(p, layout, rows, columns, static_cast<const int32_t*>(p.packed), table.data());
+  binary_table(p, layout, plan.raw, rows, columns, static_cast<const int32_t*>(p.packed), table.data());
   if (p.output_type == BinaryOutput::packed) {
     std::vector<int32_t> bounds(w.groups * layout.padded, 0);
     if (threshold) {
@@ -196,12 +206,7 @@ Tensor run(const BinaryCall& call, const Tensor* packed, const BinarySettings& s
   p.column_class = columns.of.data();
   p.column_classes = static_cast<int64_t>(columns.lo.size());
 
-  const int64_t macs = p.N * p.OH * p.OW * p.planes * w.K * (w.C / w.groups) * w.R * w.S;
-  const int64_t most = static_cast<int64_t>(torch::stable::get_num_threads());
-  const int64_t wanted = macs / kMacsWorthAThread;
-  const int64_t threads = wanted < 1 ? 1 : wanted < most ? wanted : most;
-  const BinaryPlan plan = binary_plan(p, layout, threads);
-  const CpuBinaryConv2d kernels = kernels_in_use();
+  const CpuBinaryConv2d kernels = kernels_for(plan.raw);
   torch::stable::parallel_for(0, plan.units, (plan.units + threads - 1) / threads, [&](int64_t begin, int64_t end) {
     kernels.run(p, plan, static_cast<uint8_t*>(thread_memory(plan.scratch_bytes)), begin, end);
   });

@@ -9,7 +9,9 @@
 //   v = table[row class][column class][k] - factor * raw
 //
 // and everything about borders and padding values stands in the table (binary_conv2d_table.h): factor is 2 for signs, 1
-// for codes. For packed output the table holds limits instead: bit = (raw <= limit) ^ flip.
+// for codes. A kernel that multiplies instead sums up raw = b * (1 - 2w') over all taps, b the bit or code as a number,
+// 0 outside the image, and w' the bit of the filter: the same formula with another table. For packed output the table
+// holds limits instead: bit = (raw <= limit) ^ flip.
 #pragma once
 #include <cstdint>
 
@@ -20,6 +22,7 @@ namespace basisconv {
 
 enum class BinaryOutput : int32_t { i32 = 0, packed = 1, f32 = 2, bf16 = 3, f16 = 4 };
 enum class BinaryInput : int32_t { f32 = 0, bf16 = 1, f16 = 2, packed = 3 };
+enum class BinaryRaw : int32_t { counts = 0, products = 1 };
 enum class BinaryActivation : int32_t { none = 0, relu = 1, relu6 = 2 };
 
 // What the weights fix: enough to pack them.

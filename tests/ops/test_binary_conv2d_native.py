@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from basisconv_kernels import PackedTensor, binary_conv2d, binary_conv2d_pack, bitpack, testing
 from basisconv_kernels.core import extension, registry
-from basisconv_kernels.testing.binary_conv2d import arguments
+from basisconv_kernels.reference.binary_conv2d_problem import BinaryConv2dProblem
+from basisconv_kernels.testing.binary_conv2d import BinaryCase, arguments
 
 pytestmark = pytest.mark.skipif(registry.absent("cpu") is not None, reason=f"cpu: {registry.absent('cpu')}")
 
@@ -55,6 +56,29 @@ def test_weights_packed_once_change_nothing(case):
     for weight in (inputs.weight, inputs.weight.double(), bitpack(inputs.weight)):
         packed = binary_conv2d_pack(weight, groups=case.problem.groups)
         assert torch.equal(call(weight, packed=packed), inputs.sums)
+
+
+# Layers that run as products where there is a matrix unit: several tiles of pixels, of filters and of channels. Bits of
+# the small cases of `testing` are mostly counted there too.
+LARGE = (
+    BinaryCase("signs", "float maps", BinaryConv2dProblem(N=2, C=72, H=21, W=19, K=50, padding=(1, 1, 1, 1))),
+    BinaryCase("pixels_last", "channels beside each other", BinaryConv2dProblem(
+        N=1, C=128, H=30, W=35, K=64, padding=(2, 0, 1, 2), padding_value=1, channels_last=True, dtype=torch.bfloat16)),
+    BinaryCase("words", "packed signs, two rows and three columns apart", BinaryConv2dProblem(
+        N=1, C=100, H=60, W=70, K=40, stride=(2, 3), dilation=(1, 2), padding=(1, 2, 2, 1), padding_value=-1,
+        planes=1)),
+    BinaryCase("codes", "four planes in groups that end inside a word", BinaryConv2dProblem(
+        N=1, C=84, H=33, W=30, K=34, groups=2, padding=(1, 1, 1, 1), planes=4, unsigned=True)),
+    BinaryCase("deep", "filters that one pass reads once", BinaryConv2dProblem(
+        N=2, C=512, H=7, W=7, K=96, padding=(1, 1, 1, 1), planes=1)),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("case", LARGE, ids=lambda case: case.name)
+def test_large_layers(case, count, threads):
+    threads(count)
+    testing.check_binary(case, functools.partial(binary_conv2d, backend="cpu"))
 
 
 @pytest.mark.parametrize(

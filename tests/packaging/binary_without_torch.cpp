@@ -136,6 +136,9 @@ bool check(Random random) {
 
   // The epilogue's numbers, and what is expected.
   const BinaryPack pack = binary_pack(w, kIsa);
+  // Of products whatever their size: small geometries would be counted.
+  const BinaryPlan plan =
+      kIsa == Isa::amx ? binary_products_plan(p, pack, threads) : binary_plan(p, pack, kIsa, threads);
   std::vector<float> scale(w.K), bias(w.K), pixel_scale(p.N * p.OH * p.OW);
   for (float& value : scale) value = static_cast<float>(random.between(-4, 4)) * 0.5f;
   for (float& value : bias) value = static_cast<float>(random.between(-9, 9)) * 0.5f;
@@ -188,7 +191,7 @@ bool check(Random random) {
   const BinaryClasses columns = binary_classes(p.OW, p.stride_w, p.pad_left, p.dilation_w, w.S, p.W);
   const int64_t classes = static_cast<int64_t>(rows.lo.size() * columns.lo.size());
   std::vector<int32_t> table(classes * w.groups * pack.padded);
-  binary_table(p, pack, rows, columns, static_cast<const int32_t*>(p.packed), table.data());
+  binary_table(p, pack, plan.raw, rows, columns, static_cast<const int32_t*>(p.packed), table.data());
   if (bits) binary_limits(pack, classes, w.groups, p.codes ? 1 : 2, threshold.data(), flip.data(), table.data());
   Fenced<int32_t> fenced_table(table, behind), fenced_flip(flip, behind);
   p.table = fenced_table.data();
@@ -197,7 +200,6 @@ bool check(Random random) {
   p.column_class = columns.of.data();
   p.column_classes = static_cast<int64_t>(columns.lo.size());
 
-  const BinaryPlan plan = binary_plan(p, pack, threads);
   const int64_t share = (plan.units + threads - 1) / threads;
   for (int64_t begin = 0; begin < plan.units; begin += share) {
     Fenced<uint8_t> scratch(plan.scratch_bytes, behind);
@@ -222,6 +224,7 @@ int main(int count, char** arguments) {
   if (count != 3) return 2;
   signal(SIGSEGV, touched);
   signal(SIGBUS, touched);
+  isa_of_processor();  // asks for the matrix unit's registers
   const unsigned seed = static_cast<unsigned>(std::strtoul(arguments[1], nullptr, 10));
   const unsigned geometries = static_cast<unsigned>(std::strtoul(arguments[2], nullptr, 10));
   for (unsigned i = 0; i < geometries; i++) {

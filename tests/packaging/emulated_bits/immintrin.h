@@ -1,10 +1,12 @@
-// Stands in front of the compiler's <immintrin.h>: the AVX-512 of the binary kernels on processors that lack it. SIMDe
-// (MIT, Debian's libsimde-dev) has most of it; here is what its release lacks. For test_binary_without_torch.py only.
+// Stands in front of the compiler's <immintrin.h>: AVX-512 and AMX of the binary kernels on processors that lack them.
+// SIMDe (MIT, Debian's libsimde-dev) has most of it; here is what its release lacks. For test_binary_without_torch.py
+// only.
 #pragma once
 #include_next <immintrin.h>
 #define SIMDE_ENABLE_NATIVE_ALIASES
 #define SIMDE_NO_INLINE  // calls compile in seconds; inline, the unrolled kernels take minutes
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 
 #include <simde/x86/avx512.h>
@@ -84,3 +86,5 @@ inline __m512 to_floats(__m512i value) {
 #define _mm512_maskz_loadu_ps(mask, from) emulated::load<float, __m512>(mask, from)
 #define _mm256_mask_storeu_epi16(to, mask, value) emulated::store<uint16_t>(to, mask, value)
 #define _mm512_mask_storeu_ps(to, mask, value) emulated::store<float>(to, mask, value)
+
+#include "../emulated/amx.h"
