@@ -1,13 +1,29 @@
 #include "binary_conv2d_table.h"
 
 #include <algorithm>
-#include <limits>
 
 namespace basisconv {
 namespace {
 
 // Rounded towards minus infinity, b > 0.
 int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b < 0 ? 1 : 0); }
+
+// to += times * counts. The factors of signs as constants: the portable instruction set shifts lanes, but has no
+// product of them.
+void add_counts(int32_t* to, const int32_t* counts, int32_t times, int64_t size) {
+  switch (times) {
+    case 0:
+      return;
+    case -2:
+      for (int64_t k = 0; k < size; k++) to[k] -= 2 * counts[k];
+      return;
+    case 2:
+      for (int64_t k = 0; k < size; k++) to[k] += 2 * counts[k];
+      return;
+    default:
+      for (int64_t k = 0; k < size; k++) to[k] += times * counts[k];
+  }
+}
 
 }  // namespace
 
@@ -52,6 +68,7 @@ void binary_table(const BinaryConv2dParams& p, const BinaryPack& pack, BinaryRaw
     for (size_t column = 0; column < columns.lo.size(); column++) {
       for (int64_t g = 0; g < w.groups; g++, table += size) {
         std::fill(table, table + size, 0);
+        int32_t constants = 0;
         for (int64_t r = 0; r < w.R; r++) {
           const bool computed = rows.lo[row] <= r && r <= rows.hi[row];
           for (int64_t s = 0; s < w.S; s++) {
@@ -65,13 +82,11 @@ void binary_table(const BinaryConv2dParams& p, const BinaryPack& pack, BinaryRaw
             } else {
               constant = -value * L, per_bit = 2 * value + (computed && !products ? 2 : 0);
             }
-            if (per_bit == 0) {
-              for (int64_t k = 0; k < size; k++) table[k] += constant;
-            } else {
-              for (int64_t k = 0; k < size; k++) table[k] += constant + per_bit * c[k];
-            }
+            constants += constant;
+            add_counts(table, c, per_bit, size);
           }
         }
+        for (int64_t k = 0; k < size; k++) table[k] += constants;
       }
     }
   }
@@ -79,17 +94,19 @@ void binary_table(const BinaryConv2dParams& p, const BinaryPack& pack, BinaryRaw
 
 // v >= t  <=>  factor * raw <= T - t  <=>  raw <= floor((T - t) / factor)
 // v <= t  <=>  factor * raw >= T - t  <=>  not raw <= ceil((T - t) / factor) - 1 = floor((T - t - 1) / factor)
-void binary_limits(const BinaryPack& pack, int64_t classes, int64_t groups, int32_t factor, const int32_t* threshold,
+//
+// A threshold beyond all sums is moved to the first such number; then no difference leaves int32, as a table holds at
+// most three times the longest sum.
+void binary_limits(const BinaryConv2dParams& p, const BinaryPack& pack, int64_t classes, const int32_t* threshold,
                    const int32_t* flip, int32_t* table) {
-  const int64_t size = groups * pack.padded;
+  const BinaryConv2dWeights& w = p.weights;
+  const int64_t size = w.groups * pack.padded;
+  const int32_t most = static_cast<int32_t>(w.C / w.groups * w.R * w.S) * (p.codes ? (1 << p.planes) - 1 : 1);
+  const int32_t shift = p.codes ? 0 : 1;
+  std::vector<int32_t> bound(size);
+  for (int64_t k = 0; k < size; k++) bound[k] = std::clamp(threshold[k], -most - 1, most + 1) - flip[k];
   for (int64_t i = 0; i < classes; i++, table += size) {
-    for (int64_t k = 0; k < size; k++) {
-      const int64_t room = static_cast<int64_t>(table[k]) - threshold[k] + flip[k];
-      const int64_t limit = factor == 2 ? room >> 1 : room;
-      // No raw is as low as the lowest number, nor above the highest.
-      table[k] = static_cast<int32_t>(
-          std::clamp<int64_t>(limit, std::numeric_limits<int32_t>::min(), std::numeric_limits<int32_t>::max()));
-    }
+    for (int64_t k = 0; k < size; k++) table[k] = (table[k] - bound[k]) >> shift;
   }
 }
 

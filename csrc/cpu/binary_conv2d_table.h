@@ -20,7 +20,7 @@ void binary_table(const BinaryConv2dParams& params, const BinaryPack& pack, Bina
                   const BinaryClasses& columns, const int32_t* counts, int32_t* table);
 // Turn it into limits: bit = (raw <= limit) ^ flip is v >= threshold, or v <= threshold for flipped outputs.
 // `threshold` and `flip` are [groups * padded].
-void binary_limits(const BinaryPack& pack, int64_t classes, int64_t groups, int32_t factor, const int32_t* threshold,
+void binary_limits(const BinaryConv2dParams& params, const BinaryPack& pack, int64_t classes, const int32_t* threshold,
                    const int32_t* flip, int32_t* table);
 
 }  // namespace basisconv

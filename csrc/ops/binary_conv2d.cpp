@@ -198,7 +198,7 @@ Tensor run(const BinaryCall& call, const Tensor* packed, const BinarySettings& s
       bounds = spread<int32_t>(*threshold, w, layout, 1);
       flipped = spread<bool>(*flip, w, layout, -1);
     }
-    binary_limits(layout, classes, w.groups, p.codes ? 1 : 2, bounds.data(), flipped.data(), table.data());
+    binary_limits(p, layout, classes, bounds.data(), flipped.data(), table.data());
   }
   p.table = table.data();
   p.flip = flipped.data();

@@ -192,7 +192,7 @@ bool check(Random random) {
   const int64_t classes = static_cast<int64_t>(rows.lo.size() * columns.lo.size());
   std::vector<int32_t> table(classes * w.groups * pack.padded);
   binary_table(p, pack, plan.raw, rows, columns, static_cast<const int32_t*>(p.packed), table.data());
-  if (bits) binary_limits(pack, classes, w.groups, p.codes ? 1 : 2, threshold.data(), flip.data(), table.data());
+  if (bits) binary_limits(p, pack, classes, threshold.data(), flip.data(), table.data());
   Fenced<int32_t> fenced_table(table, behind), fenced_flip(flip, behind);
   p.table = fenced_table.data();
   p.flip = fenced_flip.data();
