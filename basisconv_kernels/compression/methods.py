@@ -6,8 +6,8 @@ do. It calls ``register_method`` once, and ``model.py`` imports it; nothing else
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -29,6 +29,7 @@ class Task:
         only, skip: first or further names of the layers to take alone, or to leave out; None where none were given.
         filter_fn: (name, module) → whether the layer may be replaced.
         named: names of the layers that the configuration is for, by name pattern; None where it is for all.
+        read: {first name of a layer: why nothing can stand in its place}, of ``outside_reads``.
     """
 
     example_inputs: Any
@@ -37,6 +38,7 @@ class Task:
     skip: frozenset[str] | None = None
     filter_fn: FilterFunction | None = None
     named: frozenset[str] | None = None
+    read: Mapping[str, str] = field(default_factory=dict)
 
     def narrowed(self, names: frozenset[str]) -> Task:
         """The same for the layers of these names alone."""
@@ -60,6 +62,8 @@ class Task:
             return f"shares its weight parameter with {layer.tied_to}"
         if foreign_hooks(layer.module):
             return "carries hooks, which a conversion would lose"
+        if layer.name in self.read:
+            return self.read[layer.name]
         if layer.calls == 0:
             return "not reached by example_inputs"
         return None

@@ -18,6 +18,7 @@ from basisconv_kernels.compression.facts import Before, accuracy_of, complete, f
 from basisconv_kernels.compression.fold import separate_residuals
 from basisconv_kernels.compression.methods import FilterFunction, Task, method_of, own_layers
 from basisconv_kernels.compression.names import resolve
+from basisconv_kernels.compression.outside_reads import FAILURES, outside_reads
 from basisconv_kernels.compression.prune_config import PruneConfig
 from basisconv_kernels.compression.report import CompressionReport
 from basisconv_kernels.compression.stacked_binary import StackedBinaryConfig
@@ -53,9 +54,10 @@ def compress(
 
     A convolution is replaced if it is a Conv2d itself (parametrised weights are applied first), was reached by the
     example inputs, is allowed by ``only``, ``skip`` and ``filter_fn``, carries no hooks, shares its weight with no
-    other module, and, with ``keep_dense="auto"``, gains by it. A module that is used several times is replaced once and
-    stays shared. Linear layers and transposed convolutions stay. Everything is checked before anything is changed; in a
-    list, each step by itself.
+    other module, is called alone and not read (a parent that takes ``conv.weight`` keeps it dense), and, with
+    ``keep_dense="auto"``, gains by it. A module that is used several times is replaced once and stays shared. Linear
+    layers and transposed convolutions stay. Everything is checked before anything is changed; in a list, each step by
+    itself.
 
     Args:
         model (Module): in any mode; the training flags of its modules are kept.
@@ -66,7 +68,8 @@ def compress(
             (``"layer1.*"``), the first that matches counts, None leaves its layers as they are, and so are layers that
             none matches.
         example_inputs: a Tensor, a tuple or list of positional, or a mapping of keyword arguments of the network; run
-            once, in eval mode without gradients, to see the size of every layer's input.
+            in eval mode without gradients, to see the size of every layer's input, which layers are read from outside,
+            and that the result runs.
         calibration (iterable, optional): more of the same kind, for ``data_aware`` and ``basis_norm``; default: the
             example inputs alone.
         filter_fn (function, optional): (name, module) → whether the layer may be replaced.
@@ -85,6 +88,7 @@ def compress(
         ValueError: an unknown layer name, NaN or infinite weights, example inputs that the network does not take, or a
             rule that cannot be met; nothing was changed.
         TypeError: arguments of a wrong kind.
+        RuntimeError: the result does not run on the example inputs.
 
     Source: Tayyab, Mahalanobis 2019, arXiv 1906.04509; Tayyab, Khan, Mahalanobis 2021, arXiv 2105.10436.
 
@@ -108,12 +112,12 @@ def compress(
         if method.check is not None:
             method.check(model, each)
     batches = [example_inputs] if calibration is None else list(calibration)
-    task = Task(example_inputs, batches, only_names, skip_names, filter_fn)
-
     target = model if inplace else copy.deepcopy(model)
     if any(is_lazy(p) for p in target.parameters()):
         with evaluating(target):
             run(target, example_inputs)  # which gives them their sizes
+    read = outside_reads(target, example_inputs)
+    task = Task(example_inputs, batches, only_names, skip_names, filter_fn, read=read)
     convs = [layer.name for layer in convolutions(target)]
     before = Before(target, convs, measure)
     if measure:
@@ -124,9 +128,22 @@ def compress(
         count = network_parameters(target)
         target, rows = method_of(each).convert(target, each, task if named is None else task.narrowed(named))
         reports.append(CompressionReport(str(each), rows, count, network_parameters(target)))
+    _verify(target, example_inputs)
     report = reports[0] if len(reports) == 1 else CompressionReport.joined(reports)
     report = complete(report, before, target, example_inputs, measure)
     return target, replace(report, accuracy_before=accuracy, accuracy_after=accuracy_of(target, evaluate))
+
+
+def _verify(model: nn.Module, example_inputs: Any) -> None:
+    """Run the compressed network once."""
+    try:
+        with evaluating(model):
+            run(model, example_inputs)
+    except FAILURES as error:
+        raise RuntimeError(
+            f"compress: the compressed network does not run on example_inputs: {error}; leave out with skip= the layer "
+            "where it fails"
+        ) from error
 
 
 def _listed(config: Any) -> list[Any]:

@@ -56,7 +56,7 @@ def _pin_excluded(graph: ChannelGraph, layers: list[ConvLayer], task: Task) -> d
             stays[layer.name] = reason
             if member is not None:
                 graph.pin(member.gives, reason)
-                if layer.tied_to is not None:  # another module reads the same weight
+                if layer.tied_to is not None or layer.name in task.read:  # something else reads the same weight
                     graph.pin(member.reads, reason)
     return stays
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 Convolution = nn.Conv2d | nn.ConvTranspose2d
+# How networks refuse inputs that are not theirs.
+REFUSALS = (RuntimeError, ValueError, TypeError, LookupError)
 
 
 @dataclass
@@ -186,7 +188,7 @@ def survey(model: nn.Module, example_inputs: Any) -> list[ConvLayer]:
     with evaluating(model), watching({layer.module: watcher_for(layer) for layer in layers}):
         try:
             run(model, example_inputs)
-        except (RuntimeError, ValueError, TypeError, LookupError) as error:
+        except REFUSALS as error:
             what = f"compress: the network does not run on example_inputs, {_kind(example_inputs)}"
             raise ValueError(f"{what}: {error}") from error
     return layers

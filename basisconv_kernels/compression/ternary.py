@@ -267,6 +267,7 @@ def convert(target: nn.Module, config: TernaryConfig, task: Task) -> tuple[nn.Mo
         for name, layer in found.items()
         if layer.against is None
         and reasons.get(name) is None
+        and name not in task.read
         and (task.filter_fn is None or name in reasons or task.filter_fn(name, layer.module))
         and not (task.skip is not None and name not in reasons and set(layer.names) & task.skip)
     }

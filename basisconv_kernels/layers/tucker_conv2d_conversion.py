@@ -31,6 +31,7 @@ class TuckerConvertible(nn.Module):
     padding: str | Pair | Quad
     pad_amounts: Quad
     dilation: Pair
+    groups = 1  # the only number
     padding_mode: str
     activation: str | None
     precise: bool

@@ -35,6 +35,7 @@ TIMM = (
     "hrnet_w18_small",  # branches of four resolutions
     "dla34",
     "convnext_atto",
+    "edgenext_xx_small",  # reads a convolution's weight to know where it is
 )
 HALVED_FIVE_TIMES = ("timm/hrnet_w18_small", "timm/dla34")  # and added up again: sides must be multiples of 32
 NAMES = (*TORCHVISION, *(f"timm/{name}" for name in TIMM))
