@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from basisconv_kernels.ops import tucker_conv2d_planned as planned
 from basisconv_kernels.ops import tucker_conv2d_triton as triton
 from basisconv_kernels.ops import tucker_conv2d_unfused as unfused
 from basisconv_kernels.ops.basis_conv2d_native import BACKENDS
-from basisconv_kernels.ops.tucker_conv2d_arguments import normal_form
+from basisconv_kernels.ops.tucker_conv2d_arguments import known_maps, normal_form
 from basisconv_kernels.ops.tucker_conv2d_model import ONE_PASS, slower_than_plain
 from basisconv_kernels.reference import tucker_conv2d as reference
 
@@ -98,12 +99,22 @@ def _targets_of(backend: str) -> tuple[Callable[..., Forward], Callable[..., ref
 
 
 def _choose(
-    device: str, dtype: torch.dtype, layout: torch.memory_format, sizes: tuple[int, ...], asked: str | None, *fixed: Any
+    device: str,
+    dtype: torch.dtype,
+    layout: torch.memory_format,
+    sizes: tuple[int, ...],
+    maps: tuple[int, int, int] | None,
+    asked: str | None,
+    *fixed: Any,
 ) -> str:
-    """Name of the backend. It looks only at what stays when batch and map size change: a constant in a graph."""
+    """Name of the backend; of one pass and two by ``maps``, (N, H, W), too.
+
+    Where those are None it looks only at what stays when batch and map size change: a constant in a graph.
+    """
     problem = problem_of(device, dtype, layout, sizes, Settings._make((*fixed, "")))
     asked = asked or registry.wish()
-    slower = {} if asked else slower_than_plain(problem)
+    N, H, W = maps or (0, 0, 0)
+    slower = {} if asked else slower_than_plain(replace(problem, N=N, H=H, W=W))
     chosen = registry.select(OP, CANDIDATES, problem, asked, slower)
     _targets_of(chosen.name)  # imported here, since a graph that is traced cannot
     return chosen.name
@@ -236,7 +247,7 @@ def _normal_form(
     tensors = (input, u_in, core, u_out, bias, residual)
     fixed, sizes = normal_form(*tensors, stride, padding, dilation, activation, precise)
     layout = memory_format(input)
-    return Settings(*fixed, _choose(input.device.type, input.dtype, layout, sizes, backend, *fixed))
+    return Settings(*fixed, _choose(input.device.type, input.dtype, layout, sizes, known_maps(input), backend, *fixed))
 
 
 _PLANS_KEPT = 4096

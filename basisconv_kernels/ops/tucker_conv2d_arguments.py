@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from basisconv_kernels.core import checks
@@ -82,3 +83,11 @@ def normal_form(
     # operator.index makes a size that a graph left open a constant: one graph a weight shape, for all batches and maps.
     sizes = tuple(operator.index(size) for size in (C, rank_in, rank_out, K, R, S))
     return (stride, padding, dilation, activation, bool(precise)), sizes  # type: ignore[return-value]
+
+
+def known_maps(input: Tensor) -> tuple[int, int, int] | None:
+    """(N, H, W) of a call on a GPU; None elsewhere, and where the call is traced and must choose for all sizes."""
+    if torch.compiler.is_compiling() or input.device.type != "cuda":
+        return None
+    N, _, H, W = input.shape
+    return (N, H, W) if all(type(size) is int for size in (N, H, W)) else None

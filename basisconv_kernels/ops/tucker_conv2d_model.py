@@ -8,6 +8,7 @@ its way through memory.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,7 +30,8 @@ def last_two_stages(problem: TuckerConv2dProblem) -> Conv2dProblem:
 def slower_than_plain(problem: TuckerConv2dProblem) -> dict[str, str]:
     """{backend: by how much, in words} of those slower than plain PyTorch: as measured, else on a GPU as predicted.
 
-    The CUDA kernel of the whole chain is passed over unless it was measured to be faster than two passes.
+    The CUDA kernel of the whole chain is passed over unless it was measured to be faster than two passes, at sizes near
+    the problem's if it states any.
     """
     known = {backend for entry in tuning.entries_for(OP, problem) for backend in entry["ms"]}
     predicted = basis.predicted_slower(last_two_stages(problem))
@@ -37,17 +39,35 @@ def slower_than_plain(problem: TuckerConv2dProblem) -> dict[str, str]:
         predicted.pop("triton")
     unknown = {name: words for name, words in predicted.items() if name not in known}
     found = {**unknown, **tuning.slower(OP, problem)}
-    if problem.device == "cuda" and (why := against_one_pass(tuning.entries_for(OP, problem))):
+    if problem.device == "cuda" and (
+        why := against_one_pass(tuning.entries_for(OP, problem), pixels_of(problem.to_json()))
+    ):
         found.setdefault(ONE_PASS, why)
     return found
 
 
-def against_one_pass(entries: Sequence[Mapping[str, Any]]) -> str | None:
+def pixels_of(problem: Mapping[str, Any]) -> int:
+    """N·H·W of a problem as a table holds it; 0 of one that leaves batch and map open, or states no such numbers."""
+    sizes = [problem.get(name) for name in ("N", "H", "W")]
+    return math.prod(size if type(size) is int else 0 for size in sizes)
+
+
+def against_one_pass(entries: Sequence[Mapping[str, Any]], pixels: int = 0) -> str | None:
     """Why the CUDA kernels keep to two passes; None where measured times of the weights say that one is faster.
 
-    In no entry may one pass be slower, by quartiles as everywhere, and in one it must be faster.
+    In no entry may one pass be slower, by quartiles as everywhere, and in one it must be faster. With few pixels a
+    second launch weighs more than the work that one pass repeats, so a call that knows its size asks those entries
+    alone that were measured next to it: at no more pixels the largest, at no fewer the smallest.
+
+    Args:
+        entries: measured with these weights.
+        pixels: N·H·W of the call; 0 where the choice must hold for every size, and all entries count.
     """
     pairs = [(e["ms"][ONE_PASS], e["ms"][TWO_PASSES], e) for e in entries if {ONE_PASS, TWO_PASSES} <= e["ms"].keys()]
+    if pixels:
+        sizes = {pixels_of(entry["problem"]) for _, _, entry in pairs}
+        near = {max((n for n in sizes if n <= pixels), default=0), min((n for n in sizes if n >= pixels), default=0)}
+        pairs = [pair for pair in pairs if pixels_of(pair[2]["problem"]) in near - {0}]
     for one, two, entry in pairs:
         if one["q1"] > two["q3"]:
             times = f"{one['median']:.3f} ms against {two['median']:.3f} ms"

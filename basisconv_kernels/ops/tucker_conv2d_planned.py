@@ -46,7 +46,9 @@ def _seen(input: Any, u_in: Any) -> Any:
     """What the torch op does not see of the operands of the first stage; None of what are none."""
     if input is None or u_in is None or input.dim() != 4 or input.layout is not torch.strided:
         return None
-    return memory_format(input), input.dtype, input.device, u_in.shape, u_in.dtype, u_in.device
+    # On a GPU the choice between one pass and two depends on the maps' size, and one pass has no plan.
+    maps = input.shape if input.is_cuda else None
+    return memory_format(input), maps, input.dtype, input.device, u_in.shape, u_in.dtype, u_in.device
 
 
 def remember(tensors: tuple[Any, ...], packed: Tensor, arguments: tuple[Any, ...], settings: tuple[Any, ...]) -> None:

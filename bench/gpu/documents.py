@@ -59,12 +59,12 @@ def _over_dense(rows: Mapping[str, Mapping[str, Any]], engine: str) -> str:
 
 
 def choice(entries: Sequence[Mapping[str, Any]], problem: Mapping[str, Any], step: str) -> str:
-    """What automatic choice takes by the table that these rows make: for weights, whatever batch and map size."""
+    """What automatic choice takes by the table that these rows make; of one pass and two in an eager call."""
     key = tuning._weights_key("", dict(problem))
     same = [e for e in entries if e["step"] == step and tuning._weights_key("", e["problem"]) == key]
     slower = {name for entry in same for name in tuning.slower_in(dict(entry))}
     known = {name for entry in same for name in entry["ms"]}
-    if model.against_one_pass(same) is not None:
+    if model.against_one_pass(same, model.pixels_of(problem)) is not None:
         slower.add(model.ONE_PASS)
     return next((name for name in (model.ONE_PASS, *OURS) if name in known - slower), PLAIN)
 

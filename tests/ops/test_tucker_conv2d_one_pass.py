@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -48,6 +50,31 @@ def test_one_pass_is_taken_where_it_was_measured_to_be_faster_and_never_slower(e
     assert found == told if told is None else found.startswith(told)
 
 
+SMALL, LARGE = entry((1, 2), (3, 4), N=1), entry((5, 6), (3, 4), N=32)
+EAGER_SMALL = entry((3, 4), (1, 2), way="eager", N=1)
+
+
+@pytest.mark.parametrize(
+    ("entries", "pixels", "takes_it"),
+    [
+        ([SMALL, LARGE], 0, False),
+        ([SMALL, LARGE], 1 * 56 * 56, True),
+        ([SMALL, LARGE], 1 * 7 * 7, True),
+        ([SMALL, LARGE], 2 * 56 * 56, False),
+        ([SMALL, LARGE], 32 * 56 * 56, False),
+        ([SMALL, LARGE], 64 * 56 * 56, False),
+        ([SMALL, LARGE, EAGER_SMALL], 1 * 56 * 56, False),
+        ([SMALL, entry((1, 2), (3, 4), N=8), LARGE], 4 * 56 * 56, True),
+        ([SMALL, entry((1, 2), (3, 4), N=8), LARGE], 16 * 56 * 56, False),
+        ([entry((5, 6), (3, 4), N=1), entry((1, 2), (3, 4), N=32)], 64 * 56 * 56, True),
+        ([SMALL, entry((1, 2), None, N=4), LARGE], 4 * 56 * 56, False),
+        ([SMALL, {**LARGE, "problem": {"N": "32"}}], 1 * 56 * 56, True),
+    ],
+)
+def test_a_call_of_known_size_asks_the_entries_next_to_it(entries, pixels, takes_it):
+    assert (model.against_one_pass(entries, pixels) is None) == takes_it
+
+
 def choice(monkeypatch, entries, problem=PROBLEM):
     """What a GPU with such a table, and kernels that passed their checks, would run."""
     monkeypatch.setattr(tuning, "entries_for", lambda *_: entries)
@@ -63,6 +90,68 @@ def test_automatic_choice(monkeypatch):
     assert choice(monkeypatch, [LIKE]) == "cuda"
     assert choice(monkeypatch, []) == "cuda"
     assert choice(monkeypatch, [entry((1, 2), (3, 4), plain=0.5)]) == "reference"
+
+
+def test_automatic_choice_by_size(monkeypatch):
+    rows = [SMALL, LARGE]
+    assert choice(monkeypatch, rows, replace(PROBLEM, N=1, H=56, W=56)) == "cuda_one_pass"
+    assert choice(monkeypatch, rows, replace(PROBLEM, N=8, H=56, W=56)) == "cuda"
+    assert choice(monkeypatch, rows) == "cuda", "one graph for all sizes"
+
+
+CHAINS = {64: 56, 128: 28, 256: 14, 512: 7}  # channels of the measured layers, and the side of their maps
+
+
+@pytest.mark.parametrize(
+    ("C", "N", "expected"),
+    [
+        (64, 0, "cuda"), (64, 1, "cuda_one_pass"), (64, 8, "cuda"), (64, 32, "cuda"),
+        (128, 0, "cuda_one_pass"), (128, 1, "cuda_one_pass"), (128, 32, "cuda_one_pass"),
+        (256, 0, "cuda"), (256, 1, "cuda"), (256, 32, "cuda_one_pass"),
+        (512, 0, "cuda"), (512, 1, "cuda"), (512, 32, "cuda"),
+    ],
+)  # fmt: skip
+def test_the_packages_table_of_an_h200(monkeypatch, C, N, expected):
+    table = json.loads((tuning.PACKAGED / "nvidia-h200-9.0.json").read_text(encoding="utf-8"))["entries"]
+    rows = [row for row in table if row["op"] == op.OP and row["problem"]["C"] == C]
+    assert len(rows) == 4
+    side = CHAINS[C] if N else 0
+    sized = replace(PROBLEM, C=C, K=C, rank_in=C // 4, Q=C // 4, N=N, H=side, W=side)
+    assert choice(monkeypatch, rows, sized) == expected
+
+
+def test_explain_says_it_of_the_size_it_is_asked_about(monkeypatch):
+    monkeypatch.setattr(tuning, "entries_for", lambda *_: [SMALL, LARGE])
+    monkeypatch.setattr(model.basis, "predicted_slower", lambda _: {})
+    monkeypatch.setattr(registry, "absent", lambda name: None if name.startswith(("cuda", "ref")) else "not here")
+    monkeypatch.setattr(selfcheck, "known", lambda variant: None)
+    small = diagnostics.explain(op.OP, replace(PROBLEM, N=1, H=56, W=56), None)
+    large = diagnostics.explain(op.OP, replace(PROBLEM, N=32, H=56, W=56), None)
+    assert (small["chosen"], large["chosen"]) == ("cuda_one_pass", "cuda")
+    assert large["slower"]["cuda_one_pass"].startswith("measured slower than two passes")
+
+
+class Shaped(NamedTuple):
+    """What the choice asks of a tensor on a GPU."""
+
+    shape: tuple[int, ...]
+    device: torch.device = torch.device("cuda")
+
+
+def test_traced_calls_and_those_on_a_processor_choose_for_every_size(monkeypatch):
+    assert op.known_maps(Shaped((1, 64, 56, 48))) == (1, 56, 48)
+    assert op.known_maps(Shaped((1, 64, 56, 48), torch.device("cpu"))) is None
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert op.known_maps(Shaped((1, 64, 56, 48))) is None
+
+
+def test_an_eager_call_states_its_size(monkeypatch):
+    seen = []
+    monkeypatch.setattr(op, "known_maps", lambda input: (3, 5, 7))
+    monkeypatch.setattr(op, "slower_than_plain", lambda problem: seen.append((problem.N, problem.H, problem.W)) or {})
+    x, u_in, core, u_out = (torch.zeros(s) for s in ((3, 8, 5, 7), (8, 4), (4, 4, 3, 3), (8, 4)))
+    op._normal_form(x, u_in, core, u_out, None, None, 1, 0, 1, None, False, None)
+    assert seen == [(3, 5, 7)]
 
 
 def test_other_devices_hear_nothing_of_it():
