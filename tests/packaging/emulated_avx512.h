@@ -89,6 +89,10 @@ inline __m512 _mm512_shuffle_f32x4(__m512 a, __m512 b, int picks) {
   float first[16], second[16], to[16];
   std::memcpy(first, &a, sizeof(first));
   std::memcpy(second, &b, sizeof(second));
-  for (int i = 0; i < 16; i++) to[i] = (i < 8 ? first : second)[(picks >> i / 4 * 2 & 3) * 4 + i % 4];
+  for (int i = 0; i < 16; i++) {
+    // A pointer, since GCC 12 under UBSan computes the index of (condition ? array : array)[index] in one branch alone.
+    const float* from = i < 8 ? first : second;
+    to[i] = from[(picks >> i / 4 * 2 & 3) * 4 + i % 4];
+  }
   return emulated::load<__m512>(to, 0xffff);
 }
