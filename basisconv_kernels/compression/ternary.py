@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from basisconv_kernels.compression import ternary_layers, ternary_report, ternary_state
+from basisconv_kernels.compression import epochs, ternary_layers, ternary_report, ternary_state
 from basisconv_kernels.compression.methods import Method, Task, register_method
+from basisconv_kernels.compression.outside_reads import outside_reads
 from basisconv_kernels.compression.report import LayerReport
 from basisconv_kernels.compression.survey import ConvLayer, evaluating, survey
 from basisconv_kernels.compression.ternary_config import TernaryConfig
 from basisconv_kernels.compression.ternary_report import TernaryReport
 from basisconv_kernels.compression.ternary_state import Position, State
-from basisconv_kernels.compression.ternary_train import Trainer
+from basisconv_kernels.compression.ternary_train import Trainer, moved
 from basisconv_kernels.core.errors import ArchitectureError
 from basisconv_kernels.layers.decompose import break_even
 from basisconv_kernels.layers.ternary import TernaryLayer
@@ -35,7 +37,8 @@ def train_layerwise(
        is trained, the constrained layers with straight-through gradients. If accuracy is then below
        ``baseline − bound``, everything is put back as it was before that layer, which keeps its float weights.
 
-    With ``config.state`` the run can be killed at any moment and goes on with the next call, to the same bits.
+    Layers that the code of the network reads beside calling them, as a first batch shows, keep theirs too. With
+    ``config.state`` the run can be killed at any moment and goes on with the next call, to the same bits.
 
     Args:
         model (Module): trained, dense.
@@ -57,7 +60,8 @@ def train_layerwise(
         raise ValueError("train_layerwise: config must be a TernaryConfig with method='layerwise'")
     kept = torch.get_rng_state(), random.getstate()
     try:
-        run = _Run(model if inplace else copy.deepcopy(model), config, None)
+        target = model if inplace else copy.deepcopy(model)
+        run = _Run(target, config, None, outside_reads(target, _one_batch(target, config)))
         run.go()
     finally:
         torch.set_rng_state(kept[0])
@@ -65,12 +69,22 @@ def train_layerwise(
     return run.model, run.report()
 
 
+def _one_batch(model: nn.Module, config: TernaryConfig) -> Any:
+    """Inputs of the first batch, as one positional argument; none where the loader gives none, which training says."""
+    place = next((p.device for p in model.parameters()), torch.device("cpu"))
+    for inputs, _ in epochs.begin(config.loader, config.seed):
+        return (moved(inputs, place),)
+    return ()
+
+
 class _Run:
     """One run: the network, its masks and where it is."""
 
-    def __init__(self, model: nn.Module, config: TernaryConfig, allowed: frozenset[str] | None) -> None:
+    def __init__(
+        self, model: nn.Module, config: TernaryConfig, allowed: frozenset[str] | None, read: Mapping[str, str]
+    ) -> None:
         self.model, self.config = model, config
-        self.layers = ternary_layers.weighted_layers(model, linear=config.linear)
+        self.layers = ternary_layers.weighted_layers(model, read, linear=config.linear)
         self.open = [
             layer for layer in self.layers if layer.against is None and (allowed is None or set(layer.names) & allowed)
         ]
@@ -261,18 +275,17 @@ def convert(target: nn.Module, config: TernaryConfig, task: Task) -> tuple[nn.Mo
     layers = survey(target, task.example_inputs)
     reasons = {layer.name: task.why_not(layer) for layer in layers}
     linear = config.linear and task.named is None and task.only is None
-    found = {layer.name: layer for layer in ternary_layers.weighted_layers(target, linear=linear)}
+    found = {layer.name: layer for layer in ternary_layers.weighted_layers(target, task.read, linear=linear)}
     allowed = {
         name
         for name, layer in found.items()
         if layer.against is None
         and reasons.get(name) is None
-        and name not in task.read
         and (task.filter_fn is None or name in reasons or task.filter_fn(name, layer.module))
         and not (task.skip is not None and name not in reasons and set(layer.names) & task.skip)
     }
     if config.method == "layerwise":
-        run = _Run(target, config, frozenset(allowed))
+        run = _Run(target, config, frozenset(allowed), task.read)
         run.go()
         target = run.model
         notes = {row.name: _note(row.reason, row.density, row.scale) for row in run.report().layers}

@@ -32,8 +32,14 @@ class Weighted:
         return 0 if weight is None else weight.numel()
 
 
-def weighted_layers(model: nn.Module, *, linear: bool = True) -> list[Weighted]:
-    """The convolutions and linear layers of a network, in the order of its modules."""
+def weighted_layers(model: nn.Module, read: Mapping[str, str], *, linear: bool = True) -> list[Weighted]:
+    """The convolutions and linear layers of a network, in the order of its modules.
+
+    Args:
+        model: the network.
+        read: of ``outside_reads``: layers that nothing can stand in the place of, by first name.
+        linear: whether linear layers count.
+    """
     places: dict[nn.Module, list[str]] = {}
     kinds = (nn.modules.conv._ConvNd, nn.Linear) if linear else (nn.modules.conv._ConvNd,)
     for name, module in model.named_modules(remove_duplicate=False):
@@ -47,6 +53,7 @@ def weighted_layers(model: nn.Module, *, linear: bool = True) -> list[Weighted]:
         first = owners.setdefault(id(weight), names[0]) if weight is not None else names[0]
         if against is None and first != names[0]:
             against = f"shares its weight parameter with {first}"
+        against = against or read.get(names[0])
         found.append(Weighted(names[0], tuple(names), module, against))
     return found
 

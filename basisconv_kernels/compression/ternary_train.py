@@ -89,7 +89,7 @@ class Trainer:
                 if position.step and random_state is not None:
                     torch.set_rng_state(random_state)
                 for inputs, targets in batches:
-                    self._step(_moved(inputs, place), _moved(targets, place), position)
+                    self._step(moved(inputs, place), moved(targets, place), position)
                     if position.step == self.config.max_steps:
                         break
                     if time.monotonic() - last >= self.config.save_every:
@@ -141,5 +141,6 @@ class Trainer:
                 module.training = flag
 
 
-def _moved(value: Any, device: torch.device) -> Any:
+def moved(value: Any, device: torch.device) -> Any:
+    """A batch, or part of one, on a device, if it is of a kind that moves."""
     return value.to(device) if hasattr(value, "to") else value

@@ -16,6 +16,7 @@ from basisconv_kernels.compression.model import compress
 from basisconv_kernels.compression.outside_reads import outside_reads
 from basisconv_kernels.compression.prune_config import PruneConfig
 from basisconv_kernels.compression.stacked_binary import StackedBinaryConfig
+from basisconv_kernels.compression.ternary import train_layerwise
 from basisconv_kernels.compression.ternary_config import TernaryConfig
 from basisconv_kernels.compression.tucker_config import TuckerConfig
 from basisconv_kernels.layers.basis_conv2d import BasisConv2d
@@ -169,6 +170,22 @@ def test_pytorchs_own_encoder_layer_reads_its_linear_layers():
     model, _ = compress(nn.Sequential(net), TernaryConfig(method="twn"), example_inputs=tokens)
     layers = {name: type(module) for name, module in model.named_modules()}
     assert (layers["0.0.linear1"], layers["0.0.linear2"], layers["0.1"]) == (nn.Linear, nn.Linear, TernaryLinear)
+
+
+def test_layerwise_training_leaves_them_too():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), nn.Flatten(), nn.Linear(160, 3))
+    tokens, targets = torch.randn(8, 5, 32), torch.randint(3, (8,))
+    config = TernaryConfig(loader=[(tokens, targets)], evaluate=lambda model: float(model(tokens).isfinite().all()))
+    model, report = train_layerwise(net, config)
+    assert {row.name: row.reason for row in report.layers} == {
+        "0.self_attn.out_proj": "is a NonDynamicallyQuantizableLinear, a subclass of Linear whose forward may differ",
+        "0.linear1": WEIGHT,
+        "0.linear2": WEIGHT,
+        "2": "",
+    }
+    assert type(model[2]) is TernaryLinear
+    assert type(model[0].linear1) is nn.Linear
 
 
 def test_a_result_that_does_not_run_is_no_result(image):
