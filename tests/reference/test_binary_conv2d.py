@@ -44,6 +44,18 @@ def test_sums_are_those_of_loops(case):
     assert torch.equal(reference.integer_sums(values, signs, settings), naive.sums(case.problem, values, signs))
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("H", "W", "R", "S", "K"), [(3, 5, 2, 5, 1), (5, 6, 2, 5, 3), (2, 3, 1, 2, 26)])
+def test_one_channel_and_one_output_a_row(H, W, R, S, K, layout):
+    case = testing.binary_case("odd_sizes").at(
+        N=2, C=1, H=H, W=W, K=K, R=R, S=S, stride=(1, 2), padding=(0, 0, 0, 0), dilation=(1, 1), groups=1
+    )
+    values, signs, settings = operands(case)
+    expected = naive.sums(case.problem, values, signs)
+    placed = [t.clone(memory_format=layout) for t in (values, signs)]
+    assert torch.equal(reference.integer_sums(*placed, settings), expected)
+
+
 def conv(values, filters, settings):
     padded, pad = reference.padded_values(values, settings.padding, 0)
     out = F.conv2d(padded.double(), filters.double(), None, settings.stride, pad, settings.dilation, settings.groups)
