@@ -36,7 +36,8 @@ PLAIN_FACTOR = 2.0
 # for 16-bit dtypes, where a changed order of summation may flip one rounding of the result and one of Z.
 WORST_FLOOR_ROUNDINGS = 4.0
 MEAN_FLOOR_ROUNDINGS = 1.0
-# The mean over few elements scatters: n of them raise its floor by the factor 1 + this/√n.
+# The mean over few elements scatters: n of them raise its floor by the factor 1 + this/√n. Those that padding alone
+# reaches have no error in any order of summation and are not among the n.
 MEAN_SCATTER = 8.0
 
 # Winograd: absolute sums of its transforms over those of the nine products, and how many pixels to the side of an
@@ -331,7 +332,8 @@ def allowed_beside_plain(plain_error: Tensor, bound: Bound, dtype: torch.dtype) 
         return float("inf"), float("inf")
     u = UNIT_ROUNDOFF[dtype]
     worst = worst_beside_plain(plain_error.max().item(), bound.partial_sums.max().item(), dtype)
-    floor = MEAN_FLOOR_ROUNDINGS * (1.0 + MEAN_SCATTER / sqrt(plain_error.numel()))
+    inexact = max(1, int(bound.partial_sums.count_nonzero()))
+    floor = MEAN_FLOOR_ROUNDINGS * (1.0 + MEAN_SCATTER / sqrt(inexact))
     return worst, PLAIN_FACTOR * mean_square(plain_error) + floor * u * mean_square(bound.partial_sums)
 
 
