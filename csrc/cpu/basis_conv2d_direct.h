@@ -104,10 +104,8 @@ static void run_direct(const BasisConv2dParams& params, const CpuPlan& plan, flo
     }
     if constexpr (Slots::kValues == 1) {
       if (!w.precise) round_maps<T>(z, rows * z_row);
-    } else if (const int64_t real = w.Q / w.groups, read = w.groups == 1 ? 2 * pack.slots : pack.maps; real < read) {
-      // Maps that only fill up pairs: an infinite input times a filter of zeros is NaN.
-      for (int64_t at = 0; at < rows * z_row; at += pack.maps) memset(z + at + real, 0, (read - real) * sizeof(Value));
     }
+    clear_filling(w, pack, z, rows * z_row);
     recombination.run(z, all_maps, n, oy * params.OW, rows * params.OW);
     unit += rows;
   }

@@ -8,6 +8,14 @@
 namespace basisconv {
 namespace BASISCONV_ISA {
 
+// Maps that only fill up registers, or pairs, and are read between those of two groups or behind the last: zeros, as an
+// infinite input times a filter of zeros is NaN.
+static inline void clear_filling(const BasisConv2dWeights& w, const CpuPack& pack, Slots::Value* z, int64_t values) {
+  const int64_t real = w.Q / w.groups, read = w.groups == 1 ? Slots::kValues * pack.slots : pack.maps;
+  if (real >= read) return;
+  for (int64_t at = 0; at < values; at += pack.maps) memset(z + at + real, 0, (read - real) * sizeof(Slots::Value));
+}
+
 template <typename T>
 struct Stage2Planar {
   const Slots::Value* turned;        // [slots][2 * width][values of a slot]: z of up to 2 * width pixels

@@ -265,6 +265,7 @@ struct Winograd {
       }
     }
     if (!params.weights.precise) round_maps<T>(z, filled * all_maps);
+    clear_filling(params.weights, plan.pack, z, filled * all_maps);
     // Recombine runs of pixels that are neighbours in the result: whole rows join, row pieces stand alone.
     int64_t begin = 0, pixels = 0, run_n = 0, run_pixel = 0;
     for (int64_t t = 0; t < tiles;) {

@@ -92,9 +92,10 @@ def test_the_raw_op_protects_memory(change):
 
 @pytest.mark.parametrize(("Q", "groups"), [(4, 1), (5, 1), (6, 2)])
 @pytest.mark.parametrize("channels_last", [True, False])
-def test_filling_up_registers_makes_no_nan_of_an_infinity(Q, groups, channels_last):
-    """Maps that only fill up a register of bfloat16 have filters of zeros, and zero times infinity is not zero."""
-    x = torch.ones(1, 64 * groups, 5, 6, dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_filling_up_registers_makes_no_nan_of_an_infinity(Q, groups, channels_last, dtype):
+    """Maps that only fill up a register have filters of zeros, and zero times infinity is not zero."""
+    x = torch.ones(1, 64 * groups, 5, 6, dtype=dtype)
     x[0, 3, 2, 2] = float("inf")
     if channels_last:
         x = x.to(memory_format=torch.channels_last)
