@@ -119,7 +119,7 @@ def instruction_sets() -> dict[str, InstructionSet]:
             "amx",
             AMX_KERNELS,
             ["-DBASISCONV_AVX512", "-DBASISCONV_PAIRS", *amx],
-            "_tile_dpbf16ps(0, 1, 2); _tile_dpbusd(3, 4, 5); return v;",
+            "_tile_dpbf16ps(0, 1, 2); _tile_dpbssd(3, 4, 5); return v;",
         ),
     ):
         sets[name] = InstructionSet(sources, options, f"#include <immintrin.h>\n__m256 probe(__m256 v) {{ {body} }}")

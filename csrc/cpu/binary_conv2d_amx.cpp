@@ -1,10 +1,11 @@
 // binary_conv2d on the matrix unit of x86 (AMX): products of 16x64 by 64x16 tiles of bytes.
 //
-// A pixel's channel is its bit or code as a byte, zero outside the image; a filter's is 1 - 2w, expanded from the words
-// that the counting kernels read, once a pass, into tiles that stay in the cache. Output pixels are numbered through
-// the padded rows of a pass: 16 of them in a row are one tile load, whichever rows they lie in, and what falls between
-// the rows is not stored. All planes of a code are one product. Wins where a tile has enough to multiply: see
-// binary_plan. Test: tests/packaging/test_binary_without_torch.py. Bench: python -m bench run --suite C5 --suite C6.
+// A pixel's channel is its sign or code as a byte, the padding value outside the image; a filter's is 1 - 2w, the sign
+// turned round, expanded from the words that the counting kernels read, once a pass, into tiles that stay in the cache.
+// Output pixels are numbered through the padded rows of a pass: 16 of them in a row are one tile load, whichever rows
+// they lie in, and what falls between the rows is not stored. All planes of a code are one product. Wins where a tile
+// has enough to multiply: see binary_plan. Test: tests/packaging/test_binary_without_torch.py. Bench: python -m bench
+// run --suite C5 --suite C6.
 #include "binary_conv2d.h"
 #include "binary_conv2d_lines.h"
 #include "binary_conv2d_pack.h"
@@ -51,16 +52,27 @@ struct Band {
         if (0 <= y && y < p.H) {
           row(n, y, to);
         } else {
-          zeros(to);
+          outside_row(to);
         }
       }
     }
   }
 
-  void zeros(uint8_t* to) const {
+  // Bit i: whether channel i of this chunk is one of the group's; the others are zero everywhere.
+  __mmask64 channels(int64_t chunk) const {
+    const int64_t left = p.weights.C / p.weights.groups - chunk % plan.chunks * kTileChannels;
+    return left < kTileChannels ? (__mmask64{1} << left) - 1 : ~__mmask64{0};
+  }
+  __m512i outside(int64_t chunk) const {
+    return _mm512_maskz_mov_epi8(channels(chunk), _mm512_set1_epi8(static_cast<char>(p.padding_value)));
+  }
+
+  void outside_row(uint8_t* to) const {
     for (int64_t c = 0; c < p.weights.groups * plan.chunks; c++) {
+      const __m512i value = outside(c);
       for (int64_t phase = 0; phase < p.stride_w; phase++) {
-        memset(to + c * plan.chunk_bytes + phase * plan.phase_bytes, 0, plan.columns * kTileChannels);
+        uint8_t* pixel = to + c * plan.chunk_bytes + phase * plan.phase_bytes;
+        for (int64_t x = 0; x < plan.columns; x++) _mm512_storeu_si512(pixel + x * kTileChannels, value);
       }
     }
   }
@@ -75,7 +87,7 @@ struct Band {
           const int64_t bytes_left = (words - 2 * c) * 4;
           for (int64_t phase = 0; phase < p.stride_w; phase++) {
             if (!reads(p.weights.S, p.dilation_w, p.stride_w, phase)) continue;
-            pixels(of_group + 2 * c, bytes_left < 8 ? 4 : 8, plane, phase,
+            pixels(of_group + 2 * c, bytes_left < 8 ? 4 : 8, plane, phase, c,
                    to + (g * plan.chunks + c) * plan.chunk_bytes + phase * plan.phase_bytes);
           }
         }
@@ -83,22 +95,26 @@ struct Band {
     }
   }
 
-  // Every stride-th pixel: the bits of plane 0 become bytes, those of a later one are added to them.
-  void pixels(const uint32_t* bits, size_t size, int32_t plane, int64_t phase, uint8_t* to) const {
+  // Every stride-th pixel: signs become bytes; the bits of a code are added up, plane by plane.
+  void pixels(const uint32_t* bits, size_t size, int32_t plane, int64_t phase, int64_t chunk, uint8_t* to) const {
     const int64_t words = words_for(p.weights.C / p.weights.groups);
     const __m512i value = _mm512_set1_epi8(static_cast<char>(1 << plane)), zero = _mm512_setzero_si512();
+    const __m512i minus = p.codes ? zero : _mm512_maskz_mov_epi8(channels(chunk), _mm512_set1_epi8(-1));
+    const __m512i beside = outside(chunk);
     int64_t x = phase - p.pad_left;
     for (int64_t i = 0; i < plan.columns; i++, x += p.stride_w, to += kTileChannels) {
+      if (x < 0 || x >= p.W) {
+        _mm512_storeu_si512(to, beside);
+        continue;
+      }
       uint64_t set = 0;
-      if (0 <= x && x < p.W) {
-        if (size == 8) {
-          memcpy(&set, bits + x * words, 8);
-        } else {
-          memcpy(&set, bits + x * words, 4);
-        }
+      if (size == 8) {
+        memcpy(&set, bits + x * words, 8);
+      } else {
+        memcpy(&set, bits + x * words, 4);
       }
       const __m512i before = plane == 0 ? zero : _mm512_loadu_si512(to);
-      _mm512_storeu_si512(to, _mm512_mask_add_epi8(before, set, before, value));
+      _mm512_storeu_si512(to, _mm512_mask_add_epi8(plane == 0 ? minus : before, set, before, value));
     }
   }
 };
@@ -154,18 +170,18 @@ struct Tiles {
       const uint8_t* of_pixels = pixels + products[i].pixels;
       _tile_loadd(6, place(i), kTileChannels);
       _tile_loadd(4, of_pixels, kTileChannels);
-      _tile_dpbusd(0, 4, 6);
+      _tile_dpbssd(0, 4, 6);
       if constexpr (T > 1) {
         _tile_loadd(5, of_pixels + kTileBytes, kTileChannels);
-        _tile_dpbusd(1, 5, 6);
+        _tile_dpbssd(1, 5, 6);
       }
       if constexpr (T > 2) {
         _tile_loadd(4, of_pixels + 2 * kTileBytes, kTileChannels);
-        _tile_dpbusd(2, 4, 6);
+        _tile_dpbssd(2, 4, 6);
       }
       if constexpr (T > 3) {
         _tile_loadd(5, of_pixels + 3 * kTileBytes, kTileChannels);
-        _tile_dpbusd(3, 5, 6);
+        _tile_dpbssd(3, 5, 6);
       }
     }
     _tile_stored(0, raw, kSide * 4);

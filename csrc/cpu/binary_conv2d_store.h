@@ -72,22 +72,20 @@ static BASISCONV_INLINE int64_t place_of(const BinaryConv2dParams& p, const Spot
 static BASISCONV_INLINE void store_sums(const BinaryConv2dParams& p, const Spot& at, const int32_t* raw) {
   int64_t step;
   int32_t* to = static_cast<int32_t*>(p.output) + place_of(p, at, step);
-  const int32_t factor = p.codes ? 1 : 2;
   if (step == 1) {
-    for (int64_t i = 0; i < at.count; i++) to[i] = at.table[i] - factor * raw[i];
+    for (int64_t i = 0; i < at.count; i++) to[i] = at.table[i] - p.factor * raw[i];
   } else {
-    for (int64_t i = 0; i < at.count; i++) to[i * step] = at.table[i] - factor * raw[i];
+    for (int64_t i = 0; i < at.count; i++) to[i * step] = at.table[i] - p.factor * raw[i];
   }
 }
 
 template <typename T>
 static BASISCONV_INLINE void store_floats(const BinaryConv2dParams& p, const Spot& at, const int32_t* raw,
                                           float* values) {
-  const int32_t factor = p.codes ? 1 : 2;
   const float pixel = p.pixel_scale == nullptr ? 1.0f : p.pixel_scale[(at.n * p.OH + at.y) * p.OW + at.x];
   const float *scale = p.scale + at.k, *bias = p.bias + at.k;
   for (int64_t i = 0; i < at.count; i++) {
-    values[i] = static_cast<float>(at.table[i] - factor * raw[i]) * scale[i] * pixel + bias[i];
+    values[i] = static_cast<float>(at.table[i] - p.factor * raw[i]) * scale[i] * pixel + bias[i];
   }
   // Clamps that keep a NaN, which scale or bias may hold.
   if (p.activation != BinaryActivation::none) {
@@ -134,7 +132,7 @@ static BASISCONV_INLINE bool store_registers(const BinaryConv2dParams& p, const 
     return true;
   }
   if (at.count % 16 != 0 || !p.channels_last) return false;
-  const int shift = p.codes ? 0 : 1;
+  const int shift = p.factor == 2 ? 1 : 0;
   const auto sums = [&](int64_t i, int64_t f) {
     const __m512i table = _mm512_loadu_si512(table_of_row + classes[i] * class_size + f);
     return _mm512_sub_epi32(table, _mm512_slli_epi32(_mm512_loadu_si512(raw + i * block + f), shift));

@@ -14,9 +14,6 @@ void add_counts(int32_t* to, const int32_t* counts, int32_t times, int64_t size)
   switch (times) {
     case 0:
       return;
-    case -2:
-      for (int64_t k = 0; k < size; k++) to[k] -= 2 * counts[k];
-      return;
     case 2:
       for (int64_t k = 0; k < size; k++) to[k] += 2 * counts[k];
       return;
@@ -25,10 +22,7 @@ void add_counts(int32_t* to, const int32_t* counts, int32_t times, int64_t size)
   }
 }
 
-}  // namespace
-
-BinaryClasses binary_classes(int64_t outputs, int64_t stride, int64_t pad, int64_t dilation, int64_t taps,
-                             int64_t size) {
+BinaryClasses classes_of(int64_t outputs, int64_t stride, int64_t pad, int64_t dilation, int64_t taps, int64_t size) {
   BinaryClasses found;
   found.of.reserve(outputs);
   for (int64_t o = 0; o < outputs; o++) {
@@ -54,20 +48,14 @@ BinaryClasses binary_classes(int64_t outputs, int64_t stride, int64_t pad, int64
 //   a row outside                        skipped: v shall get d
 // For codes 2 * popc(a & w) - popc(a) = c - popc(a ^ w) for each plane, right outside too, where a = 0: the table gets
 // (2^planes - 1) * c of every computed tap.
-//
-// Where raw is products, a * (1 - 2w) of every tap with bits a of 0 or 1, a tap inside the image shall add to v
-// (2a - 1) * (2w - 1) = -2 * a * (1 - 2w) + 1 - 2w: the table gets L - 2c. Outside a is 0 and v shall get d. With codes
-// v is -raw.
-void binary_table(const BinaryConv2dParams& p, const BinaryPack& pack, BinaryRaw raw, const BinaryClasses& rows,
-                  const BinaryClasses& columns, const int32_t* counts, int32_t* table) {
-  const bool products = raw == BinaryRaw::products;
+void fill_table(const BinaryConv2dParams& p, const BinaryPack& pack, const BinaryClasses& rows,
+                const BinaryClasses& columns, const int32_t* counts, int32_t* table) {
   const BinaryConv2dWeights& w = p.weights;
   const int32_t L = static_cast<int32_t>(w.C / w.groups), value = p.padding_value, codes = (1 << p.planes) - 1;
   const int64_t size = pack.padded;
   for (size_t row = 0; row < rows.lo.size(); row++) {
     for (size_t column = 0; column < columns.lo.size(); column++) {
       for (int64_t g = 0; g < w.groups; g++, table += size) {
-        std::fill(table, table + size, 0);
         int32_t constants = 0;
         for (int64_t r = 0; r < w.R; r++) {
           const bool computed = rows.lo[row] <= r && r <= rows.hi[row];
@@ -76,11 +64,11 @@ void binary_table(const BinaryConv2dParams& p, const BinaryPack& pack, BinaryRaw
             const int32_t* c = counts + ((g * w.R + r) * w.S + s) * size;
             int32_t constant, per_bit;
             if (p.codes) {
-              constant = 0, per_bit = computed && !products ? codes : 0;
+              constant = 0, per_bit = computed ? codes : 0;
             } else if (computed && inside) {
-              constant = L, per_bit = products ? -2 : 0;
+              constant = L, per_bit = 0;
             } else {
-              constant = -value * L, per_bit = 2 * value + (computed && !products ? 2 : 0);
+              constant = -value * L, per_bit = 2 * value + (computed ? 2 : 0);
             }
             constants += constant;
             add_counts(table, c, per_bit, size);
@@ -90,6 +78,26 @@ void binary_table(const BinaryConv2dParams& p, const BinaryPack& pack, BinaryRaw
       }
     }
   }
+}
+
+// All outputs in one class.
+BinaryClasses one_class(int64_t outputs) { return {std::vector<int32_t>(outputs, 0), {0}, {-1}}; }
+
+}  // namespace
+
+BinaryBorders binary_borders(const BinaryConv2dParams& p, const BinaryPlan& plan, const int32_t* counts) {
+  const BinaryConv2dWeights& w = p.weights;
+  const int64_t size = w.groups * plan.pack.padded;
+  if (plan.raw == BinaryRaw::products) {
+    return {one_class(p.OH), one_class(p.OW), 1, std::vector<int32_t>(size, 0)};
+  }
+  BinaryBorders found{classes_of(p.OH, p.stride_h, p.pad_top, p.dilation_h, w.R, p.H),
+                      classes_of(p.OW, p.stride_w, p.pad_left, p.dilation_w, w.S, p.W),
+                      p.codes ? 1 : 2,
+                      {}};
+  found.table.assign(found.rows.count() * found.columns.count() * size, 0);
+  fill_table(p, plan.pack, found.rows, found.columns, counts, found.table.data());
+  return found;
 }
 
 // v >= t  <=>  factor * raw <= T - t  <=>  raw <= floor((T - t) / factor)
@@ -102,7 +110,7 @@ void binary_limits(const BinaryConv2dParams& p, const BinaryPack& pack, int64_t 
   const BinaryConv2dWeights& w = p.weights;
   const int64_t size = w.groups * pack.padded;
   const int32_t most = static_cast<int32_t>(w.C / w.groups * w.R * w.S) * (p.codes ? (1 << p.planes) - 1 : 1);
-  const int32_t shift = p.codes ? 0 : 1;
+  const int32_t shift = p.factor == 2 ? 1 : 0;
   std::vector<int32_t> bound(size);
   for (int64_t k = 0; k < size; k++) bound[k] = std::clamp(threshold[k], -most - 1, most + 1) - flip[k];
   for (int64_t i = 0; i < classes; i++, table += size) {

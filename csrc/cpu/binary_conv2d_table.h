@@ -11,14 +11,17 @@ namespace basisconv {
 struct BinaryClasses {
   std::vector<int32_t> of;      // class of each output row or column
   std::vector<int32_t> lo, hi;  // of each class
+  int64_t count() const { return static_cast<int64_t>(lo.size()); }
 };
-BinaryClasses binary_classes(int64_t outputs, int64_t stride, int64_t pad, int64_t dilation, int64_t taps,
-                             int64_t size);
 
-// The table of the contract, from the counts of the packed weights. `table` is [rows][columns][groups * padded].
-void binary_table(const BinaryConv2dParams& params, const BinaryPack& pack, BinaryRaw raw, const BinaryClasses& rows,
-                  const BinaryClasses& columns, const int32_t* counts, int32_t* table);
-// Turn it into limits: bit = (raw <= limit) ^ flip is v >= threshold, or v <= threshold for flipped outputs.
+// The factor and the table of the contract for what a plan counts or multiplies, from the counts of the packed weights.
+struct BinaryBorders {
+  BinaryClasses rows, columns;
+  int32_t factor;
+  std::vector<int32_t> table;  // [rows][columns][groups * padded]
+};
+BinaryBorders binary_borders(const BinaryConv2dParams& params, const BinaryPlan& plan, const int32_t* counts);
+// Turn a table into limits: bit = (raw <= limit) ^ flip is v >= threshold, or v <= threshold for flipped outputs.
 // `threshold` and `flip` are [groups * padded].
 void binary_limits(const BinaryConv2dParams& params, const BinaryPack& pack, int64_t classes, const int32_t* threshold,
                    const int32_t* flip, int32_t* table);

@@ -187,24 +187,23 @@ Tensor run(const BinaryCall& call, const Tensor* packed, const BinarySettings& s
   const int64_t threads = wanted < 1 ? 1 : wanted < most ? wanted : most;
   const BinaryPlan plan = binary_plan(p, layout, isa, threads);
 
-  const BinaryClasses rows = binary_classes(p.OH, p.stride_h, p.pad_top, p.dilation_h, w.R, p.H);
-  const BinaryClasses columns = binary_classes(p.OW, p.stride_w, p.pad_left, p.dilation_w, w.S, p.W);
-  const int64_t classes = static_cast<int64_t>(rows.lo.size() * columns.lo.size());
-  std::vector<int32_t> table(classes * w.groups * layout.padded), flipped(w.groups * layout.padded, 0);
-  binary_table(p, layout, plan.raw, rows, columns, static_cast<const int32_t*>(p.packed), table.data());
+  BinaryBorders borders = binary_borders(p, plan, static_cast<const int32_t*>(p.packed));
+  p.factor = borders.factor;
+  std::vector<int32_t> flipped(w.groups * layout.padded, 0);
   if (p.output_type == BinaryOutput::packed) {
     std::vector<int32_t> bounds(w.groups * layout.padded, 0);
     if (threshold) {
       bounds = spread<int32_t>(*threshold, w, layout, 1);
       flipped = spread<bool>(*flip, w, layout, -1);
     }
-    binary_limits(p, layout, classes, bounds.data(), flipped.data(), table.data());
+    binary_limits(p, layout, borders.rows.count() * borders.columns.count(), bounds.data(), flipped.data(),
+                  borders.table.data());
   }
-  p.table = table.data();
+  p.table = borders.table.data();
   p.flip = flipped.data();
-  p.row_class = rows.of.data();
-  p.column_class = columns.of.data();
-  p.column_classes = static_cast<int64_t>(columns.lo.size());
+  p.row_class = borders.rows.of.data();
+  p.column_class = borders.columns.of.data();
+  p.column_classes = borders.columns.count();
 
   const CpuBinaryConv2d kernels = kernels_for(plan.raw);
   torch::stable::parallel_for(0, plan.units, (plan.units + threads - 1) / threads, [&](int64_t begin, int64_t end) {

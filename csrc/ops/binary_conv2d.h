@@ -9,9 +9,8 @@
 //   v = table[row class][column class][k] - factor * raw
 //
 // and everything about borders and padding values stands in the table (binary_conv2d_table.h): factor is 2 for signs, 1
-// for codes. A kernel that multiplies instead sums up raw = b * (1 - 2w') over all taps, b the bit or code as a number,
-// 0 outside the image, and w' the bit of the filter: the same formula with another table. For packed output the table
-// holds limits instead: bit = (raw <= limit) ^ flip.
+// for codes. A kernel that multiplies instead has raw = -v: the same formula with one class, a table of zeros and a
+// factor of 1. For packed output the table holds limits instead: bit = (raw <= limit) ^ flip.
 #pragma once
 #include <cstdint>
 
@@ -41,6 +40,7 @@ struct BinaryConv2dParams {
   const void* input;  // real, with strides; or words [N, planes, H, W, words_for(C)], dense
   int64_t input_stride_n, input_stride_c, input_stride_h, input_stride_w;  // elements, of a real input
   const void* packed;                                                      // weights: see csrc/cpu/binary_conv2d_plan.h
+  int32_t factor;
   const int32_t* table;         // [row classes][column classes][groups * padded filters of a group]
   const int32_t* flip;          // [groups * padded filters of a group]: 0 or -1; packed output only
   const int32_t* row_class;     // [OH]

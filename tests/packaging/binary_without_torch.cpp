@@ -1,6 +1,6 @@
-// The CPU kernels of binary_conv2d on seeded geometries against plain loops, in one program without torch or Python: for
-// instruction sets that this processor lacks (emulated), and for reads and writes that no sanitizer sees. Compiled by
-// test_binary_without_torch.py.
+// The CPU kernels of binary_conv2d on seeded geometries against plain loops, in one program without torch or Python:
+// for instruction sets that this processor lacks (emulated), and for reads and writes that no sanitizer sees. Compiled
+// by test_binary_without_torch.py.
 //
 // Every array that a kernel gets ends or begins at a page that may not be touched. Whole numbers and bits are compared;
 // floats are multiples of halves, exact in any order. Usage: binary_without_torch SEED GEOMETRIES. Exit status 1 and
@@ -147,7 +147,9 @@ bool check(Random random) {
   for (int64_t k = 0; k < w.K; k++) {
     const int64_t at = k / filters * pack.padded + k % filters;
     const int64_t kind = random.between(0, 9);
-    threshold[at] = kind == 0 ? INT32_MIN : kind == 1 ? INT32_MAX : sums[k] + static_cast<int32_t>(random.between(-2, 2));
+    threshold[at] = kind == 0   ? INT32_MIN
+                    : kind == 1 ? INT32_MAX
+                                : sums[k] + static_cast<int32_t>(random.between(-2, 2));
     flip[at] = random.coin() ? -1 : 0;
   }
   const int64_t output_words = words_for(w.K);
@@ -187,18 +189,16 @@ bool check(Random random) {
   p.scale = fenced_scale.data();
   p.bias = fenced_bias.data();
   p.pixel_scale = fenced_pixel.data();
-  const BinaryClasses rows = binary_classes(p.OH, p.stride_h, p.pad_top, p.dilation_h, w.R, p.H);
-  const BinaryClasses columns = binary_classes(p.OW, p.stride_w, p.pad_left, p.dilation_w, w.S, p.W);
-  const int64_t classes = static_cast<int64_t>(rows.lo.size() * columns.lo.size());
-  std::vector<int32_t> table(classes * w.groups * pack.padded);
-  binary_table(p, pack, plan.raw, rows, columns, static_cast<const int32_t*>(p.packed), table.data());
-  if (bits) binary_limits(p, pack, classes, threshold.data(), flip.data(), table.data());
-  Fenced<int32_t> fenced_table(table, behind), fenced_flip(flip, behind);
+  BinaryBorders borders = binary_borders(p, plan, static_cast<const int32_t*>(p.packed));
+  p.factor = borders.factor;
+  const int64_t classes = borders.rows.count() * borders.columns.count();
+  if (bits) binary_limits(p, pack, classes, threshold.data(), flip.data(), borders.table.data());
+  Fenced<int32_t> fenced_table(borders.table, behind), fenced_flip(flip, behind);
   p.table = fenced_table.data();
   p.flip = fenced_flip.data();
-  p.row_class = rows.of.data();
-  p.column_class = columns.of.data();
-  p.column_classes = static_cast<int64_t>(columns.lo.size());
+  p.row_class = borders.rows.of.data();
+  p.column_class = borders.columns.of.data();
+  p.column_classes = borders.columns.count();
 
   const int64_t share = (plan.units + threads - 1) / threads;
   for (int64_t begin = 0; begin < plan.units; begin += share) {

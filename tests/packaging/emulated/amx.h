@@ -27,16 +27,14 @@ struct Tiles {
     float (*from)[kRowBytes / 4] = tile(i);
     for (int r = 0; r < kRows; r++) memcpy(static_cast<char*>(to) + r * stride, from[r], kRowBytes);
   }
-  // sums[m][n] += Σ over quadruples of a[m][quadruple]·b[quadruple][n], whole numbers that wrap: bytes of a without a
-  // sign, of b with one.
+  // sums[m][n] += Σ over quadruples of a[m][quadruple]·b[quadruple][n], whole numbers that wrap, of bytes with signs.
   void multiply_bytes(int sums, int a, int b) {
     for (int m = 0; m < kRows; m++) {
       for (int n = 0; n < kRowBytes / 4; n++) {
         uint32_t sum;
         memcpy(&sum, &tile(sums)[m][n], 4);
         for (int quadruple = 0; quadruple < kRowBytes / 4; quadruple++) {
-          uint8_t left[4];
-          int8_t right[4];
+          int8_t left[4], right[4];
           memcpy(left, &tile(a)[m][quadruple], 4);
           memcpy(right, &tile(b)[quadruple][n], 4);
           for (int i = 0; i < 4; i++) sum += static_cast<uint32_t>(left[i] * right[i]);
@@ -83,7 +81,7 @@ inline thread_local Tiles tiles{};
 #undef _tile_loadd
 #undef _tile_stored
 #undef _tile_dpbf16ps
-#undef _tile_dpbusd
+#undef _tile_dpbssd
 #define _tile_loadconfig(from) emulated::tiles.configure(from)
 #define _tile_storeconfig(to) memcpy(to, emulated::tiles.config, 64)
 #define _tile_release() memset(emulated::tiles.config, 0, 64)
@@ -91,4 +89,4 @@ inline thread_local Tiles tiles{};
 #define _tile_loadd(i, from, stride) emulated::tiles.load(i, from, stride)
 #define _tile_stored(i, to, stride) emulated::tiles.store(i, to, stride)
 #define _tile_dpbf16ps(sums, a, b) emulated::tiles.multiply(sums, a, b)
-#define _tile_dpbusd(sums, a, b) emulated::tiles.multiply_bytes(sums, a, b)
+#define _tile_dpbssd(sums, a, b) emulated::tiles.multiply_bytes(sums, a, b)
