@@ -69,9 +69,10 @@ def _line(rows: Sequence[Row], suite: Suite) -> list[str]:
 def _about(context: dict[str, Any]) -> str:
     device, git, versions = context.get("device", {}), context.get("git", {}), context.get("versions", {})
     engines = [f"{name} {versions[name]}" for name in ("torch", "onnxruntime", "openvino") if versions.get(name)]
+    family = device.get("family")
     threads, in_use = context.get("threads", 1), context.get("native", {}).get("cpu", {}).get("in_use")
     parts = [
-        f"**{device.get('cpu')}**" + (f", {in_use}" if in_use else ""),
+        f"**{device.get('cpu')}**" + (f", family {family}" if family else "") + (f", {in_use}" if in_use else ""),
         f"{threads} thread{'s' if threads > 1 else ''}",
         *engines,
         f"commit {str(git.get('commit'))[:7]}" + (" with local changes" if git.get("dirty") else ""),
@@ -80,11 +81,13 @@ def _about(context: dict[str, Any]) -> str:
 
 
 def block(rows: Sequence[Row], suites: dict[str, Suite]) -> str:
-    """What stands between the marks of the README."""
-    groups: dict[tuple[str, int], list[Row]] = {}
+    """What stands between the marks of the README: a table a processor; one name may stand for several of them."""
+    groups: dict[tuple[str, str, int], list[Row]] = {}
     for row in rows:
         if row.suite in suites and suites[row.suite].targets:
-            groups.setdefault((row.context["device"].get("cpu", ""), row.context.get("threads", 1)), []).append(row)
+            device = row.context["device"]
+            key = (device.get("cpu", ""), device.get("family", ""), row.context.get("threads", 1))
+            groups.setdefault(key, []).append(row)
     parts = []
     for here in groups.values():
         measured = [suite for suite in suites.values() if any(row.suite == suite.name for row in here)]

@@ -122,7 +122,8 @@ def read(paths: Iterable[Path]) -> list[Row]:
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
             if line.strip():
                 row = parse(line, f"{path}:{number}")
-                key = (row.context.get("device", {}).get("cpu"), *row.key)
+                device = row.context.get("device", {})
+                key = (device.get("cpu"), device.get("family"), *row.key)
                 found.pop(key, None)
                 found[key] = row
     return list(found.values())
