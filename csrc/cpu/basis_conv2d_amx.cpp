@@ -15,6 +15,7 @@ namespace BASISCONV_ISA {
 // The rows of a product are those of its first factor: pixels (channels_last, and stage 1), or outputs (NCHW).
 enum class Rows { pixels, outputs };
 
+// Accumulator 0, and so on. The intrinsics take numbers of tiles as they are written only, no template's.
 template <Rows ROWS>
 static BASISCONV_INLINE void product0() {
   if constexpr (ROWS == Rows::pixels) {
