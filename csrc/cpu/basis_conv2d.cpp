@@ -36,16 +36,19 @@ static bool transform([[maybe_unused]] const CpuPack& pack, [[maybe_unused]] con
 }
 
 // One register of packed filters at a time: its lanes' taps side by side, transformed if need be, then stored by
-// position.
-static void pack_filters(const BasisConv2dWeights& w, const CpuPack& pack, const float* filters, Slots::Value* packed) {
+// position; and as taps, for those who transform them when they are used.
+static void pack_filters(const BasisConv2dWeights& w, const CpuPack& pack, const float* filters, Slots::Value* packed,
+                         Slots::Value* packed_taps) {
   const int64_t group_channels = w.C / w.groups, group_filters = w.Q / w.groups, taps = w.R * w.S;
   const int64_t per_register = kWidth / pack.lanes, steps = pack.block / pack.lanes / Slots::kValues;
   const int64_t block_weights = steps * pack.vectors * kRegisterValues;  // one position of one channel block
   float* side_by_side = new float[taps * kRegisterValues];
   float transformed[25 * kRegisterValues];
+  const auto store = [&](Slots::Value* to, const float* from) BASISCONV_LAMBDA {
+    for (int64_t j = 0; j < kRegisterValues; j += kWidth) Vec::store(to + j, Vec::load(from + j));
+  };
   for (int64_t group = 0; group < w.groups; group++) {
     for (int64_t f = 0; f < pack.filter_blocks; f++) {
-      Slots::Value* of_group = packed + group * pack.group_size;
       for (int64_t b = 0; b < pack.channel_blocks; b++) {
         for (int64_t i = 0; i < steps * pack.vectors; i++) {
           const int64_t step = i / pack.vectors, v = i % pack.vectors;
@@ -63,9 +66,12 @@ static void pack_filters(const BasisConv2dWeights& w, const CpuPack& pack, const
           for (int64_t p = 0; p < pack.positions; p++) {
             const int64_t at = winograd ? winograd_filters_at(pack, p, f, b)
                                         : ((f * pack.channel_blocks + b) * pack.positions + p) * block_weights;
-            Slots::Value* to = of_group + at + i * kRegisterValues;
-            for (int64_t j = 0; j < kRegisterValues; j += kWidth)
-              Vec::store(to + j, Vec::load(from + p * kRegisterValues + j));
+            store(packed + group * pack.group_size + at + i * kRegisterValues, from + p * kRegisterValues);
+          }
+          if (pack.taps_size == 0) continue;
+          Slots::Value* to = packed_taps + group * pack.taps_group_size + winograd_taps_at(pack, f, b);
+          for (int64_t t = 0; t < taps; t++) {
+            store(to + (i * taps + t) * kRegisterValues, side_by_side + t * kRegisterValues);
           }
         }
       }
@@ -95,12 +101,12 @@ static void pack_coefficients(const BasisConv2dWeights& w, const CpuPack& pack, 
 
 static void pack(const BasisConv2dWeights& w, const CpuPack& pack, const float* filters, const float* coefficients,
                  float* packed) {
-  Slots::Value* to = reinterpret_cast<Slots::Value*>(packed);
-  pack_filters(w, pack, filters, to);
-  to += Slots::kValues * pack.filters_size;
-  pack_coefficients(w, pack, coefficients, pack.panels, pack.output_vectors * static_cast<int64_t>(kWidth), to);
-  to += Slots::kValues * pack.coefficients_size;
-  pack_coefficients(w, pack, coefficients, pack.planar_panels, pack.planar_rows, to);
+  Slots::Value* of_filters = reinterpret_cast<Slots::Value*>(packed);
+  Slots::Value* mixing = of_filters + Slots::kValues * pack.filters_size;
+  Slots::Value* planar = mixing + Slots::kValues * pack.coefficients_size;
+  pack_filters(w, pack, filters, of_filters, planar + Slots::kValues * pack.planar_size);
+  pack_coefficients(w, pack, coefficients, pack.panels, pack.output_vectors * static_cast<int64_t>(kWidth), mixing);
+  pack_coefficients(w, pack, coefficients, pack.planar_panels, pack.planar_rows, planar);
 }
 
 #if defined(BASISCONV_PAIRS)

@@ -176,12 +176,16 @@ CpuPack pack_for(const BasisConv2dWeights& w, Isa isa) {
   p.panels = ceil_div(outputs, p.output_vectors * p.width);
   p.planar_panels = ceil_div(outputs, planar_rows_of(isa));
   p.planar_rows = ceil_div(outputs, p.planar_panels);
-  p.group_size = p.filter_blocks * p.channel_blocks * p.positions * (p.block / p.lanes) * p.vectors * p.width;
+  const int64_t tap_size = p.filter_blocks * p.channel_blocks * (p.block / p.lanes) * p.vectors * p.width;
+  p.group_size = tap_size * p.positions;
   const int64_t chunk = pass_sizes(p.width, p.group_size / p.values).chunk;
   p.chunk = p.channel_blocks <= 2 * chunk ? p.channel_blocks : chunk;
+  const bool far = p.group_size > 2 * cache_floats(p.width);
+  p.taps_group_size = p.variant == CpuVariant::winograd && p.width == 16 && far ? tap_size * 9 : 0;
   p.filters_size = w.groups * p.group_size / p.values;
   p.coefficients_size = w.mixing_groups * p.panels * p.slots * p.output_vectors * p.width;
   p.planar_size = w.mixing_groups * p.planar_panels * p.slots * p.planar_rows;
+  p.taps_size = w.groups * p.taps_group_size;
   return p;
 }
 
@@ -212,13 +216,19 @@ CpuPlan cpu_plan(const BasisConv2dParams& params, const CpuPack& pack, int64_t t
     p.tile_columns = ceil_div(params.OW, pack.tile_width);
     p.units = params.N * ceil_div(params.OH, 2);
     const int64_t mine = std::max<int64_t>(ceil_div(p.units, threads), 1) * p.tile_columns;
-    // A map of few tiles is one pass that reads the filters once.
     const int64_t fitting = std::max<int64_t>(kProductsFloats / (pack.positions * all_maps), 6);
-    const int64_t most = mine <= 16 ? 16 : std::min(pass_sizes(pack.width, pack.group_size).tiles, fitting);
+    // Few tiles are one pass that reads the filters once: then taps take less time to read than their transform costs.
+    const bool apart = pack.lanes > 1;  // sums over the channels so far do not have the size of products
+    p.from_taps = pack.taps_size > 0 && mine * (apart ? 1 + pack.lanes : 1) <= fitting;
+    p.chunk = p.from_taps ? 1 : pack.chunk;
+    const int64_t most = p.from_taps  ? mine
+                         : mine <= 16 ? 16
+                                      : std::min(pass_sizes(pack.width, pack.group_size).tiles, fitting);
     p.tiles = tiles_in_pass(mine, p.tile_columns, most);
     // Twice as many where rows of tiles fill register tiles better so: four rows of seven, not three of four.
     const int64_t twice = tiles_in_pass(mine, p.tile_columns, 2 * most);
-    if (pack.width == 16 && 2 * most <= fitting && register_tiles(mine, twice) < register_tiles(mine, p.tiles))
+    if (pack.width == 16 && !p.from_taps && 2 * most <= fitting &&
+        register_tiles(mine, twice) < register_tiles(mine, p.tiles))
       p.tiles = twice;
     // What comes from the second level is fetched in time by itself where registers are narrow.
     p.fetches_filters = pack.width == 16 || pack.group_size > cache_floats(pack.width);
@@ -229,10 +239,16 @@ CpuPlan cpu_plan(const BasisConv2dParams& params, const CpuPack& pack, int64_t t
     p.ring_columns = std::max(p.tile_columns * next + pack.position_columns - next, params.W + params.pad_left);
     p.ring_size = aligned(p.ring_rows * p.ring_columns * pixel);
     p.zeros_size = aligned(pixel);
-    p.transformed_size = aligned(pack.position_columns * pack.chunk * p.tiles * pack.block);
-    p.partial_size = pack.chunk < pack.channel_blocks
-                         ? aligned(pack.position_columns * pack.filter_blocks * p.tiles * pack.vectors * pack.width)
-                         : 0;
+    // From taps all positions of a chunk are transformed together, else a row of them.
+    const int64_t together = p.from_taps ? pack.positions : pack.position_columns;
+    p.transformed_size = aligned(together * p.chunk * p.tiles * pack.block);
+    const int64_t registers = pack.vectors * pack.width;
+    if (p.from_taps)
+      p.row_filters_size = pack.position_columns * (pack.block / pack.lanes * registers + kRowFiltersApart);
+    if (p.chunk < pack.channel_blocks && apart)
+      p.partial_size = aligned(together * pack.filter_blocks * p.tiles * registers);
+    p.products_stride = apart ? pack.maps : pack.filters;
+    p.products_block = apart ? pack.filters : p.tiles * pack.filters;
     p.products_size = aligned(pack.positions * p.tiles * w.groups * pack.maps);
     p.maps_size = aligned(2 * pack.tile_width * p.tiles * all_maps + maps_margin);
     return p;
@@ -293,7 +309,7 @@ CpuPackHeader cpu_pack_header(const BasisConv2dWeights& w, Isa isa) {
 }
 
 int64_t cpu_packed_bytes(const CpuPack& p) {
-  return kCpuPackHeaderBytes + 4 * (p.filters_size + p.coefficients_size + p.planar_size);
+  return kCpuPackHeaderBytes + 4 * (p.filters_size + p.coefficients_size + p.planar_size + p.taps_size);
 }
 
 int64_t cpu_packed_bytes(const BasisConv2dWeights& w) {

@@ -34,16 +34,17 @@ struct CpuPack {
   int32_t position_columns;
   int64_t chunk;  // winograd: channel blocks transformed and multiplied at a time; fewer in a last one
   int64_t positions;
-  int64_t filters;        // in a filter block: vectors * width / lanes
-  int64_t filter_blocks;  // of one group
-  int64_t maps;           // of one group with padding: filter_blocks * filters
-  int64_t slots;          // places of z that one mixing group reads, `values` maps each
-  int64_t panels;         // of one mixing group
-  int64_t planar_rows;    // outputs in one tile of the second stage for NCHW
-  int64_t planar_panels;  // of one mixing group
-  int64_t group_size;     // packed filters of one group, values
+  int64_t filters;          // in a filter block: vectors * width / lanes
+  int64_t filter_blocks;    // of one group
+  int64_t maps;             // of one group with padding: filter_blocks * filters
+  int64_t slots;            // places of z that one mixing group reads, `values` maps each
+  int64_t panels;           // of one mixing group
+  int64_t planar_rows;      // outputs in one tile of the second stage for NCHW
+  int64_t planar_panels;    // of one mixing group
+  int64_t group_size;       // packed filters of one group, values
+  int64_t taps_group_size;  // winograd: their taps, or none
   // Floats, whatever they hold.
-  int64_t filters_size, coefficients_size, planar_size;
+  int64_t filters_size, coefficients_size, planar_size, taps_size;
 };
 
 // Winograd: floats from the start of a group's filters to those of one position, filter block and channel block.
@@ -57,6 +58,13 @@ inline int64_t winograd_filters_at(const CpuPack& p, int64_t position, int64_t f
   return blocks * (p.block / p.lanes) * p.vectors * p.width;
 }
 
+// The same of taps: to those of one filter block and channel block.
+inline int64_t winograd_taps_at(const CpuPack& p, int64_t filter_block, int64_t channel_block) {
+  return (channel_block * p.filter_blocks + filter_block) * (p.block / p.lanes * p.vectors * 9 * p.width);
+}
+
+constexpr int64_t kRowFiltersApart = 16;  // floats between positions transformed from taps: not 4 KiB from each other
+
 // The amx variant packs tiles of bfloat16 pairs instead: see basis_conv2d_amx.cpp.
 constexpr int64_t kAmxMostTiles = 32;  // CpuPlan::tiles at most
 
@@ -65,9 +73,13 @@ struct CpuPlan {
   CpuPack pack;
   int64_t units;         // rows of work that threads share, over the batch: output rows, or rows of Winograd tiles
   int64_t rows;          // direct: output rows in a pass
-  int64_t chunk;         // direct: channel blocks between two visits of a tile; amx: all
+  int64_t chunk;         // channel blocks: direct: between two visits of a tile; winograd: a chunk; amx: all
+  bool from_taps;        // winograd: filters are transformed when they are used
   int64_t tiles;         // winograd: tiles in a pass; amx: tiles of 16 pixels that go through a stage together
   int64_t tile_columns;  // winograd: tiles in a row
+  // winograd: products [group][position][filter block][tile][filter], or [group][position][tile][map] with several
+  // lanes: values between tiles and between filter blocks.
+  int64_t products_stride, products_block;
   bool fetches_filters;  // winograd: the first pixels of a filter block fetch the next one towards the core
   // Read where the input lies, without a ring: operands as they are, channels_last, whole blocks; direct: and no
   // padding columns, or pairs of more than one block.
@@ -76,10 +88,12 @@ struct CpuPlan {
   int64_t ring_rows;     // padded input rows kept; amx: of one stride phase
   int64_t ring_columns;  // pixels of one ring row and stride phase
   // Floats of scratch, each a multiple of 16: rows, z, z of one pixel block turned for NCHW, accumulators between
-  // chunks, one pixel of zeros, transformed input tiles, products.
-  int64_t ring_size, maps_size, turned_size, partial_size, zeros_size, transformed_size, products_size;
+  // chunks, one pixel of zeros, transformed input tiles, transformed filters of a row, products.
+  int64_t ring_size, maps_size, turned_size, partial_size, zeros_size, transformed_size, row_filters_size,
+      products_size;
   int64_t scratch() const {
-    return ring_size + maps_size + turned_size + partial_size + zeros_size + transformed_size + products_size;
+    return ring_size + maps_size + turned_size + partial_size + zeros_size + transformed_size + row_filters_size +
+           products_size;
   }
 };
 
@@ -98,7 +112,7 @@ struct CpuPackHeader {
 };
 constexpr int64_t kCpuPackHeaderBytes = 128;
 // Counts up with every change of the layout or its size; programs that were traced with another one are refused.
-constexpr int64_t kCpuPackVersion = 5;
+constexpr int64_t kCpuPackVersion = 6;
 static_assert(sizeof(CpuPackHeader) <= kCpuPackHeaderBytes, "the header must fit in front of the floats");
 
 CpuPackHeader cpu_pack_header(const BasisConv2dWeights& weights, Isa isa);

@@ -27,7 +27,8 @@ struct Stage1 {
   int64_t plane;          // between channel blocks
   int64_t pixel_stride;   // between pixels, read if IN_PLACE
   int64_t block_weights;  // weights of one channel block
-  int64_t ahead;          // from a weight in use to the one to fetch, 0: none
+  const char* fetched;    // what is fetched towards the core meanwhile, or null: so many bytes on with every 64 of
+  int64_t fetch_step;     // weights
   Slots::Value* z;
   int64_t z_stride;  // between pixels
   float* partial;
@@ -44,6 +45,7 @@ BASISCONV_NOINLINE void stage1_tile(const Stage1& s) {
   const Slots::Value *pixels = s.pixels, *weights = s.weights;
   Slots::Value* z = s.z;
   float* partial = s.partial;
+  const char* fetched = s.fetched;
   // Products of pairs take longer than so few sums can wait for: then every other step adds to sums of its own.
   constexpr int kChains = Slots::kValues > 1 && P * NV <= Vec::kAccumulators / 2 && kSteps % 2 == 0 ? 2 : 1;
   for (int64_t time = 0; time < s.times; time++) {
@@ -68,17 +70,17 @@ BASISCONV_NOINLINE void stage1_tile(const Stage1& s) {
       BASISCONV_UNROLL for (int i = 0; i < (P + 4) / 5; i++) at[i] =
           reinterpret_cast<const char*>(row + s.offset[t]) + 5 * i * pixel_bytes;
       const Slots::Value* w = row_weights + s.tap_weights[t];
-      const Slots::Value* later = w + s.ahead;
       _Pragma("GCC unroll 4") for (int first = 0; first < kSteps; first += kChains) {
         BASISCONV_UNROLL for (int c = 0; c < kChains; c++) {
           Vec::Reg filter[NV];
           BASISCONV_UNROLL for (int v = 0; v < NV; v++) filter[v] = Slots::load(w + v * kRegisterValues);
-          if (s.ahead) {
-            BASISCONV_UNROLL for (int v = 0; v < NV * kWidth / 16; v++)
-                __builtin_prefetch(later + 16 * Slots::kValues * v, 0, 2);
+          if (fetched) {
+            BASISCONV_UNROLL for (int v = 0; v < NV * kWidth / 16; v++) {
+              __builtin_prefetch(fetched, 0, 2);
+              fetched += s.fetch_step;
+            }
           }
           w += NV * kRegisterValues;
-          later += NV * kRegisterValues;
           BASISCONV_UNROLL for (int p = 0; p < P; p++) {
             const char* pixel = at[p / 5] + (p % 5 == 3 ? three_pixels : p % 5 * pixel_bytes);
             const Vec::Reg value =

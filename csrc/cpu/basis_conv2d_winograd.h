@@ -5,109 +5,25 @@
 // tiles there. Tiles are gathered across rows and images until a pass is full, so that the packed weights, 16/9 to 25/9
 // times as large as the filters, are read once for many tiles even on small maps. The rows of BT d C are made one after
 // the other: a row needs one or two rows of d only, and its transformed tiles stay in a nearer cache than all
-// positions. NaN spreads as in direct convolution, with F(2x4, 3x3) up to two columns further; Inf may become NaN
-// (Inf - Inf): `precise` runs direct.
+// positions. Where filters are large and all tiles fit one pass (CpuPlan::from_taps), filters are read as taps instead
+// and transformed beside the products: more work, far less to fetch.
+//
+// NaN spreads as in direct convolution, with F(2x4, 3x3) up to two columns further; Inf may become NaN (Inf - Inf):
+// `precise` runs direct.
 #pragma once
 #include "basis_conv2d_recombine.h"
 #include "basis_conv2d_rows.h"
-#include "basis_conv2d_winograd_forms.h"
+#include "basis_conv2d_winograd_tiles.h"
 
 namespace basisconv {
 namespace BASISCONV_ISA {
-
-constexpr int64_t kBlock = 16;  // channels in a channel block
 
 // Positions of a row that a register tile runs through before the next one takes its turn. Large passes (see
 // basis_conv2d_plan.cpp) take the positions one by one: the tiles of one position then stay in the first-level cache
 // for all filter blocks, and a filter block for all its tiles.
 constexpr bool kPositionsTogether = kWidth == 16;
 
-// The two rows of the padded input that one row of BT d C needs, for a row of neighbouring tiles: column x of channel
-// block b lies at first + x * first_pixel + b * block; columns outside begin ... end-1 are zeros.
-struct InputRows {
-  const float *first, *second;
-  int64_t first_pixel, second_pixel, block;
-  int64_t begin, end;
-};
-
-// Row ROW of BT d C for one register of channels of neighbouring tiles begin ... end-1, the first tile's first column
-// at x; neighbours share columns. EDGE: columns outside the image are zeros.
-template <typename F, int ROW, bool EDGE>
-static BASISCONV_INLINE void transform_tiles(const InputRows& in, const float* first, const float* second, int64_t x,
-                                             int64_t begin, int64_t end, int64_t position_stride, float* out) {
-  constexpr int kShared = F::kColumns - F::kNextColumn;
-  const auto column = [&](int64_t at) BASISCONV_LAMBDA {
-    const Vec::Reg a = Vec::load(first + at * in.first_pixel);
-    if constexpr (F::first(ROW) == F::second(ROW)) return a;
-    const Vec::Reg b = Vec::load(second + at * in.second_pixel);
-    return F::kStride == 1 && ROW == 1 ? Vec::add(a, b) : Vec::sub(a, b);
-  };
-  const auto column_or_zero = [&](int64_t at) BASISCONV_LAMBDA {
-    Vec::Reg value = Vec::zero();
-    if (!EDGE || (at >= in.begin && at < in.end)) value = column(at);
-    return value;
-  };
-  if (begin >= end) return;
-  Vec::Reg d[F::kColumns];
-  BASISCONV_UNROLL for (int j = 0; j < kShared; j++) d[j] = column_or_zero(x + F::kNextColumn * begin + j);
-  for (int64_t t = begin; t < end; t++) {
-    BASISCONV_UNROLL for (int j = kShared; j < F::kColumns; j++) d[j] = column_or_zero(x + F::kNextColumn * t + j);
-    transform_columns<F>(d, out + t * kBlock, position_stride);
-    BASISCONV_UNROLL for (int j = 0; j < kShared; j++) d[j] = d[F::kNextColumn + j];
-  }
-}
-
-// Row ROW of BT d C for `tiles` neighbouring tiles, the first at column x, and `blocks` channel blocks:
-// out[position in the row][block][tile][channel].
-template <typename F, int ROW>
-static inline void transform_input(const InputRows& in, int64_t x, int64_t tiles, int64_t blocks,
-                                   int64_t position_stride, int64_t block_stride, float* out) {
-  // Tiles inside ... outside-1 have all their columns in the image.
-  int64_t inside = x < in.begin ? (in.begin - x + F::kNextColumn - 1) / F::kNextColumn : 0;
-  int64_t outside = in.end - x < F::kColumns ? 0 : (in.end - x - F::kColumns) / F::kNextColumn + 1;
-  if (inside > tiles) inside = tiles;
-  if (outside > tiles) outside = tiles;
-  if (outside < inside) outside = inside;
-  for (int64_t b = 0; b < blocks; b++) {
-    for (int64_t c = 0; c < kBlock; c += kWidth) {
-      const float *first = in.first + b * in.block + c, *second = in.second + b * in.block + c;
-      float* to = out + b * block_stride + c;
-      transform_tiles<F, ROW, true>(in, first, second, x, 0, inside, position_stride, to);
-      transform_tiles<F, ROW, false>(in, first, second, x, inside, outside, position_stride, to);
-      transform_tiles<F, ROW, true>(in, first, second, x, outside, tiles, position_stride, to);
-    }
-  }
-}
-
-// AT m D for `n` <= width maps of one tile: up to 2xW pixels of z.
-template <typename F>
-static BASISCONV_INLINE void transform_output(const float* m, int64_t position_stride, float* z, int64_t z_pixel,
-                                              int64_t z_row, int64_t rows, int64_t columns, int64_t n) {
-  Vec::Reg e[2][F::kColumns];
-  const bool full = n == kWidth;
-  BASISCONV_UNROLL for (int j = 0; j < F::kColumns; j++) {
-    Vec::Reg column[F::kRows];
-    BASISCONV_UNROLL for (int i = 0; i < F::kRows; i++) {
-      const float* from = m + (F::kColumns * i + j) * position_stride;
-      column[i] = full ? Vec::load(from) : Vec::load_n(from, n);
-    }
-    transform_products_down<F>(column, e[0][j], e[1][j]);
-  }
-  BASISCONV_UNROLL for (int i = 0; i < 2; i++) {
-    if (i >= rows) break;
-    Vec::Reg pixel[F::kOutputs];
-    transform_products_across<F>(e[i], pixel);
-    float* to = z + i * z_row;
-    BASISCONV_UNROLL for (int j = 0; j < F::kOutputs; j++) {
-      if (j >= columns) break;
-      if (full) {
-        Vec::store(to + j * z_pixel, pixel[j]);
-      } else {
-        Vec::store_n(to + j * z_pixel, pixel[j], n);
-      }
-    }
-  }
-}
+constexpr int64_t kLine = 64;  // bytes
 
 struct TileAt {
   int64_t n, row, column;  // image; tile row and tile column
@@ -120,11 +36,11 @@ struct Winograd {
 
   const BasisConv2dParams& params;
   const CpuPlan& plan;
-  const float* filters;
+  const float *filters, *taps;
   Ring ring;
   Recombination<T> recombination;
   const float* zeros;  // one pixel of all channels
-  float *transformed, *partial, *products, *z;
+  float *transformed, *row_filters, *partial, *products, *z;
 
   int64_t wrapped(int64_t ring_row) const { return ring_row < plan.ring_rows ? ring_row : ring_row - plan.ring_rows; }
 
@@ -167,8 +83,7 @@ struct Winograd {
 
   // Row ROW of BT d C of the gathered tiles for channel blocks first_block ... first_block + blocks - 1.
   template <int ROW>
-  void transform(const TileAt* at, int64_t tiles, int64_t first_block, int64_t blocks) const {
-    const CpuPack& pack = plan.pack;
+  void transform(const TileAt* at, int64_t tiles, int64_t first_block, int64_t blocks, float* to) const {
     const int64_t left = plan.in_place ? params.pad_left : 0;  // the ring holds the padding
     const int64_t plane = plan.tiles * kBlock;
     for (int64_t t = 0; t < tiles;) {
@@ -176,8 +91,8 @@ struct Winograd {
       InputRows in = input_rows(at[t], F::first(ROW), F::second(ROW));
       in.first += first_block * in.block;
       in.second += first_block * in.block;
-      transform_input<F, ROW>(in, F::kNextColumn * at[t].column - left, piece.last - t, blocks, pack.chunk * plane,
-                              plane, transformed + t * kBlock);
+      transform_input<F, ROW>(in, F::kNextColumn * at[t].column - left, piece.last - t, blocks, plan.chunk * plane,
+                              plane, to + t * kBlock);
       t = piece.last;
     }
   }
@@ -193,59 +108,127 @@ struct Winograd {
     }
   }
 
-  // Transform and matrix products of the positions of row ROW: products[group][position][tile][map]. Channels go
-  // by chunks, so that what a chunk transforms is still near when it is multiplied.
+  // What all runs of the register tile have in common: short sums at so many neighbouring positions.
+  Stage1 stage1_at(int64_t positions) const {
+    const CpuPack& pack = plan.pack;
+    static constexpr int64_t kNone = 0;
+    Stage1 s{};
+    s.offset = s.tap_weights = &kNone;
+    s.taps = 1;
+    s.plane = plan.tiles * kBlock;
+    s.block_weights = kBlock / pack.lanes * pack.vectors * kWidth;
+    s.z_stride = plan.products_stride;
+    s.times = positions;
+    s.next_pixels = plan.chunk * s.plane;
+    s.next_z = plan.tiles * pack.maps;
+    s.next_partial = plan.partial_size ? plan.tiles * pack.vectors * kWidth : s.next_z;
+    return s;
+  }
+
+  void take_chunk(Stage1& s, int64_t begin) const {
+    const int64_t rest = plan.pack.channel_blocks - begin;
+    s.blocks = rest < plan.chunk ? rest : plan.chunk;
+    s.first = begin == 0;
+    s.last = s.blocks == rest;
+    s.next_weights = s.blocks * s.block_weights + (plan.from_taps ? kRowFiltersApart : 0);
+  }
+
+  // Products of all tiles with filter block f at s.times positions; `pixels` are the first one's.
+  void multiply_block(Stage1& s, int64_t group, int64_t position, int64_t f, int64_t tiles, const float* pixels) const {
+    const CpuPack& pack = plan.pack;
+    const Stage1Function* stage1 = stage1_functions(pack.lanes, pack.vectors, kBlock);
+    const int64_t tile = even_tile(tiles, stage1_pixels(pack.vectors));
+    float* to = products + (group * pack.positions + position) * s.next_z + f * plan.products_block;
+    const int64_t waiting = plan.from_taps ? pack.positions : kColumns;
+    float* sums = plan.partial_size ? partial + (f * waiting + position % waiting) * s.next_partial : to;
+    for (int64_t t = 0; t < tiles; t += tile) {
+      s.pixels = pixels + t * kBlock;
+      s.z = to + t * s.z_stride;
+      s.partial = sums + t * pack.vectors * kWidth;
+      stage1[tiles - t < tile ? tiles - t : tile](s);
+      s.fetched = nullptr;
+    }
+  }
+
+  // Transform and matrix products of the positions of row ROW. Channels go by chunks, so that what a chunk transforms
+  // is still near when it is multiplied.
   template <int ROW>
   void multiply(const TileAt* at, int64_t tiles) const {
     const CpuPack& pack = plan.pack;
-    const int64_t blocks = pack.channel_blocks, registers = pack.vectors * kWidth;
-    const int64_t tile = even_tile(tiles, stage1_pixels(pack.vectors));
-    const int64_t none = 0;
-    const Stage1Function* stage1 = stage1_functions(pack.lanes, pack.vectors, kBlock);
-    Stage1 s{};
-    s.offset = s.tap_weights = &none;
-    s.taps = 1;
-    s.plane = plan.tiles * kBlock;
-    s.block_weights = kBlock / pack.lanes * registers;
-    s.z_stride = pack.maps;
-    s.times = kPositionsTogether ? kColumns : 1;
-    s.next_pixels = pack.chunk * s.plane;
-    s.next_z = plan.tiles * pack.maps;
-    s.next_partial = plan.tiles * registers;
+    Stage1 s = stage1_at(kPositionsTogether ? kColumns : 1);
+    s.fetch_step = kLine;
     for (int64_t group = 0; group < params.weights.groups; group++) {
-      for (int64_t begin = 0; begin < blocks; begin += pack.chunk) {
-        s.blocks = blocks - begin < pack.chunk ? blocks - begin : pack.chunk;
-        s.first = begin == 0;
-        s.last = begin + s.blocks == blocks;
-        s.next_weights = s.blocks * s.block_weights;
-        transform<ROW>(at, tiles, group * blocks + begin, s.blocks);
+      for (int64_t begin = 0; begin < pack.channel_blocks; begin += plan.chunk) {
+        take_chunk(s, begin);
+        transform<ROW>(at, tiles, group * pack.channel_blocks + begin, s.blocks, transformed);
         for (int64_t i = 0; i < kColumns; i += s.times) {
           for (int64_t f = 0; f < pack.filter_blocks; f++) {
             s.weights = filters + group * pack.group_size + winograd_filters_at(pack, kColumns * ROW + i, f, begin);
-            s.ahead = plan.fetches_filters ? kColumns * s.next_weights : 0;  // to the next chunk or filter block
-            for (int64_t t = 0; t < tiles; t += tile) {
-              s.pixels = transformed + i * s.next_pixels + t * kBlock;
-              s.z = products + (((group * F::kRows + ROW) * kColumns + i) * plan.tiles + t) * pack.maps +
-                    f * pack.filters;
-              s.partial = partial + ((f * kColumns + i) * plan.tiles + t) * registers;
-              stage1[tiles - t < tile ? tiles - t : tile](s);
-              s.ahead = 0;
-            }
+            // The next chunk or filter block.
+            if (plan.fetches_filters) s.fetched = reinterpret_cast<const char*>(s.weights + kColumns * s.next_weights);
+            multiply_block(s, group, kColumns * ROW + i, f, tiles, transformed + i * s.next_pixels);
           }
         }
       }
     }
   }
 
-  // All groups of the gathered tiles: products, output transform, recombination.
-  void finish(const TileAt* at, int64_t tiles) const {
+  // Row ROW of the positions of a filter block, transformed from its taps; a part of the taps behind them is fetched
+  // meanwhile.
+  template <int ROW>
+  void multiply_taps(Stage1& s, const float* of_block, int64_t group, int64_t f, int64_t tiles) const {
+    for (int64_t i = 0; i < s.block_weights; i += kWidth) {
+      transform_filter<F, ROW>(of_block + 9 * i, row_filters + i, s.next_weights);
+    }
+    s.weights = row_filters;
+    const int64_t lines = ROW * kColumns * s.block_weights / 16;
+    s.fetched = reinterpret_cast<const char*>(of_block + 9 * s.block_weights) + lines * s.fetch_step;
+    multiply_block(s, group, ROW * kColumns, f, tiles, transformed + ROW * kColumns * s.next_pixels);
+  }
+
+  // All positions, from taps: in one pass over the tiles, channel block by channel block.
+  void multiply_from_taps(const TileAt* at, int64_t tiles) const {
     const CpuPack& pack = plan.pack;
-    const int64_t all_maps = params.weights.groups * pack.maps;
+    Stage1 s = stage1_at(kColumns);
+    s.fetch_step = 9 * kLine / pack.positions;
+    const int64_t row = kColumns * s.next_pixels;
+    for (int64_t group = 0; group < params.weights.groups; group++) {
+      for (int64_t b = 0; b < pack.channel_blocks; b++) {
+        const int64_t block = group * pack.channel_blocks + b;
+        take_chunk(s, b);
+        transform<0>(at, tiles, block, 1, transformed);
+        transform<1>(at, tiles, block, 1, transformed + row);
+        transform<2>(at, tiles, block, 1, transformed + 2 * row);
+        transform<3>(at, tiles, block, 1, transformed + 3 * row);
+        if constexpr (F::kRows == 5) transform<4>(at, tiles, block, 1, transformed + 4 * row);
+        for (int64_t f = 0; f < pack.filter_blocks; f++) {
+          const float* of_block = taps + group * pack.taps_group_size + winograd_taps_at(pack, f, b);
+          multiply_taps<0>(s, of_block, group, f, tiles);
+          multiply_taps<1>(s, of_block, group, f, tiles);
+          multiply_taps<2>(s, of_block, group, f, tiles);
+          multiply_taps<3>(s, of_block, group, f, tiles);
+          if constexpr (F::kRows == 5) multiply_taps<4>(s, of_block, group, f, tiles);
+        }
+      }
+    }
+  }
+
+  void multiply(const TileAt* at, int64_t tiles) const {
+    if constexpr (kWidth == 16) {  // the plan offers it to no other
+      if (plan.from_taps) return multiply_from_taps(at, tiles);
+    }
     multiply<0>(at, tiles);
     multiply<1>(at, tiles);
     multiply<2>(at, tiles);
     multiply<3>(at, tiles);
     if constexpr (F::kRows == 5) multiply<4>(at, tiles);
+  }
+
+  // All groups of the gathered tiles: products, output transform, recombination.
+  void finish(const TileAt* at, int64_t tiles) const {
+    const CpuPack& pack = plan.pack;
+    const int64_t all_maps = params.weights.groups * pack.maps;
+    multiply(at, tiles);
     int64_t filled = 0;  // pixels of z
     for (int64_t group = 0; group < params.weights.groups; group++) {
       filled = 0;
@@ -253,12 +236,13 @@ struct Winograd {
         const Piece piece = piece_at(at, t, tiles);
         for (; t < piece.last; t++) {
           const int64_t x = W * (t - piece.first);
-          const float* from = products + (group * F::kRows * kColumns * plan.tiles + t) * pack.maps;
+          const float* from = products + group * pack.positions * plan.tiles * pack.maps + t * plan.products_stride;
           float* to = z + (filled + x) * all_maps + group * pack.maps;
           for (int64_t q = 0; q < pack.maps; q += kWidth) {
             const int64_t n = pack.maps - q < kWidth ? pack.maps - q : kWidth;
-            transform_output<F>(from + q, plan.tiles * pack.maps, to + q, all_maps, piece.columns * all_maps,
-                                piece.rows, piece.columns - x, n);
+            transform_output<F>(from + q / pack.filters * plan.products_block + q % pack.filters,
+                                plan.tiles * pack.maps, to + q, all_maps, piece.columns * all_maps, piece.rows,
+                                piece.columns - x, n);
           }
         }
         filled += piece.rows * piece.columns;
@@ -332,16 +316,20 @@ static void run_winograd(const BasisConv2dParams& params, const CpuPlan& plan, f
   const CpuPack& pack = plan.pack;
   const float* filters = static_cast<const float*>(params.packed);
   const float* coefficients = filters + pack.filters_size;
+  const float* taps = coefficients + pack.coefficients_size + pack.planar_size;
   float* zeros = scratch + plan.ring_size;
   float* transformed = zeros + plan.zeros_size;
-  float* partial = transformed + plan.transformed_size;
+  float* row_filters = transformed + plan.transformed_size;
+  float* partial = row_filters + plan.row_filters_size;
   float* products = partial + plan.partial_size;
   float* z = products + plan.products_size;
   memset(zeros, 0, plan.zeros_size * sizeof(float));
   const Recombination<T> recombination{params, pack, coefficients, coefficients + pack.coefficients_size,
                                        z + plan.maps_size};
   const Ring ring = make_ring(params, plan, 1, scratch);
-  Winograd<T, F>{params, plan, filters, ring, recombination, zeros, transformed, partial, products, z}.run(begin, end);
+  Winograd<T, F>{params, plan,        filters,     taps,    ring,     recombination,
+                 zeros,  transformed, row_filters, partial, products, z}
+      .run(begin, end);
 }
 
 }  // namespace BASISCONV_ISA

@@ -114,49 +114,67 @@ static BASISCONV_INLINE void transform_products_across(const Vec::Reg (&m)[F::kC
   }
 }
 
-// G g: three values become four, or five with stride 2.
-template <typename F>
-static BASISCONV_INLINE void transform_filter_down(const Vec::Reg* g, int64_t g_step, Vec::Reg* out, int64_t out_step) {
-  const Vec::Reg ends = Vec::add(g[0], g[2 * g_step]);
-  out[0] = g[0];
+// Value I of G g, not yet halved: three values become four, or five with stride 2.
+template <typename F, int I>
+static BASISCONV_INLINE Vec::Reg filter_sum(const Vec::Reg* g, int64_t g_step) {
   if constexpr (F::kStride == 2) {
-    out[out_step] = ends;
-    out[2 * out_step] = g[2 * g_step];
-    out[3 * out_step] = out[4 * out_step] = g[g_step];
+    return I == 0 ? g[0] : I == 1 ? Vec::add(g[0], g[2 * g_step]) : I == 2 ? g[2 * g_step] : g[g_step];
+  } else if constexpr (I == 0 || I == 3) {
+    return g[I == 0 ? 0 : 2 * g_step];
   } else {
-    const Vec::Reg half = Vec::set1(0.5f);
-    out[out_step] = Vec::mul(half, Vec::add(ends, g[g_step]));
-    out[2 * out_step] = Vec::mul(half, Vec::sub(ends, g[g_step]));
-    out[3 * out_step] = g[2 * g_step];
+    const Vec::Reg ends = Vec::add(g[0], g[2 * g_step]);
+    return I == 1 ? Vec::add(ends, g[g_step]) : Vec::sub(ends, g[g_step]);
   }
 }
 
-// g HT: three values become four, five or six.
+template <typename F, int I>
+constexpr float kFilterScale = F::kStride == 1 && (I == 1 || I == 2) ? 0.5f : 1.0f;
+
+// Value I of g HT for tiles of two columns, scaled.
+template <typename F, int I>
+static BASISCONV_INLINE void transform_filter_value(const Vec::Reg* g, float scale, float* out, int64_t stride) {
+  Vec::store(out + I * stride, Vec::mul(Vec::set1(scale * kFilterScale<F, I>), filter_sum<F, I>(g, 1)));
+}
+
+// g HT, scaled: three values become four, five or six, so many floats apart.
 template <typename F>
-static BASISCONV_INLINE void transform_filter_across(const Vec::Reg* g, Vec::Reg* out) {
+static BASISCONV_INLINE void transform_filter_across(const Vec::Reg* g, float scale, float* out, int64_t stride) {
   if constexpr (F::kOutputs == 2) {
-    transform_filter_down<F>(g, 1, out, 1);
+    transform_filter_value<F, 0>(g, scale, out, stride);
+    transform_filter_value<F, 1>(g, scale, out, stride);
+    transform_filter_value<F, 2>(g, scale, out, stride);
+    transform_filter_value<F, 3>(g, scale, out, stride);
+    if constexpr (F::kColumns == 5) transform_filter_value<F, 4>(g, scale, out, stride);
   } else {
-    const Vec::Reg a = Vec::set1(0.5f / (kA2 * (kA2 - kB2))), b = Vec::set1(0.5f / (kB2 * (kB2 - kA2)));
-    const Vec::Reg a_even = Vec::fma(Vec::set1(kA2), g[2], g[0]), a_odd = Vec::mul(Vec::set1(kA), g[1]);
-    const Vec::Reg b_even = Vec::fma(Vec::set1(kB2), g[2], g[0]), b_odd = Vec::mul(Vec::set1(kB), g[1]);
-    out[0] = Vec::mul(Vec::set1(1.0f / (kA2 * kB2)), g[0]);
-    out[1] = Vec::mul(a, Vec::add(a_even, a_odd));
-    out[2] = Vec::mul(a, Vec::sub(a_even, a_odd));
-    out[3] = Vec::mul(b, Vec::add(b_even, b_odd));
-    out[4] = Vec::mul(b, Vec::sub(b_even, b_odd));
-    out[5] = g[2];
+    const float a = scale * 0.5f / (kA2 * (kA2 - kB2)), b = scale * 0.5f / (kB2 * (kB2 - kA2));
+    const Vec::Reg a_even = Vec::fma(Vec::set1(a * kA2), g[2], Vec::mul(Vec::set1(a), g[0]));
+    const Vec::Reg b_even = Vec::fma(Vec::set1(b * kB2), g[2], Vec::mul(Vec::set1(b), g[0]));
+    Vec::store(out, Vec::mul(Vec::set1(scale / (kA2 * kB2)), g[0]));
+    Vec::store(out + stride, Vec::fma(Vec::set1(a * kA), g[1], a_even));
+    Vec::store(out + 2 * stride, Vec::fma(Vec::set1(-a * kA), g[1], a_even));
+    Vec::store(out + 3 * stride, Vec::fma(Vec::set1(b * kB), g[1], b_even));
+    Vec::store(out + 4 * stride, Vec::fma(Vec::set1(-b * kB), g[1], b_even));
+    Vec::store(out + 5 * stride, scale == 1.0f ? g[2] : Vec::mul(Vec::set1(scale), g[2]));
   }
 }
 
-// G g HT for a register of filters: taps [9][width] → positions [rows * columns][width].
+// Row ROW of G g HT for a register of filters: taps [9][width] → positions [columns], so many floats apart.
+template <typename F, int ROW>
+static BASISCONV_INLINE void transform_filter(const float* taps, float* positions, int64_t stride) {
+  Vec::Reg g[9], row[3];
+  BASISCONV_UNROLL for (int i = 0; i < 9; i++) g[i] = Vec::load(taps + i * kWidth);
+  BASISCONV_UNROLL for (int j = 0; j < 3; j++) row[j] = filter_sum<F, ROW>(g + j, 3);
+  transform_filter_across<F>(row, kFilterScale<F, ROW>, positions, stride);
+}
+
+// All rows of it: positions [rows * columns][width].
 template <typename F>
 static inline void transform_filter(const float* taps, float* positions) {
-  Vec::Reg g[9], rows[3 * F::kRows], out[F::kRows * F::kColumns];
-  BASISCONV_UNROLL for (int i = 0; i < 9; i++) g[i] = Vec::load(taps + i * kWidth);
-  BASISCONV_UNROLL for (int j = 0; j < 3; j++) transform_filter_down<F>(g + j, 3, rows + j, 3);
-  BASISCONV_UNROLL for (int i = 0; i < F::kRows; i++) transform_filter_across<F>(rows + 3 * i, out + F::kColumns * i);
-  BASISCONV_UNROLL for (int i = 0; i < F::kRows * F::kColumns; i++) Vec::store(positions + i * kWidth, out[i]);
+  transform_filter<F, 0>(taps, positions, kWidth);
+  transform_filter<F, 1>(taps, positions + F::kColumns * kWidth, kWidth);
+  transform_filter<F, 2>(taps, positions + 2 * F::kColumns * kWidth, kWidth);
+  transform_filter<F, 3>(taps, positions + 3 * F::kColumns * kWidth, kWidth);
+  if constexpr (F::kRows == 5) transform_filter<F, 4>(taps, positions + 4 * F::kColumns * kWidth, kWidth);
 }
 
 }  // namespace BASISCONV_ISA

@@ -159,11 +159,15 @@ PLANTED = {
 
 MASKED = "_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p))"
 PLANTED_FOR_EMULATION = {
-    "avx512": ("simd.h", MASKED, "load(p + 0 * n)", "touched"),
-    "avx512_bf16": (
-        "basis_conv2d_pair_rows.h", "_mm512_maskz_loadu_epi16(valid, from)", "_mm512_loadu_si512(from)", "expected",
+    "a read past the end": ("avx512", "simd.h", MASKED, "load(p + 0 * n)", "touched"),
+    "taps of another filter block": (
+        "avx512", "basis_conv2d_winograd.h", "winograd_taps_at(pack, f, b)", "winograd_taps_at(pack, 0, b)", "expected",
     ),
-    "amx": ("basis_conv2d_amx.cpp", "_tile_dpbf16ps(1, 5, 6);", "_tile_dpbf16ps(1, 4, 6);", "expected"),
+    "pairs beside the map": (
+        "avx512_bf16", "basis_conv2d_pair_rows.h", "_mm512_maskz_loadu_epi16(valid, from)", "_mm512_loadu_si512(from)",
+        "expected",
+    ),
+    "another tile": ("amx", "basis_conv2d_amx.cpp", "_tile_dpbf16ps(1, 5, 6);", "_tile_dpbf16ps(1, 4, 6);", "expected"),
 }  # fmt: skip
 
 
@@ -188,10 +192,13 @@ def test_a_planted_fault_is_found(tmp_path: Path, name: str, right: str, wrong: 
     assert report in done.stderr
 
 
-@pytest.mark.parametrize("instruction_set", PLANTED_FOR_EMULATION)
-def test_emulation_finds_a_planted_fault(emulating: Path, tmp_path: Path, instruction_set: str) -> None:
-    *fault, report = PLANTED_FOR_EMULATION[instruction_set]
-    root = plant(tmp_path, tuple(fault))
+@pytest.mark.parametrize(
+    ("instruction_set", "name", "right", "wrong", "report"), PLANTED_FOR_EMULATION.values(), ids=PLANTED_FOR_EMULATION
+)
+def test_emulation_finds_a_planted_fault(
+    emulating: Path, tmp_path: Path, instruction_set: str, name: str, right: str, wrong: str, report: str
+) -> None:
+    root = plant(tmp_path, (name, right, wrong))
     shutil.copytree(emulating.parent, tmp_path / "objects")
     done = run(emulated_program(tmp_path / "objects", root, changed=f"{instruction_set}_"), instruction_set, 500)
     assert done.returncode == 1
