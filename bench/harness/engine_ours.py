@@ -93,9 +93,6 @@ class Ours(_Kernel):
 class OursCompiled(_Kernel):
     """A network with our layers in one compiled and frozen graph."""
 
-    def __init__(self) -> None:
-        freeze()
-
     def forward(self, layer: FusedLayer, training: bool) -> tuple[Callable[[Tensor], Tensor], str]:
         """Single layers are measured without a compiler around them."""
         raise UnsupportedError("runs networks, not layers")
@@ -103,6 +100,7 @@ class OursCompiled(_Kernel):
     def network(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
         """The compiled module."""
         torch._dynamo.reset()
+        freeze(network=True)
         return compile_module(module)
 
 

@@ -73,7 +73,8 @@ ENGINES = (
     ),
     EngineSpec(
         "ours_compiled", "bench.harness.engine_ours:OursCompiled", "basisconv_kernels",
-        "networks with our layers inside torch.compile, frozen, channels_last", forms=("fused",), kinds=("network",),
+        "networks with our layers inside torch.compile, frozen, C++ wrapper, channels_last", forms=("fused",),
+        kinds=("network",),
     ),
     EngineSpec(
         "torch_eager", "bench.harness.engine_torch:Eager", "torch",
@@ -81,7 +82,7 @@ ENGINES = (
     ),
     EngineSpec(
         "torch_compiled", "bench.harness.engine_torch:Compiled", "torch",
-        "torch.compile (Inductor) with freezing, channels_last",
+        "torch.compile (Inductor) with freezing, networks with the C++ wrapper, channels_last",
     ),
     EngineSpec(
         "onnxruntime", "bench.harness.engine_onnxruntime:OnnxRuntime", "onnxruntime",

@@ -25,6 +25,10 @@ from bench.harness.workers import Pool, WorkerProcess
 
 Say = Callable[[str], None]
 
+# How much longer a sample of a network is: ten calls or so. One or two would find caches and page tables as the engine
+# before left them, which the layers, called fifty times a sample, do not.
+NETWORK_SAMPLE = 5
+
 
 @dataclass(frozen=True)
 class Options:
@@ -32,7 +36,7 @@ class Options:
 
     Attributes:
         rounds: samples of each method; in every round each engine is asked once.
-        sample_s: aimed length of a sample, seconds.
+        sample_s: aimed length of a sample, seconds; of a network ``NETWORK_SAMPLE`` times as long.
         threads: of every engine.
         patience_s: how long a sample may wait for the core's full speed.
         more_rounds: disturbed rounds are taken again, up to ``more_rounds * rounds`` in all.
@@ -197,7 +201,8 @@ class Runner:
     def _sample(self, worker: WorkerProcess, entry: _Entry) -> float:
         """One more sample of a method; returns the slower of the probes around it."""
         if not entry.samples:
-            sized = worker.ask("calibrate", method=entry.method, seconds=self.options.sample_s)
+            seconds = self.options.sample_s * (NETWORK_SAMPLE if entry.row.kind == "network" else 1)
+            sized = worker.ask("calibrate", method=entry.method, seconds=seconds)
             entry.row.calls = sized["calls"]
         got = worker.ask(
             "sample", method=entry.method, calls=entry.row.calls, patience_s=self.options.patience_s,

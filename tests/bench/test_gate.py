@@ -53,6 +53,18 @@ def test_wrong_results_are_stopped(change: str, judged: bool) -> None:
         gate.check([result], right, torch.float32, judged)
 
 
+def test_a_rival_without_a_bound_on_every_element_may_sum_in_another_order() -> None:
+    """Ten times the error of plain PyTorch: too much for what is judged, nothing wrong in a rival's network."""
+    right, result = prepared("dense")
+    right.allowed = None
+    off = (result.double() + 10 * (result.double() - right.exact[0])).float()
+    assert gate.check([off], right, torch.float32, False)["worst"] <= 1
+    with pytest.raises(WrongResultError):
+        gate.check([off], right, torch.float32, True)
+    with pytest.raises(WrongResultError):
+        gate.check([result * 1.001], right, torch.float32, False)
+
+
 def test_missing_results_are_stopped() -> None:
     right, result = prepared("dense")
     with pytest.raises(WrongResultError, match="gave 2 results instead of 1"):
