@@ -230,8 +230,10 @@ CpuPlan cpu_plan(const BasisConv2dParams& params, const CpuPack& pack, int64_t t
     if (pack.width == 16 && !p.from_taps && 2 * most <= fitting &&
         register_tiles(mine, twice) < register_tiles(mine, p.tiles))
       p.tiles = twice;
-    // What comes from the second level is fetched in time by itself where registers are narrow.
-    p.fetches_filters = pack.width == 16 || pack.group_size > cache_floats(pack.width);
+    // What comes from the second level is fetched in time by itself, at least where registers are narrow.
+    const bool near = pack.group_size <= cache_floats(pack.width);
+    p.fetches_output = pack.width == 16 && near && params.channels_last;
+    p.fetches_filters = !p.fetches_output && (pack.width == 16 || !near);
     p.in_place = whole_blocks;
     p.ring_rows = p.in_place ? 0 : pack.position_rows * (p.tiles / p.tile_columns + 2);
     // What tiles read, and what is copied into a row.

@@ -80,7 +80,9 @@ struct CpuPlan {
   // winograd: products [group][position][filter block][tile][filter], or [group][position][tile][map] with several
   // lanes: values between tiles and between filter blocks.
   int64_t products_stride, products_block;
-  bool fetches_filters;  // winograd: the first pixels of a filter block fetch the next one towards the core
+  // winograd: while the first pixels of a filter block are multiplied, the next block is fetched towards the core, or
+  // the lines that the result will fill.
+  bool fetches_filters, fetches_output;
   // Read where the input lies, without a ring: operands as they are, channels_last, whole blocks; direct: and no
   // padding columns, or pairs of more than one block.
   bool in_place;

@@ -150,6 +150,16 @@ struct Winograd {
     }
   }
 
+  // Lets one of `runs` runs of the register tile fetch its share of the result's lines that the tiles will fill: all at
+  // once they would hold up the loads of the next tiles. Where rows of tiles are cut, lines beside them come along.
+  void fetch_output(Stage1& s, const TileAt& at, int64_t tiles, int64_t run, int64_t runs) const {
+    const int64_t pixel = params.weights.K * static_cast<int64_t>(sizeof(T));
+    const int64_t first = (at.n * params.OH + 2 * at.row) * params.OW + W * at.column;
+    const int64_t share = 2 * W * tiles * pixel / runs, lines = s.times * s.next_weights / 16;
+    s.fetched = static_cast<const char*>(params.output) + first * pixel + run * share;
+    s.fetch_step = share / lines;
+  }
+
   // Transform and matrix products of the positions of row ROW. Channels go by chunks, so that what a chunk transforms
   // is still near when it is multiplied.
   template <int ROW>
@@ -157,6 +167,9 @@ struct Winograd {
     const CpuPack& pack = plan.pack;
     Stage1 s = stage1_at(kPositionsTogether ? kColumns : 1);
     s.fetch_step = kLine;
+    const int64_t chunks = (pack.channel_blocks + plan.chunk - 1) / plan.chunk;
+    const int64_t runs = params.weights.groups * chunks * (kColumns / s.times) * pack.filter_blocks;  // of a row
+    int64_t run = ROW * runs;
     for (int64_t group = 0; group < params.weights.groups; group++) {
       for (int64_t begin = 0; begin < pack.channel_blocks; begin += plan.chunk) {
         take_chunk(s, begin);
@@ -166,6 +179,7 @@ struct Winograd {
             s.weights = filters + group * pack.group_size + winograd_filters_at(pack, kColumns * ROW + i, f, begin);
             // The next chunk or filter block.
             if (plan.fetches_filters) s.fetched = reinterpret_cast<const char*>(s.weights + kColumns * s.next_weights);
+            if (plan.fetches_output) fetch_output(s, *at, tiles, run++, F::kRows * runs);
             multiply_block(s, group, kColumns * ROW + i, f, tiles, transformed + i * s.next_pixels);
           }
         }
@@ -298,7 +312,7 @@ struct Winograd {
       before = tile;
       for (; tile.column < plan.tile_columns; tile.column++) {
         at[waiting] = tile;
-        prefetch_output(tile);
+        if (!plan.fetches_output) prefetch_output(tile);
         if (++waiting == plan.tiles) {
           finish(at, waiting);
           waiting = 0;
