@@ -180,6 +180,7 @@ CpuPack pack_for(const BasisConv2dWeights& w, Isa isa) {
   p.group_size = tap_size * p.positions;
   const int64_t chunk = pass_sizes(p.width, p.group_size / p.values).chunk;
   p.chunk = p.channel_blocks <= 2 * chunk ? p.channel_blocks : chunk;
+  // What does not stay in the second level is packed as taps too, which some passes read instead: see cpu_plan.
   const bool far = p.group_size > 2 * cache_floats(p.width);
   p.taps_group_size = p.variant == CpuVariant::winograd && p.width == 16 && far ? tap_size * 9 : 0;
   p.filters_size = w.groups * p.group_size / p.values;

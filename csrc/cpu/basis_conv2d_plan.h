@@ -13,6 +13,7 @@ enum class CpuVariant : int32_t { direct = 0, winograd = 1, amx = 2 };
 // Layout of the packed weights. Per channel group of the R*S convolution:
 //   filters [filter_blocks][channel_blocks][positions][block/lanes][vectors][width]      (direct)
 //   filters [rows][chunks][filter_blocks][columns][chunk][block/lanes][vectors][width]   (winograd)
+//   taps    [channel_blocks][filter_blocks][block/lanes][vectors][9][width]              (winograd, of large filters)
 // where positions are the R*S taps, or the rows and columns of Winograd's, whose channel blocks come in chunks: the
 // order in which the kernel walks through them. One register holds width/lanes filters times `lanes`
 // channels: with few filters it is filled up by channels, and the lanes of a filter are summed once at the end.
@@ -20,6 +21,7 @@ enum class CpuVariant : int32_t { direct = 0, winograd = 1, amx = 2 };
 // of two: two channels of a filter, or two maps of an output. Then per mixing group the coefficients twice, small
 // beside the filters: [panels][slots][output_vectors * width] for a channels_last result, where registers hold outputs
 // of one pixel, and [planar_panels][slots][planar_rows] for an NCHW result, where registers hold pixels of one output.
+// Behind them the taps, a group after the other.
 struct CpuPack {
   CpuVariant variant;
   int32_t width;           // floats in a register

@@ -205,23 +205,16 @@ struct Winograd {
     const CpuPack& pack = plan.pack;
     Stage1 s = stage1_at(kColumns);
     s.fetch_step = 9 * kLine / pack.positions;
-    const int64_t row = kColumns * s.next_pixels;
     for (int64_t group = 0; group < params.weights.groups; group++) {
       for (int64_t b = 0; b < pack.channel_blocks; b++) {
         const int64_t block = group * pack.channel_blocks + b;
         take_chunk(s, b);
-        transform<0>(at, tiles, block, 1, transformed);
-        transform<1>(at, tiles, block, 1, transformed + row);
-        transform<2>(at, tiles, block, 1, transformed + 2 * row);
-        transform<3>(at, tiles, block, 1, transformed + 3 * row);
-        if constexpr (F::kRows == 5) transform<4>(at, tiles, block, 1, transformed + 4 * row);
+        each_row<F>([&](auto row) BASISCONV_LAMBDA {
+          transform<row.value>(at, tiles, block, 1, transformed + row.value * kColumns * s.next_pixels);
+        });
         for (int64_t f = 0; f < pack.filter_blocks; f++) {
           const float* of_block = taps + group * pack.taps_group_size + winograd_taps_at(pack, f, b);
-          multiply_taps<0>(s, of_block, group, f, tiles);
-          multiply_taps<1>(s, of_block, group, f, tiles);
-          multiply_taps<2>(s, of_block, group, f, tiles);
-          multiply_taps<3>(s, of_block, group, f, tiles);
-          if constexpr (F::kRows == 5) multiply_taps<4>(s, of_block, group, f, tiles);
+          each_row<F>([&](auto row) BASISCONV_LAMBDA { multiply_taps<row.value>(s, of_block, group, f, tiles); });
         }
       }
     }
@@ -231,11 +224,7 @@ struct Winograd {
     if constexpr (kWidth == 16) {  // the plan offers it to no other
       if (plan.from_taps) return multiply_from_taps(at, tiles);
     }
-    multiply<0>(at, tiles);
-    multiply<1>(at, tiles);
-    multiply<2>(at, tiles);
-    multiply<3>(at, tiles);
-    if constexpr (F::kRows == 5) multiply<4>(at, tiles);
+    each_row<F>([&](auto row) BASISCONV_LAMBDA { multiply<row.value>(at, tiles); });
   }
 
   // All groups of the gathered tiles: products, output transform, recombination.

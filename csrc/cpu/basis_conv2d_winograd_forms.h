@@ -53,6 +53,21 @@ struct Form {
   static constexpr int second(int row) { return kSecond[STRIDE - 1][row]; }
 };
 
+template <int ROW>
+struct Row {
+  static constexpr int value = ROW;
+};
+
+// Rows of positions, one after the other; each is code of its own.
+template <typename F, typename Do>
+static BASISCONV_INLINE void each_row(const Do& run) {
+  run(Row<0>{});
+  run(Row<1>{});
+  run(Row<2>{});
+  run(Row<3>{});
+  if constexpr (F::kRows == 5) run(Row<4>{});
+}
+
 // The points of F(2x4, 3x3).
 constexpr float kA = 0.625f, kB = 1.5f, kA2 = kA * kA, kB2 = kB * kB;
 
@@ -170,11 +185,9 @@ static BASISCONV_INLINE void transform_filter(const float* taps, float* position
 // All rows of it: positions [rows * columns][width].
 template <typename F>
 static inline void transform_filter(const float* taps, float* positions) {
-  transform_filter<F, 0>(taps, positions, kWidth);
-  transform_filter<F, 1>(taps, positions + F::kColumns * kWidth, kWidth);
-  transform_filter<F, 2>(taps, positions + 2 * F::kColumns * kWidth, kWidth);
-  transform_filter<F, 3>(taps, positions + 3 * F::kColumns * kWidth, kWidth);
-  if constexpr (F::kRows == 5) transform_filter<F, 4>(taps, positions + 4 * F::kColumns * kWidth, kWidth);
+  each_row<F>([&](auto row) BASISCONV_LAMBDA {
+    transform_filter<F, row.value>(taps, positions + row.value * F::kColumns * kWidth, kWidth);
+  });
 }
 
 }  // namespace BASISCONV_ISA

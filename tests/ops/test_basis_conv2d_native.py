@@ -11,6 +11,7 @@ import torch
 
 from basisconv_kernels import basis_conv2d, testing
 from basisconv_kernels.core import extension, registry
+from basisconv_kernels.testing import tolerances
 
 pytestmark = pytest.mark.skipif(registry.absent("cpu") is not None, reason=f"cpu: {registry.absent('cpu')}")
 
@@ -107,12 +108,15 @@ def test_filling_up_registers_makes_no_nan_of_an_infinity(Q, groups, channels_la
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("stride", "groups"), [(1, 1), (2, 1), (1, 2)])
-def test_filters_too_large_to_stay_near_give_the_same_bits_alone_and_in_a_batch(stride, groups, dtype):
+@pytest.mark.parametrize("filters", [64, 72])  # a register holds filters alone, or two channels of half as many
+def test_filters_too_large_to_stay_near_give_the_same_bits_alone_and_in_a_batch(filters, stride, groups, dtype):
     """One image has its filters transformed from their taps, a batch of more tiles than a pass takes has not."""
-    C, Q = 256 * groups, 72 * groups
+    C, Q = 288 * groups, filters * groups
     x = torch.randn(24, C, 9, 10).to(dtype).to(memory_format=torch.channels_last)
     basis, coefficients = torch.randn(Q, C // groups, 3, 3), torch.randn(40, Q)
     arguments = [basis.to(dtype), coefficients.to(dtype)]
     batch = basis_conv2d(x, *arguments, stride=stride, padding=1, groups=groups, backend="cpu")
     alone = [basis_conv2d(i, *arguments, stride=stride, padding=1, groups=groups, backend="cpu") for i in x.split(1)]
     assert torch.equal(torch.cat(alone), batch)
+    expected = basis_conv2d(x, *arguments, stride=stride, padding=1, groups=groups, backend="reference")
+    assert (batch - expected).abs().max() <= tolerances.SAME_LAYER[dtype] * expected.abs().max()

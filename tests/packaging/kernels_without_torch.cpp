@@ -124,8 +124,8 @@ BasisConv2dParams draw(Random& random, int64_t& pad_bottom, int64_t& pad_right) 
   const bool far = random.between(0, 15) == 0;
   if (far) {
     w.groups = random.between(1, 2);
-    w.C = w.groups * random.between(250, 270);
-    w.Q = w.groups * random.between(65, 80);
+    w.C = w.groups * random.between(280, 300);
+    w.Q = w.groups * random.between(61, 80);
   }
   w.mixing_groups = random.coin() ? 1 : w.groups;
   w.K = w.mixing_groups * random.between(1, 37);
