@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -55,22 +56,76 @@ def refuse_double_backward(
 _libraries: list[torch.library.Library] = []  # registrations live as long as these
 
 
-def refuse_gradients(native: str, op: str, namespace: str = "basisconv") -> None:
-    """Make the torch op ``<namespace>::<native>`` raise when it is called on tensors that need a gradient.
+def _refuse_gradients(name: str, op: str, arguments: Sequence[Any]) -> None:
+    """Raise where a gradient is wanted through a torch op that has none."""
+    if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in arguments):
+        raise RuntimeError(
+            f"torch.ops.{name} has no gradient of its own: for training call basisconv_kernels.{op}, "
+            "for inference (an exported program, say) run it under torch.no_grad()"
+        )
 
-    The public function of the op goes through its autograd Function; the raw op would lose the gradient silently.
+
+def register_without_gradient(native: str, op: str, fake: Callable[..., Any]) -> None:
+    """Teach torch shapes and gradients of the native op ``basisconv::<native>``.
+
+    The public function of the op goes through its autograd Function; the raw op would lose a gradient silently, so it
+    raises when it is called on tensors that need one. Its kernels ask themselves (csrc/ops/gradients_glue.h), and
+    ``fake`` is made to: a function of ours for the Autograd key would put Python into every call of a compiled program.
+
+    Args:
+        native: name of the torch op.
+        op: public function that it serves.
+        fake: what it does to shapes, for tracing.
     """
-    library = torch.library.Library(namespace, "FRAGMENT")
-    raw = getattr(getattr(torch.ops, namespace), native).default
+
+    @functools.wraps(fake)
+    def asking(*arguments: Any) -> Any:
+        _refuse_gradients(f"basisconv.{native}", op, arguments)
+        return fake(*arguments)
+
+    torch.library.register_fake(f"basisconv::{native}", asking)
+    library = torch.library.Library("basisconv", "FRAGMENT")
+    library.impl(native, torch.library.fallthrough_kernel, "Autograd")
+    library.impl(native, _refuse_transforms(native, op), "FuncTorchDynamicLayerFrontMode")
+    _libraries.append(library)
+
+
+def _refuse_transforms(native: str, op: str) -> Callable[..., NoReturn]:
+    def refuse(*_: Any) -> NoReturn:
+        raise RuntimeError(
+            f"torch.ops.basisconv.{native} knows no transforms of torch.func; basisconv_kernels.{op} has gradients"
+        )
+
+    return refuse
+
+
+def call_raw(op: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a torch op that has no gradient of its own, where gradients are the caller's Function's, or nobody's.
+
+    In eager mode with gradients off, since the op would ask every tensor; in a graph as it is.
+    """
+    if torch.compiler.is_compiling():
+        return op(*arguments)
+    recording = torch.is_grad_enabled()
+    with torch._C._AutoDispatchBelowAutograd():
+        if not recording:
+            return op(*arguments)
+        torch._C._set_grad_enabled(False)
+        try:
+            return op(*arguments)
+        finally:
+            torch._C._set_grad_enabled(True)
+
+
+def refuse_gradients(name: str, op: str) -> None:
+    """Make the torch op ``basisconv_triton::<name>``, which is Python anyway, raise on tensors that need a gradient."""
+    library = torch.library.Library("basisconv_triton", "FRAGMENT")
+    raw = getattr(torch.ops.basisconv_triton, name).default
 
     def below_autograd(*args: Any) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
-            raise RuntimeError(
-                f"torch.ops.{namespace}.{native} has no gradient of its own: for training call basisconv_kernels.{op}, "
-                "for inference (an exported program, say) run it under torch.no_grad()"
-            )
+        _refuse_gradients(f"basisconv_triton.{name}", op, args)
         with torch._C._AutoDispatchBelowAutograd():
             return raw(*args)
 
-    library.impl(native, below_autograd, "Autograd")
+    library.impl(name, below_autograd, "Autograd")
     _libraries.append(library)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from basisconv_kernels.core import checks, extension, machine
-from basisconv_kernels.core.autograd import refuse_gradients
+from basisconv_kernels.core.autograd import call_raw, register_without_gradient
 from basisconv_kernels.core.checks import Pair, Quad
 from basisconv_kernels.core.problem import Conv2dProblem
 from basisconv_kernels.reference import basis_conv2d as reference
@@ -43,10 +43,9 @@ def forward(
             f"got {packed.dtype} on {packed.device}; pack the weights again"
         )
     arguments = (input, basis_weight, coefficients, bias, residual, packed, *settings[:-1])
-    if torch.compiler.is_compiling():
-        return _call(arguments, keep_maps)
-    with torch._C._AutoDispatchBelowAutograd():  # gradients are our Function's; asking autograd costs 5 us a call
-        return _call(arguments, keep_maps)
+    if keep_maps:
+        return call_raw(torch.ops.basisconv.basis_conv2d_maps.default, *arguments)
+    return call_raw(torch.ops.basisconv.basis_conv2d.default, *arguments), None
 
 
 def cpu_supports(problem: Conv2dProblem) -> list[str]:
@@ -80,12 +79,6 @@ def cuda_supports(problem: Conv2dProblem) -> list[str]:
     if filters > 128 and getattr(device, "shared_memory_per_block_optin", wanted) < wanted:
         against.append(f"more than 128 basis filters a group need more shared memory than {device.name} has")
     return against
-
-
-def _call(arguments: tuple[Any, ...], keep_maps: bool) -> tuple[Tensor, Tensor | None]:
-    if keep_maps:
-        return torch.ops.basisconv.basis_conv2d_maps.default(*arguments)
-    return torch.ops.basisconv.basis_conv2d.default(*arguments), None
 
 
 def basis_conv2d_pack(
@@ -199,8 +192,7 @@ def _register() -> None:
         ("basis_conv2d_maps", _fake_forward_maps),
         ("basis_conv2d_pack", _fake_pack),
     ):
-        torch.library.register_fake(f"basisconv::{native}", fake)
-        refuse_gradients(native, OP)
+        register_without_gradient(native, OP, fake)
     register_flop_formula(torch.ops.basisconv.basis_conv2d)(flops)
     register_flop_formula(torch.ops.basisconv.basis_conv2d_maps)(flops)
 

@@ -192,5 +192,5 @@ for _name, _run, _shapes in (
 ):
     _library.impl(_name, _run, "CPU" if INTERPRETED else "CUDA")
     torch.library.register_fake(f"basisconv_triton::{_name}", _shapes, lib=_library)
-    refuse_gradients(_name, OP, "basisconv_triton")
+    refuse_gradients(_name, OP)
 register_flop_formula(torch.ops.basisconv_triton.basis_conv2d)(flops)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from basisconv_kernels.core import checks, extension, machine
-from basisconv_kernels.core.autograd import refuse_gradients
+from basisconv_kernels.core.autograd import call_raw, register_without_gradient
 from basisconv_kernels.core.layout import memory_format
 from basisconv_kernels.core.packed import PackedTensor, Threshold, words_for
 from basisconv_kernels.core.problem import dtype_name
@@ -46,10 +46,7 @@ def forward(
     if weight.device.type == "cuda":
         weight = _signs_in_float32(weight)
     arguments = (input, weight, scale, bias, pixel_scale, value, flip, packed, *numbers(settings))
-    if torch.compiler.is_compiling():
-        return torch.ops.basisconv.binary_conv2d.default(*arguments)
-    with torch._C._AutoDispatchBelowAutograd():  # gradients are our Function's; asking autograd costs 5 us a call
-        return torch.ops.basisconv.binary_conv2d.default(*arguments)
+    return call_raw(torch.ops.basisconv.binary_conv2d.default, *arguments)
 
 
 def numbers(settings: Settings) -> tuple[Any, ...]:
@@ -157,8 +154,7 @@ def _flops(input: Sequence[int], weight: Sequence[int], *rest: Any, out_shape: S
 def _register() -> None:
     """Teach torch what the native op does to shapes, gradients and operation counts."""
     for native, fake in (("binary_conv2d", _fake_forward), ("binary_conv2d_pack", _fake_pack)):
-        torch.library.register_fake(f"basisconv::{native}", fake)
-        refuse_gradients(native, OP)
+        register_without_gradient(native, OP, fake)
     register_flop_formula(torch.ops.basisconv.binary_conv2d)(_flops)
 
 

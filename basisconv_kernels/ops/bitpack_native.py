@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from basisconv_kernels.core import extension
-from basisconv_kernels.core.autograd import refuse_gradients
+from basisconv_kernels.core.autograd import call_raw, register_without_gradient
 from basisconv_kernels.core.packed import Threshold, words_for
 
 OP = "bitpack"
@@ -18,10 +18,7 @@ def forward(input: Tensor, threshold: Threshold | None, planes: int, encoding: s
     """The torch op that C++ registers for the CPU and for CUDA."""
     value, flip = (None, None) if threshold is None else (threshold.value, threshold.flip)
     arguments = (input, value, flip, planes, encoding == "unsigned")
-    if torch.compiler.is_compiling():
-        return torch.ops.basisconv.bitpack.default(*arguments)
-    with torch._C._AutoDispatchBelowAutograd():  # bits have no gradient; asking autograd costs 4 us a call
-        return torch.ops.basisconv.bitpack.default(*arguments)
+    return call_raw(torch.ops.basisconv.bitpack.default, *arguments)
 
 
 def _fake(input: Tensor, threshold: Tensor | None, flip: Tensor | None, bits: int, codes: bool) -> Tensor:
@@ -30,5 +27,4 @@ def _fake(input: Tensor, threshold: Tensor | None, flip: Tensor | None, bits: in
 
 
 if PRESENT:
-    torch.library.register_fake("basisconv::bitpack", _fake)
-    refuse_gradients("bitpack", OP)
+    register_without_gradient("bitpack", OP, _fake)

@@ -43,4 +43,4 @@ _library = torch.library.Library("basisconv_triton", "FRAGMENT")  # registration
 _library.define("bitpack(Tensor input, Tensor? value, Tensor? flip, int bits, bool codes) -> Tensor")
 _library.impl("bitpack", _launch, triton_devices.KEY)
 torch.library.register_fake("basisconv_triton::bitpack", fake, lib=_library)
-refuse_gradients("bitpack", OP, "basisconv_triton")
+refuse_gradients("bitpack", OP)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from basisconv_kernels.core import checks, extension
-from basisconv_kernels.core.autograd import refuse_gradients
+from basisconv_kernels.core.autograd import call_raw, register_without_gradient
 from basisconv_kernels.core.checks import Pair, Quad
 from basisconv_kernels.core.layout import memory_format
 from basisconv_kernels.core.packed import PackedTensor, unpack_planes
@@ -51,12 +51,8 @@ def forward(
             f"{OP}: packed must be what stacked_binary_conv2d_pack gives, uint8 on {input.device}, "
             f"got {packed.dtype} on {packed.device}; pack the filters again"
         )
-    arguments = (input, packed, scale, bias, *numbers(bank, index, settings))
-    if torch.compiler.is_compiling():
-        out = torch.ops.basisconv.stacked_binary_conv2d.default(*arguments)
-    else:
-        with torch._C._AutoDispatchBelowAutograd():  # gradients are our Function's; asking autograd costs 5 us a call
-            out = torch.ops.basisconv.stacked_binary_conv2d.default(*arguments)
+    op = torch.ops.basisconv.stacked_binary_conv2d.default
+    out = call_raw(op, input, packed, scale, bias, *numbers(bank, index, settings))
     return out if out.dtype == settings.dtype else out.to(settings.dtype)  # packed input: one rounding of a float32
 
 
@@ -157,10 +153,7 @@ def _popcounts(
         input, filters, scale, bias, None, None, None, packed, settings.stride, settings.padding, 0, settings.dilation,
         settings.groups, settings.activation, dtype, settings.channels, settings.encoding, False,
     )  # fmt: skip
-    if torch.compiler.is_compiling():
-        return torch.ops.basisconv.binary_conv2d.default(*arguments)
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.basisconv.binary_conv2d.default(*arguments)
+    return call_raw(torch.ops.basisconv.binary_conv2d.default, *arguments)
 
 
 def _full_filters(bank: Tensor, index: Tensor, packed_bank: bool, low: int) -> Tensor:
@@ -274,8 +267,7 @@ def _flops(
 def _register() -> None:
     """Teach torch what the native ops do to shapes, gradients and FLOP counts."""
     for native, fake in (("stacked_binary_conv2d", _fake_forward), ("stacked_binary_conv2d_pack", _fake_pack)):
-        torch.library.register_fake(f"basisconv::{native}", fake)
-        refuse_gradients(native, OP)
+        register_without_gradient(native, OP, fake)
     register_flop_formula(torch.ops.basisconv.stacked_binary_conv2d)(_flops)
 
 

@@ -121,5 +121,5 @@ _library.define(
 )
 _library.impl("stacked_binary_conv2d", _launch, triton_devices.KEY)
 torch.library.register_fake("basisconv_triton::stacked_binary_conv2d", _fake, lib=_library)
-refuse_gradients("stacked_binary_conv2d", OP, "basisconv_triton")
+refuse_gradients("stacked_binary_conv2d", OP)
 register_flop_formula(torch.ops.basisconv_triton.stacked_binary_conv2d)(_flops)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from basisconv_kernels.core import checks, extension, machine
-from basisconv_kernels.core.autograd import refuse_gradients
+from basisconv_kernels.core.autograd import call_raw, register_without_gradient
 from basisconv_kernels.core.checks import Pair
 from basisconv_kernels.core.layout import memory_format
 from basisconv_kernels.core.problem import dtype_name
@@ -97,10 +97,7 @@ def run(
     kept = (input.dtype, torch.float32)
     scale, bias = (t if t is None or t.dtype in kept else t.to(torch.float32) for t in (scale, bias))
     arguments = (input, packed, scale, bias, K, kernel, *geometry, activation)
-    if torch.compiler.is_compiling():
-        return torch.ops.basisconv.ternary_conv2d_cuda.default(*arguments)
-    with torch._C._AutoDispatchBelowAutograd():  # gradients are those of the op that runs this; asking costs 5 us
-        return torch.ops.basisconv.ternary_conv2d_cuda.default(*arguments)
+    return call_raw(torch.ops.basisconv.ternary_conv2d_cuda.default, *arguments)
 
 
 def _fake_forward(
@@ -146,8 +143,7 @@ def _flops(
 def _register() -> None:
     """Teach torch what the native ops do to shapes, gradients and FLOP counts."""
     for native, fake in (("ternary_conv2d_cuda", _fake_forward), ("ternary_conv2d_cuda_pack", _fake_pack)):
-        torch.library.register_fake(f"basisconv::{native}", fake)
-        refuse_gradients(native, OP)
+        register_without_gradient(native, OP, fake)
     register_flop_formula(torch.ops.basisconv.ternary_conv2d_cuda)(_flops)
 
 

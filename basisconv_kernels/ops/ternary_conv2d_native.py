@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from basisconv_kernels.core import checks, extension
-from basisconv_kernels.core.autograd import refuse_gradients
+from basisconv_kernels.core.autograd import call_raw, register_without_gradient
 from basisconv_kernels.core.checks import Pair
 from basisconv_kernels.core.layout import memory_format
 from basisconv_kernels.core.packed import WORD_BITS, PackedTensor
@@ -41,10 +41,7 @@ def forward(
             f"got {packed.dtype} on {packed.device}; pack the planes again"
         )
     arguments = (input, planes, scale, negative_scale, bias, packed, *settings[:-1])
-    if torch.compiler.is_compiling():
-        return torch.ops.basisconv.ternary_conv2d.default(*arguments)
-    with torch._C._AutoDispatchBelowAutograd():  # gradients are our Function's; asking autograd costs 5 us a call
-        return torch.ops.basisconv.ternary_conv2d.default(*arguments)
+    return call_raw(torch.ops.basisconv.ternary_conv2d.default, *arguments)
 
 
 def cpu_supports(problem: TernaryConv2dProblem) -> list[str]:
@@ -80,9 +77,8 @@ def forward_bits(
 ) -> Tensor:
     """The torch op for packed activations; everything that is a number is float32."""
     signs = bits.encoding == "sign"
-    arguments = (planes, scale, negative_scale, bias, packed, *settings[:-1])
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.basisconv.ternary_conv2d_bits.default(bits.words, bits.channels, signs, *arguments)
+    arguments = (bits.words, bits.channels, signs, planes, scale, negative_scale, bias, packed, *settings[:-1])
+    return call_raw(torch.ops.basisconv.ternary_conv2d_bits.default, *arguments)
 
 
 def ternary_conv2d_pack(planes: Tensor, channels: int, *, groups: int = 1) -> Tensor | None:
@@ -142,8 +138,7 @@ def _flops(input: Sequence[int], planes: Sequence[int], *rest: Any, out_shape: S
 
 def _register() -> None:
     """Teach torch what the native op does to shapes, gradients and FLOP counts."""
-    torch.library.register_fake("basisconv::ternary_conv2d", _fake_forward)
-    refuse_gradients("ternary_conv2d", OP)
+    register_without_gradient("ternary_conv2d", OP, _fake_forward)
     register_flop_formula(torch.ops.basisconv.ternary_conv2d)(_flops)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from basisconv_kernels.core import checks
-from basisconv_kernels.core.autograd import refuse_gradients
+from basisconv_kernels.core.autograd import call_raw, register_without_gradient
 from basisconv_kernels.core.checks import Pair, Quad
 from basisconv_kernels.core.layout import memory_format
 from basisconv_kernels.core.problem import TuckerConv2dProblem
@@ -61,10 +61,7 @@ def forward(
     if packed is None:
         packed = basis.basis_conv2d_pack(core, u_out, stride=stride, dilation=dilation)
     arguments = (input, u_in, core, u_out, bias, residual, packed, stride, padding, dilation, activation)
-    if torch.compiler.is_compiling():
-        return torch.ops.basisconv.tucker_conv2d_one_pass.default(*arguments), None, None
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.basisconv.tucker_conv2d_one_pass.default(*arguments), None, None
+    return call_raw(torch.ops.basisconv.tucker_conv2d_one_pass.default, *arguments), None, None
 
 
 def _fake(
@@ -94,6 +91,5 @@ def _flops(input: Any, u_in: Any, core: Any, u_out: Any, *_: Any, out_shape: Any
 
 
 if "cuda" in basis.extension.facts():
-    torch.library.register_fake("basisconv::tucker_conv2d_one_pass", _fake)
-    refuse_gradients("tucker_conv2d_one_pass", OP)
+    register_without_gradient("tucker_conv2d_one_pass", OP, _fake)
     register_flop_formula(torch.ops.basisconv.tucker_conv2d_one_pass)(_flops)

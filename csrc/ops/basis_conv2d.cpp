@@ -15,6 +15,7 @@
 #include "../cpu/basis_conv2d.h"
 #include "../cpu/binary_conv2d_plan.h"
 #include "basis_conv2d_glue.h"
+#include "gradients_glue.h"
 
 namespace basisconv {
 namespace {
@@ -235,11 +236,11 @@ STABLE_TORCH_LIBRARY(basisconv, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(basisconv, CPU, m) {
-  m.impl("basis_conv2d", TORCH_BOX(&basisconv::forward));
-  m.impl("basis_conv2d_maps", TORCH_BOX(&basisconv::forward_maps));
+  m.impl("basis_conv2d", BASISCONV_BOX("basis_conv2d", &basisconv::forward));
+  m.impl("basis_conv2d_maps", BASISCONV_BOX_FOR("basis_conv2d_maps", "basis_conv2d", &basisconv::forward_maps));
   m.impl("basis_conv2d_plan", TORCH_BOX(&basisconv::plan));
   m.impl("basis_conv2d_planned", TORCH_BOX(&basisconv::planned));
-  m.impl("basis_conv2d_pack", TORCH_BOX(&basisconv::pack));
+  m.impl("basis_conv2d_pack", BASISCONV_BOX_FOR("basis_conv2d_pack", "basis_conv2d", &basisconv::pack));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(basisconv, CompositeExplicitAutograd, m) {

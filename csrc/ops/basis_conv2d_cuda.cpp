@@ -8,6 +8,7 @@
 #include "../cuda/basis_conv2d.h"
 #include "basis_conv2d_glue.h"
 #include "cuda_stream.h"
+#include "gradients_glue.h"
 
 namespace basisconv {
 namespace {
@@ -140,11 +141,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(basisconv, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(basisconv, CUDA, m) {
-  m.impl("basis_conv2d", TORCH_BOX(&basisconv::forward));
-  m.impl("basis_conv2d_maps", TORCH_BOX(&basisconv::forward_maps));
+  m.impl("basis_conv2d", BASISCONV_BOX("basis_conv2d", &basisconv::forward));
+  m.impl("basis_conv2d_maps", BASISCONV_BOX_FOR("basis_conv2d_maps", "basis_conv2d", &basisconv::forward_maps));
   m.impl("basis_conv2d_plan", TORCH_BOX(&basisconv::plan));
   m.impl("basis_conv2d_planned", TORCH_BOX(&basisconv::planned));
-  m.impl("basis_conv2d_pack", TORCH_BOX(&basisconv::pack));
+  m.impl("basis_conv2d_pack", BASISCONV_BOX_FOR("basis_conv2d_pack", "basis_conv2d", &basisconv::pack));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(basisconv, CompositeExplicitAutograd, m) {

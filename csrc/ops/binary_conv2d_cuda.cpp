@@ -11,6 +11,7 @@
 #include "binary_conv2d_glue.h"
 #include "bitpack_glue.h"
 #include "cuda_stream.h"
+#include "gradients_glue.h"
 
 namespace basisconv {
 namespace {
@@ -156,10 +157,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(basisconv, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(basisconv, CUDA, m) {
-  m.impl("binary_conv2d", TORCH_BOX(&basisconv::binary_forward<basisconv::run>));
+  m.impl("binary_conv2d", BASISCONV_BOX("binary_conv2d", &basisconv::binary_forward<basisconv::run>));
   m.impl("binary_conv2d_plan", TORCH_BOX(&basisconv::binary_call_plan));
   m.impl("binary_conv2d_planned", TORCH_BOX(&basisconv::binary_planned<basisconv::run>));
-  m.impl("binary_conv2d_pack", TORCH_BOX(&basisconv::pack));
+  m.impl("binary_conv2d_pack", BASISCONV_BOX_FOR("binary_conv2d_pack", "binary_conv2d", &basisconv::pack));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(basisconv, CompositeExplicitAutograd, m) {

@@ -7,6 +7,7 @@
 
 #include "../cpu/bitpack.h"
 #include "../cpu/isa.h"
+#include "gradients_glue.h"
 
 namespace basisconv {
 namespace {
@@ -51,4 +52,4 @@ STABLE_TORCH_LIBRARY_FRAGMENT(basisconv, m) {
   m.def("bitpack(Tensor input, Tensor? threshold, Tensor? flip, int bits, bool codes) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(basisconv, CPU, m) { m.impl("bitpack", TORCH_BOX(&basisconv::bitpack)); }
+STABLE_TORCH_LIBRARY_IMPL(basisconv, CPU, m) { m.impl("bitpack", BASISCONV_BOX("bitpack", &basisconv::bitpack)); }

@@ -5,6 +5,7 @@
 #include "../cuda/bitpack.h"
 #include "bitpack_glue.h"
 #include "cuda_stream.h"
+#include "gradients_glue.h"
 
 namespace basisconv {
 namespace {
@@ -26,4 +27,4 @@ Tensor bitpack(Tensor input, std::optional<Tensor> threshold, std::optional<Tens
 }  // namespace
 }  // namespace basisconv
 
-STABLE_TORCH_LIBRARY_IMPL(basisconv, CUDA, m) { m.impl("bitpack", TORCH_BOX(&basisconv::bitpack)); }
+STABLE_TORCH_LIBRARY_IMPL(basisconv, CUDA, m) { m.impl("bitpack", BASISCONV_BOX("bitpack", &basisconv::bitpack)); }

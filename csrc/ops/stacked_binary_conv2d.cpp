@@ -14,6 +14,7 @@
 
 #include "../cpu/stacked_binary_conv2d.h"
 #include "glue.h"
+#include "gradients_glue.h"
 #include "torch_glue.h"
 
 namespace basisconv {
@@ -331,10 +332,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(basisconv, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(basisconv, CPU, m) {
-  m.impl("stacked_binary_conv2d", TORCH_BOX(&basisconv::stacked::forward));
+  m.impl("stacked_binary_conv2d", BASISCONV_BOX("stacked_binary_conv2d", &basisconv::stacked::forward));
   m.impl("stacked_binary_conv2d_plan", TORCH_BOX(&basisconv::stacked::plan));
   m.impl("stacked_binary_conv2d_planned", TORCH_BOX(&basisconv::stacked::planned));
-  m.impl("stacked_binary_conv2d_pack", TORCH_BOX(&basisconv::stacked::pack));
+  m.impl("stacked_binary_conv2d_pack",
+         BASISCONV_BOX_FOR("stacked_binary_conv2d_pack", "stacked_binary_conv2d", &basisconv::stacked::pack));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(basisconv, CompositeExplicitAutograd, m) {

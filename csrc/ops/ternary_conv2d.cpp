@@ -15,6 +15,7 @@
 #include "../cpu/isa.h"
 #include "../cpu/ternary_conv2d.h"
 #include "glue.h"
+#include "gradients_glue.h"
 #include "torch_glue.h"
 
 namespace basisconv {
@@ -325,7 +326,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(basisconv, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(basisconv, CPU, m) {
-  m.impl("ternary_conv2d", TORCH_BOX(&basisconv::ternary_forward));
+  m.impl("ternary_conv2d", BASISCONV_BOX("ternary_conv2d", &basisconv::ternary_forward));
   m.impl("ternary_conv2d_bits", TORCH_BOX(&basisconv::ternary_forward_bits));
   m.impl("ternary_conv2d_plan", TORCH_BOX(&basisconv::ternary_plan_op));
   m.impl("ternary_conv2d_planned", TORCH_BOX(&basisconv::ternary_planned));

@@ -10,6 +10,7 @@
 #include "../cuda/ternary_conv2d.h"
 #include "cuda_stream.h"
 #include "glue.h"
+#include "gradients_glue.h"
 #include "torch_glue.h"
 
 namespace basisconv {
@@ -134,8 +135,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(basisconv, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(basisconv, CUDA, m) {
-  m.impl("ternary_conv2d_cuda", TORCH_BOX(&basisconv::forward));
-  m.impl("ternary_conv2d_cuda_pack", TORCH_BOX(&basisconv::pack));
+  m.impl("ternary_conv2d_cuda", BASISCONV_BOX_FOR("ternary_conv2d_cuda", "ternary_conv2d", &basisconv::forward));
+  m.impl("ternary_conv2d_cuda_pack", BASISCONV_BOX_FOR("ternary_conv2d_cuda_pack", "ternary_conv2d", &basisconv::pack));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(basisconv, CompositeExplicitAutograd, m) {

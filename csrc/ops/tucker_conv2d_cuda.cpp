@@ -9,6 +9,7 @@
 #include "../cuda/tucker_conv2d.h"
 #include "basis_conv2d_glue.h"
 #include "cuda_stream.h"
+#include "gradients_glue.h"
 
 namespace basisconv {
 namespace {
@@ -130,7 +131,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(basisconv, m) {
       "int shared_bytes) -> str");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(basisconv, CUDA, m) { m.impl("tucker_conv2d_one_pass", TORCH_BOX(&basisconv::forward)); }
+STABLE_TORCH_LIBRARY_IMPL(basisconv, CUDA, m) {
+  m.impl("tucker_conv2d_one_pass", BASISCONV_BOX_FOR("tucker_conv2d_one_pass", "tucker_conv2d", &basisconv::forward));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(basisconv, CompositeExplicitAutograd, m) {
   m.impl("tucker_conv2d_one_pass_reason", TORCH_BOX(&basisconv::reason));
