@@ -72,4 +72,4 @@ $(READY): pyproject.toml .ci/constraints.txt
 	touch $@
 
 clean:  ## remove the environment and everything built
-	rm -rf $(VENV) build out basisconv_kernels/_C*.so *.egg-info
+	rm -rf $(VENV) build out basisconv_kernels/_C*.so basisconv_kernels/core/_eager*.so *.egg-info

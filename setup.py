@@ -24,10 +24,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 # LibTorch's stable ABI as of torch 2.10: one library for that version and later ones, and for every Python.
 TORCH_TARGET = "0x020a000000000000"
+PYTHON_TARGET = "0x030A0000"  # the limited API as of Python 3.10
+SHORT_WAY = "csrc/python/eager.cpp"
 CPU_KERNELS = [
     "csrc/cpu/basis_conv2d.cpp",
     "csrc/cpu/binary_conv2d.cpp",
@@ -313,11 +315,14 @@ def native() -> dict:
         """Compiles the CPU kernels once per instruction set, then the rest as usual."""
 
         def build_extension(self, ext):
+            if ext.sources == [SHORT_WAY]:
+                super().build_extension(ext)
+                return
             sets, left_out = sets_that_compile()
             cuda = f"but no CUDA kernels ({kit})"
             if with_cuda:
                 cuda = f"and CUDA kernels ({', '.join(architectures().names)}; nvcc {kit.version})"
-            say(f"CPU kernels ({', '.join(sets)}) {left_out}{cuda}, with torch {torch.__version__}")
+            say(f"CPU kernels ({', '.join(sets)}) {left_out}{cuda}{slow_calls}, with torch {torch.__version__}")
             common = [*flags, f"-DBASISCONV_WIDEST={list(sets)[-1]}"]
 
             def compile_for(item):
@@ -341,7 +346,10 @@ def native() -> dict:
             ext.extra_compile_args["cxx"] += common
             super().build_extension(ext)
 
-    extension = CppExtension(
+    python = [f"-I{sysconfig.get_path('include')}", f"-DPy_LIMITED_API={PYTHON_TARGET}"]
+    lacking = complaint("#include <Python.h>", python)
+    slow_calls = f", calls without their short way ({lacking})" if lacking else ""
+    kernels = CppExtension(
         "basisconv_kernels._C",
         [*ONCE, *(CUDA_GLUE if with_cuda else [])],
         py_limited_api=True,
@@ -349,8 +357,16 @@ def native() -> dict:
         extra_link_args=link,
         depends=headers,
     )
+    short_way = Extension(
+        "basisconv_kernels.core._eager",
+        [SHORT_WAY],
+        py_limited_api=True,
+        extra_compile_args=[*flags, *python],
+        extra_link_args=[option for option in link if option.startswith("-fsanitize")],
+        language="c++",
+    )
     return {
-        "ext_modules": [extension],
+        "ext_modules": [kernels, *([] if lacking else [short_way])],
         "cmdclass": {"build_ext": BuildKernels.with_options(use_ninja=True)},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }

@@ -36,8 +36,18 @@ VARIABLES = (
 )
 
 
-_encode: Any = getattr(os.environ, "encodekey", lambda name: name)
-_ENCODED_BACKEND = _encode("BASISCONV_BACKEND")
+def kept_values(name: str) -> tuple[dict[Any, Any] | None, Any]:
+    """The dict in which ``os.environ`` keeps its values, and the key of a variable in there.
+
+    Every call of an op asks for a backend. ``os.environ.get`` answers that a variable is not set by catching an error,
+    ten times as slowly as this dict; None where Python has no such dict.
+    """
+    kept = getattr(os.environ, "_data", None)
+    encode: Any = getattr(os.environ, "encodekey", lambda name: name)
+    return kept if isinstance(kept, dict) else None, encode(name)
+
+
+_, _ENCODED_BACKEND = kept_values("BASISCONV_BACKEND")
 
 
 def _get(name: str) -> str | None:
@@ -46,11 +56,7 @@ def _get(name: str) -> str | None:
 
 
 def backend() -> str | None:
-    """The backend named by ``BASISCONV_BACKEND``, or None.
-
-    Every call of an op asks. ``os.environ.get`` answers that a variable is not set by catching an error, ten times as
-    slowly as the dict that it keeps its values in; where Python has no such dict it is asked itself.
-    """
+    """The backend named by ``BASISCONV_BACKEND``, or None."""
     try:
         if os.environ._data.get(_ENCODED_BACKEND) is None:  # type: ignore[attr-defined]
             return None

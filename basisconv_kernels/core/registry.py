@@ -43,14 +43,14 @@ class Candidate:
 
 
 _NOTHING: Mapping[str, str] = MappingProxyType({})
-_NOBODY = ""  # no use_backend block around: the environment speaks
-_wish: ContextVar[str | None] = ContextVar("basisconv_backend", default=_NOBODY)
+NOBODY = ""  # no use_backend block around: the environment speaks
+ASKED: ContextVar[str | None] = ContextVar("basisconv_backend", default=NOBODY)
 
 
 def wish() -> str | None:
     """The backend asked for by ``use_backend`` or ``BASISCONV_BACKEND``, or None."""
-    asked = _wish.get()
-    return env.backend() if asked is _NOBODY else asked
+    asked = ASKED.get()
+    return env.backend() if asked is NOBODY else asked
 
 
 @contextlib.contextmanager
@@ -59,11 +59,11 @@ def use_backend(name: str | None) -> Iterator[None]:
 
     A graph that ``torch.compile`` traced keeps the backend of its tracing.
     """
-    token = _wish.set(name)
+    token = ASKED.set(name)
     try:
         yield
     finally:
-        _wish.reset(token)
+        ASKED.reset(token)
 
 
 def absent(backend: str) -> str | None:

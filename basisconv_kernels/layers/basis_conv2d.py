@@ -7,17 +7,25 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from basisconv_kernels.core import checks
 from basisconv_kernels.core.checks import Pair, Quad
+from basisconv_kernels.core.eager import repeat
 from basisconv_kernels.layers import bases, folding
 from basisconv_kernels.layers.basis_conv2d_conversion import NAME, Convertible
 from basisconv_kernels.layers.conversion import PADDING_MODES
 from basisconv_kernels.layers.packing import Prepared, PreparedWeights, held
+from basisconv_kernels.ops import basis_conv2d_planned as planned
 from basisconv_kernels.ops.basis_conv2d import basis_conv2d
 from basisconv_kernels.ops.basis_conv2d_native import basis_conv2d_pack
 from basisconv_kernels.reference.basis_conv2d import laid_out, memory_format
 
+# What a call depends on beside its input and residual.
+REMEMBERED = (
+    "stride", "pad_amounts", "padding_mode", "dilation", "groups", "activation", "precise", "backend",
+    "basis_weight", "coefficients", "bias", "basis_norm",
+)  # fmt: skip
 BASES = ("random_orthogonal", "dct", "learned")
 
 
@@ -174,13 +182,18 @@ class BasisConv2d(Convertible):
         Returns:
             Tensor[N, K, OH, OW] (or [K, OH, OW]).
         """
+        if not is_dynamo_compiling() and (known := self._prepared.call) is not None:
+            out = repeat(known, self.__dict__, input, residual)
+            if out is not None:
+                return out
+            self._prepared.call = None
         if isinstance(input, Tensor) and input.dim() == 3:
             return self.forward(input[None], None if residual is None else residual[None])[0]
         if self._norm_needs_maps():
             return self._two_stages(input, residual)
         basis, coefficients, bias, packed = self._weights()
         padded, padding = self._pad(input)
-        return basis_conv2d(
+        out = basis_conv2d(
             padded,
             basis,
             coefficients,
@@ -195,6 +208,18 @@ class BasisConv2d(Convertible):
             backend=self.backend,
             packed=packed,
         )
+        if packed is not None and padded is input and self.basis_norm is None and not torch.compiler.is_compiling():
+            self._remember_call(packed)
+        return out
+
+    def _remember_call(self, packed: Tensor) -> None:
+        """Let calls like the one just made go the short way, where the op did."""
+        geometry = (self.stride, self.pad_amounts, self.dilation, self.groups)
+        plan = planned.plans.of(packed, (*geometry, self.activation, self.precise, self.backend))
+        if plan is not None and planned.plans.native is not None:
+            basis, coefficients, bias = (held(self, name) for name in ("basis_weight", "coefficients", "bias"))
+            operands = (None, basis, coefficients, bias, None, packed, plan)
+            self._prepared.remember(self, planned.plans.native, operands, holes=(0, 4), depends_on=REMEMBERED)
 
     def basis_maps(self, input: Tensor) -> Tensor:
         """Stage 1 alone, in plain PyTorch: Z [N, Q, OH, OW] of ``input`` [N, C, H, W], before any BatchNorm."""

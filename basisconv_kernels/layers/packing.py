@@ -11,6 +11,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from basisconv_kernels.core import registry
+
 ORDINARY = (Tensor, torch.nn.Parameter)
 Value = TypeVar("Value", bound=tuple[Any, ...])  # of tensors and None
 
@@ -52,7 +54,10 @@ class _Entry(NamedTuple):
 
 
 class PreparedWeights:
-    """One remembered tuple of tensors and the proof that it still holds.
+    """One remembered tuple of tensors and the proof that it still holds; and the layer's last call, see ``remember``.
+
+    Attributes:
+        call: what ``core.eager.repeat`` takes, None where the layer must go the long way.
 
     - An address says nothing once its memory is freed and given out again, so an alias of every source tensor is kept:
       its memory stays, and an equal address is the same memory. The version counter then tells edits in place.
@@ -65,13 +70,14 @@ class PreparedWeights:
 
     def __init__(self) -> None:
         self._entry: _Entry | None = None
+        self.call: tuple[Any, ...] | None = None
 
     def __reduce__(self) -> tuple[type[PreparedWeights], tuple[()]]:
         return PreparedWeights, ()
 
     def clear(self) -> None:
-        """Forget the entry and release what it kept."""
-        self._entry = None
+        """Forget the entry and the call, and release what they kept."""
+        self._entry = self.call = None
 
     def get(self, sources: tuple[Tensor, ...], settings: Hashable, build: Callable[[], Value]) -> Value:
         """The remembered value if no source changed since, else ``build()``, run without gradients and remembered.
@@ -92,6 +98,41 @@ class PreparedWeights:
             if _ordinary(sources, value):
                 self._entry = _Entry(settings, tuple(map(_as_it_is, sources)), value)
         return value
+
+    def remember(
+        self,
+        layer: torch.nn.Module,
+        native: Callable[..., Any],
+        operands: tuple[Any, ...],
+        *,
+        holes: tuple[int, ...],
+        depends_on: tuple[str, ...],
+    ) -> None:
+        """Let ``core.eager.repeat`` make the next calls of ``layer``, as long as nothing changes that they depend on.
+
+        Args:
+            layer: whose weights ``get`` was last asked for.
+            native: the planned torch op.
+            operands: what it takes.
+            holes: places of operands that come with each call.
+            depends_on: names of the layer's attributes, parameters, buffers and modules that the operands depend on.
+        """
+        entry = self._entry
+        if entry is None or any(source.version is None for source in entry.sources):
+            return
+        known = {id(source.tensor): source for source in entry.sources}
+        attributes, members = [], []
+        for name in depends_on:
+            place = next((p for p in ("_parameters", "_buffers", "_modules") if name in layer.__dict__[p]), None)
+            if place is not None:
+                value = layer.__dict__[place][name]
+                members.append((place, name, value, known.pop(id(value), None)))
+            elif name in layer.__dict__:
+                attributes.append((name, layer.__dict__[name]))
+            else:
+                return
+        if not known:  # there is no source that nobody would look at
+            self.call = (native, registry.wish(), tuple(attributes), tuple(members), operands, holes)
 
 
 def _as_it_is(tensor: Tensor) -> _Source:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from basisconv_kernels.core import env, registry, selfcheck
 from basisconv_kernels.core.checks import Pair, Quad
@@ -271,7 +272,7 @@ def basis_conv2d(
         torch.Size([1, 128, 56, 56])
     """
     arguments = (stride, padding, dilation, groups, activation, precise, backend)
-    if packed is not None and not torch.compiler.is_compiling():
+    if packed is not None and not is_dynamo_compiling():
         result = planned.run(input, basis_weight, coefficients, bias, residual, packed, arguments)
         if result is not None:
             return result

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from basisconv_kernels.core.eager import Plans, plain
+from basisconv_kernels.core.eager import Plans, call, plain
 
 plans = Plans("basis_conv2d")
 
@@ -27,10 +27,7 @@ def run(
         input, basis_weight, coefficients, bias, residual, packed: as for ``basis_conv2d``, unchecked.
         arguments: stride, padding, dilation, groups, activation, precise and backend as given, unchecked.
     """
-    found = plans.find(packed, arguments)
-    if found is None or not plain(input, basis_weight, coefficients, bias, residual, packed):
-        return None
-    return plans.run(found, input, basis_weight, coefficients, bias, residual, packed)
+    return call(plans.known, plans.native, packed, arguments, None, input, basis_weight, coefficients, bias, residual)
 
 
 def remember(

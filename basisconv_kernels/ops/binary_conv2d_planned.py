@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from basisconv_kernels.core.eager import Plans, plain
+from basisconv_kernels.core.eager import Plans, call, plain
 from basisconv_kernels.core.packed import PackedTensor, Threshold
 from basisconv_kernels.ops.binary_conv2d_native import numbers
 from basisconv_kernels.reference.binary_conv2d import Settings
@@ -24,11 +24,8 @@ def run(tensors: tuple[Any, ...], packed: Tensor, arguments: tuple[Any, ...]) ->
         packed: as for ``binary_conv2d``.
         arguments: stride, padding, padding_value, dilation, groups, activation, output, estimator and backend.
     """
-    found = plans.find(packed, arguments, _formats(tensors))
-    if found is None:
-        return None
     operands = _operands(tensors)
-    made = plans.run(found, *operands, packed) if plain(*operands, packed) else None
+    made = call(plans.known, plans.native, packed, arguments, _formats(tensors), *operands)
     if made is None or arguments[OUTPUT] != "packed":
         return made
     return PackedTensor.of_kernel(made, operands[1].shape[0])
@@ -54,7 +51,7 @@ def _operands(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
         scale,
         bias,
         pixel_scale,
-        *((None, None) if threshold is None else (threshold.value, threshold.flip)),
+        *((threshold.value, threshold.flip) if type(threshold) is Threshold else (None, None)),
     )
 
 

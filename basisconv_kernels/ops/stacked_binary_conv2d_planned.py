@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from basisconv_kernels.core.eager import Plans, plain
+from basisconv_kernels.core.eager import Plans, call, plain
 from basisconv_kernels.core.packed import PackedTensor
 from basisconv_kernels.ops.stacked_binary_conv2d_native import by_popcount, numbers
 from basisconv_kernels.reference.stacked_binary_conv2d import Settings
@@ -26,11 +26,7 @@ def run(tensors: tuple[Any, ...], packed: Tensor, arguments: tuple[Any, ...]) ->
         packed: as for ``stacked_binary_conv2d``.
         arguments: stride, padding, dilation, groups, binarize_input, activation, estimator and backend.
     """
-    found = plans.find(packed, arguments, _formats(tensors))
-    if found is None:
-        return None
-    operands = _operands(tensors)
-    return plans.run(found, *operands, packed) if plain(*operands, packed) else None
+    return call(plans.known, plans.native, packed, arguments, _formats(tensors), *_operands(tensors))
 
 
 def _formats(tensors: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from basisconv_kernels.core.eager import Plans, plain
+from basisconv_kernels.core.eager import Plans, call, plain
 
 plans = Plans("ternary_conv2d")
 
@@ -19,10 +19,7 @@ def run(tensors: tuple[Any, ...], packed: Tensor, arguments: tuple[Any, ...]) ->
         packed: as for ``ternary_conv2d``.
         arguments: stride, padding, dilation, groups, activation and backend.
     """
-    found = plans.find(packed, arguments)
-    if found is None or not plain(*tensors, packed):
-        return None
-    return plans.run(found, *tensors, packed)
+    return call(plans.known, plans.native, packed, arguments, None, *tensors)
 
 
 def remember(tensors: tuple[Any, ...], packed: Tensor, arguments: tuple[Any, ...], settings: tuple[Any, ...]) -> None:
