@@ -17,7 +17,7 @@ from basisconv_kernels.ops import basis_conv2d as op
 from basisconv_kernels.testing import candidates
 from bench.harness import engine_bits
 from bench.harness.bits import BitLayer
-from bench.harness.engine_torch import compile_module, freeze, inference, load, placed, training
+from bench.harness.engine_torch import compile_network, freeze, inference, load, placed, training
 from bench.harness.errors import UnsupportedError
 from bench.harness.fused_layer import FusedLayer
 from bench.harness.protocol import Files, Method
@@ -30,8 +30,8 @@ class _Kernel:
         """The layer as a function of its input, and who computes it."""
         raise NotImplementedError
 
-    def network(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
-        """A converted network as a function of its input."""
+    def network(self, module: nn.Module, x: Tensor) -> tuple[Callable[[Tensor], Tensor], str]:
+        """A converted network as a function of inputs like ``x``, and a word about it."""
         raise UnsupportedError("runs layers, not networks")
 
     def bits(self, layer: BitLayer, x: Tensor) -> Method:
@@ -49,7 +49,8 @@ class _Kernel:
         if isinstance(module, BitLayer):
             return [self.bits(module, x)]
         if not isinstance(module, FusedLayer):
-            return [inference("fused", layout, functools.partial(self.network(module), x))]
+            run, detail = self.network(module, x)
+            return [inference("fused", layout, functools.partial(run, x), detail)]
         in_training = about["kind"] == "training"
         forward, detail = self.forward(module, in_training)
         if in_training:
@@ -85,9 +86,9 @@ class Ours(_Kernel):
         """Their own ops."""
         return engine_bits.ours(layer, x)
 
-    def network(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
+    def network(self, module: nn.Module, x: Tensor) -> tuple[Callable[[Tensor], Tensor], str]:
         """The module; its layers keep their packed weights themselves."""
-        return module
+        return module, ""
 
 
 class OursCompiled(_Kernel):
@@ -97,11 +98,11 @@ class OursCompiled(_Kernel):
         """Single layers are measured without a compiler around them."""
         raise UnsupportedError("runs networks, not layers")
 
-    def network(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
+    def network(self, module: nn.Module, x: Tensor) -> tuple[Callable[[Tensor], Tensor], str]:
         """The compiled module."""
         torch._dynamo.reset()
         freeze(network=True)
-        return compile_module(module)
+        return compile_network(module, x)
 
 
 class Candidate(_Kernel):
