@@ -21,6 +21,7 @@ from basisconv_kernels.compression.tucker_config import TuckerConfig
 from basisconv_kernels.core.errors import ArchitectureError, BackendUnavailable, FileFormatError
 from basisconv_kernels.core.packed import PackedTensor, Threshold
 from basisconv_kernels.core.registry import use_backend
+from basisconv_kernels.core.serving import inductor_configs, open_library
 from basisconv_kernels.core.version import __version__ as __version__
 from basisconv_kernels.layers.basis_conv2d import BasisConv2d
 from basisconv_kernels.layers.binary_conv2d import BinaryConv2d
@@ -83,8 +84,10 @@ __all__ = [
     "finetune",
     "fold_batchnorm",
     "freeze_bits",
+    "inductor_configs",
     "load",
     "magnitude_map",
+    "open_library",
     "orthogonality_loss",
     "pack_activations",
     "packed_max_pool2d",

@@ -15,22 +15,23 @@ import torch
 LIBRARY_NAME = "_C"
 
 
-def _find() -> Path | None:
+def path() -> Path | None:
+    """The library's file, None where it is not built."""
     folder = Path(__file__).resolve().parents[1]
-    found = sorted(path for pattern in ("_C.*so", "_C.*pyd", "_C.*dylib") for path in folder.glob(pattern))
+    found = sorted(file for pattern in ("_C.*so", "_C.*pyd", "_C.*dylib") for file in folder.glob(pattern))
     return found[0] if found else None
 
 
 @functools.cache
 def load() -> str | None:
     """Load the library; None on success, else the reason in words."""
-    path = _find()
-    if path is None:
+    found = path()
+    if found is None:
         return "the native library is not built (no C++ compiler at installation, or BASISCONV_BUILD=none)"
     try:
-        torch.ops.load_library(str(path))
+        torch.ops.load_library(str(found))
     except (OSError, RuntimeError) as error:
-        return f"{path.name} does not load under torch {torch.__version__}: {error}"
+        return f"{found.name} does not load under torch {torch.__version__}: {error}"
     return None
 
 

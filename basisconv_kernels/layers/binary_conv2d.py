@@ -235,8 +235,10 @@ class BinaryConv2d(Convertible):
         else:
             weight, sources = real, (real,)
         training = torch.is_grad_enabled() and any(t.requires_grad for t in sources)
-        if training or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if training:
             return weight, self._scale(), None
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # in the graph, where freezing folds it
+            return weight, self._scale(), binary_conv2d_pack(weight, groups=self.groups)
         # ``Prepared.coefficients`` is the one place for numbers made of weights: here the scales.
         mean = self.scaling == "mean" and real is not None
 

@@ -151,9 +151,12 @@ def to_bytes(bits: Tensor) -> Tensor:
 
 
 def from_bytes(packed: Tensor, count: int) -> Tensor:
-    """The first ``count`` bits (bool) of bytes."""
-    places = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    return ((packed[:, None] >> places) & 1).reshape(-1)[:count].bool()
+    """The first ``count`` bits (bool) of bytes.
+
+    No tensor is made of nothing here, as ``arange`` makes one: Inductor, freezing weights, folds what follows from them
+    alone, and would decode in every call.
+    """
+    return torch.stack([packed >> place & 1 for place in range(8)], 1).reshape(-1)[:count].bool()
 
 
 def pack_bank(bank: Tensor) -> Tensor:
@@ -177,4 +180,6 @@ def unpack_index(packed: Tensor, shape: tuple[int, int], n: int) -> Tensor:
     """Bytes → numbers [K, splits] (int64)."""
     width = index_bits(n)
     bits = from_bytes(packed, shape[0] * shape[1] * width).view(*shape, width).to(torch.int64)
-    return (bits << torch.arange(width, device=packed.device)).sum(-1)
+    if width == 0:  # of a bank of one filter
+        return packed.new_zeros(shape, dtype=torch.int64)
+    return torch.stack([bits[..., place] << place for place in range(width)]).sum(0)

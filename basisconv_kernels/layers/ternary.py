@@ -202,7 +202,10 @@ class TernaryLayer(nn.Module):
     def _operands(self) -> Operands:
         """The op's arguments; remembered in eager calls, as in ``BasisConv2d``."""
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return self._prepare(pack=False)
+            training = torch.is_grad_enabled() and any(
+                t is not None and t.requires_grad for t in (self.weight, self.scale, self.negative_scale)
+            )
+            return self._prepare(pack=not training)  # in the graph, where freezing folds it
         if torch.is_grad_enabled() and self.weight is None:
             planes, scale, second = self._planes(), self.scale, self.negative_scale
             if scale is not None and (scale.requires_grad or (second is not None and second.requires_grad)):

@@ -21,7 +21,7 @@ OP = "ternary_conv2d"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_TAPS = 2**16 - 1  # of R·S: the kernel's lists number the taps of a channel in 16 bits
 # A constant, because graphs are traced through the functions that ask. A library of an earlier build lacks the op.
-PRESENT = extension.load() is None and hasattr(torch.ops.basisconv, "ternary_conv2d_bits")
+PRESENT = extension.load() is None and hasattr(torch.ops.basisconv, "ternary_conv2d_pack_fixed")
 OUTDATED = extension.load() is None and not PRESENT
 
 
@@ -94,7 +94,8 @@ def ternary_conv2d_pack(planes: Tensor, channels: int, *, groups: int = 1) -> Te
 
     Returns:
         Tensor[bytes] (uint8), the same on every processor and checked on use; None where the native kernel does not
-        take these planes, and then ``packed=None`` is right. On CUDA the filters as numbers, two bytes each, in the
+        take these planes, and then ``packed=None`` is right. In a compiled graph, which must know sizes before weights,
+        there is room for filters without a zero. On CUDA the filters as numbers, two bytes each, in the
         order in which tensor cores read them.
     """
     if cuda.packs(planes, channels, groups):
@@ -102,7 +103,15 @@ def ternary_conv2d_pack(planes: Tensor, channels: int, *, groups: int = 1) -> Te
     too_large = planes.shape[2] * planes.shape[3] > MOST_TAPS
     if not PRESENT or planes.device.type != "cpu" or too_large:
         return None
+    if torch.compiler.is_compiling():
+        return torch.ops.basisconv.ternary_conv2d_pack_fixed.default(planes, channels, groups)
     return torch.ops.basisconv.ternary_conv2d_pack.default(planes, channels, groups)
+
+
+def _fake_pack_fixed(planes: Tensor, channels: int, groups: int) -> Tensor:
+    sizes = [int(size) for size in planes.shape]
+    count = torch.ops.basisconv.ternary_conv2d_fixed_bytes.default(sizes, channels, groups)
+    return planes.new_empty(count, dtype=torch.uint8)
 
 
 def _fake_forward(
@@ -139,6 +148,7 @@ def _flops(input: Sequence[int], planes: Sequence[int], *rest: Any, out_shape: S
 def _register() -> None:
     """Teach torch what the native op does to shapes, gradients and FLOP counts."""
     register_without_gradient("ternary_conv2d", OP, _fake_forward)
+    torch.library.register_fake("basisconv::ternary_conv2d_pack_fixed", _fake_pack_fixed)
     register_flop_formula(torch.ops.basisconv.ternary_conv2d)(_flops)
 
 

@@ -16,6 +16,7 @@
 #include "../cpu/binary_conv2d_plan.h"
 #include "basis_conv2d_glue.h"
 #include "gradients_glue.h"
+#include "shim_glue.h"
 
 namespace basisconv {
 namespace {
@@ -95,7 +96,7 @@ FilledBasisConv2d run(const BasisConv2dCall& call, const Tensor* packed, bool ke
   STD_TORCH_CHECK(call.input.is_cpu() && call.basis_weight.is_cpu() && call.coefficients.is_cpu() &&
                       on_cpu(call.bias) && on_cpu(call.residual),
                   "basis_conv2d: all tensors must be on the CPU");
-  FilledBasisConv2d filled = fill(call, keep_maps, planned_bytes ? Memory::raw : Memory::by_torch);
+  FilledBasisConv2d filled = fill(call, keep_maps, Memory::raw);
   BasisConv2dParams& p = filled.params;
   const BasisConv2dWeights& w = p.weights;
   if (p.N == 0) return filled;
@@ -246,4 +247,20 @@ STABLE_TORCH_LIBRARY_IMPL(basisconv, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(basisconv, CompositeExplicitAutograd, m) {
   m.impl("basis_conv2d_packed_bytes", TORCH_BOX(&basisconv::packed_bytes));
   m.impl("build_facts", TORCH_BOX(&basisconv::build_facts));
+}
+
+// As the schema above says; see shim_glue.h.
+BASISCONV_SHIM aoti_torch_cpu_basis_conv2d(AtenTensorHandle input, AtenTensorHandle basis_weight,
+                                           AtenTensorHandle coefficients, AtenTensorHandle* bias,
+                                           AtenTensorHandle* residual, AtenTensorHandle* packed, const int64_t* stride,
+                                           int64_t strides, const int64_t* padding, int64_t paddings,
+                                           const int64_t* dilation, int64_t dilations, int64_t groups,
+                                           const char** activation, int32_t precise, AtenTensorHandle* result) {
+  using namespace basisconv;
+  return shim::answer(result, [&] {
+    return WithoutGradient<"basis_conv2d", "basis_conv2d", &forward>::call(
+        shim::of(input), shim::of(basis_weight), shim::of(coefficients), shim::of(bias), shim::of(residual),
+        shim::of(packed), shim::of(stride, strides), shim::of(padding, paddings), shim::of(dilation, dilations), groups,
+        shim::of(activation), precise != 0);
+  });
 }

@@ -16,6 +16,7 @@
 #include "../cpu/bitpack.h"
 #include "binary_conv2d_glue.h"
 #include "gradients_glue.h"
+#include "shim_glue.h"
 
 namespace basisconv {
 namespace {
@@ -241,4 +242,23 @@ STABLE_TORCH_LIBRARY_IMPL(basisconv, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(basisconv, CompositeExplicitAutograd, m) {
   m.impl("binary_conv2d_packed_bytes", TORCH_BOX(&basisconv::packed_bytes));
+}
+
+// As the schema above says; see shim_glue.h.
+BASISCONV_SHIM aoti_torch_cpu_binary_conv2d(AtenTensorHandle input, AtenTensorHandle weight, AtenTensorHandle* scale,
+                                            AtenTensorHandle* bias, AtenTensorHandle* pixel_scale,
+                                            AtenTensorHandle* threshold, AtenTensorHandle* flip,
+                                            AtenTensorHandle* packed, const int64_t* stride, int64_t strides,
+                                            const int64_t* padding, int64_t paddings, int64_t padding_value,
+                                            const int64_t* dilation, int64_t dilations, int64_t groups,
+                                            const char** activation, const char* output, int64_t channels,
+                                            const char** encoding, int32_t packed_weight, AtenTensorHandle* result) {
+  using namespace basisconv;
+  return shim::answer(result, [&] {
+    return WithoutGradient<"binary_conv2d", "binary_conv2d", &binary_forward<run>>::call(
+        shim::of(input), shim::of(weight), shim::of(scale), shim::of(bias), shim::of(pixel_scale), shim::of(threshold),
+        shim::of(flip), shim::of(packed), shim::of(stride, strides), shim::of(padding, paddings), padding_value,
+        shim::of(dilation, dilations), groups, shim::of(activation), output, channels, shim::of(encoding),
+        packed_weight != 0);
+  });
 }

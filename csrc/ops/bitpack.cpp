@@ -8,6 +8,7 @@
 #include "../cpu/bitpack.h"
 #include "../cpu/isa.h"
 #include "gradients_glue.h"
+#include "shim_glue.h"
 
 namespace basisconv {
 namespace {
@@ -53,3 +54,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(basisconv, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(basisconv, CPU, m) { m.impl("bitpack", BASISCONV_BOX("bitpack", &basisconv::bitpack)); }
+
+// As the schema above says; see shim_glue.h.
+BASISCONV_SHIM aoti_torch_cpu_bitpack(AtenTensorHandle input, AtenTensorHandle* threshold, AtenTensorHandle* flip,
+                                      int64_t bits, int32_t codes, AtenTensorHandle* result) {
+  using namespace basisconv;
+  return shim::answer(result, [&] {
+    return WithoutGradient<"bitpack", "bitpack", &bitpack>::call(shim::of(input), shim::of(threshold), shim::of(flip),
+                                                                 bits, codes != 0);
+  });
+}

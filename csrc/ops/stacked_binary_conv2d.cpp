@@ -15,6 +15,7 @@
 #include "../cpu/stacked_binary_conv2d.h"
 #include "glue.h"
 #include "gradients_glue.h"
+#include "shim_glue.h"
 #include "torch_glue.h"
 
 namespace basisconv {
@@ -342,4 +343,19 @@ STABLE_TORCH_LIBRARY_IMPL(basisconv, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(basisconv, CompositeExplicitAutograd, m) {
   m.impl("stacked_binary_conv2d_packed_bytes", TORCH_BOX(&basisconv::stacked::packed_bytes));
   m.impl("stacked_binary_conv2d_expanded", TORCH_BOX(&basisconv::stacked::expanded));
+}
+
+// As the schema above says; see shim_glue.h.
+BASISCONV_SHIM aoti_torch_cpu_stacked_binary_conv2d(
+    AtenTensorHandle input, AtenTensorHandle packed, AtenTensorHandle* scale, AtenTensorHandle* bias,
+    const int64_t* bank_shape, int64_t bank_dims, const int64_t* index_shape, int64_t index_dims, const int64_t* stride,
+    int64_t strides, const int64_t* padding, int64_t paddings, const int64_t* dilation, int64_t dilations,
+    int64_t groups, const char* mode, const char** activation, AtenTensorHandle* result) {
+  using namespace basisconv;
+  return shim::answer(result, [&] {
+    return WithoutGradient<"stacked_binary_conv2d", "stacked_binary_conv2d", &stacked::forward>::call(
+        shim::of(input), shim::of(packed), shim::of(scale), shim::of(bias), shim::of(bank_shape, bank_dims),
+        shim::of(index_shape, index_dims), shim::of(stride, strides), shim::of(padding, paddings),
+        shim::of(dilation, dilations), groups, mode, shim::of(activation));
+  });
 }

@@ -16,6 +16,7 @@
 #include "../cpu/ternary_conv2d.h"
 #include "glue.h"
 #include "gradients_glue.h"
+#include "shim_glue.h"
 #include "torch_glue.h"
 
 namespace basisconv {
@@ -66,6 +67,32 @@ Tensor ternary_pack_op(const Tensor& planes, int64_t channels, int64_t groups) {
   Tensor packed = torch::stable::empty({static_cast<int64_t>(bytes.size())}, ScalarType::Byte);
   std::memcpy(packed.mutable_data_ptr(), bytes.data(), bytes.size());
   return packed;
+}
+
+// With room for filters without a zero: a tracer must know the size before the weights.
+Tensor ternary_pack_fixed_op(const Tensor& planes, int64_t channels, int64_t groups) {
+  const TernaryConv2dWeights w = describe_planes(planes, channels, groups);
+  const Tensor dense = torch::stable::contiguous(planes);
+  Tensor packed = torch::stable::empty({ternary_most_packed_bytes(w)}, ScalarType::Byte);
+  char* bytes = static_cast<char*>(packed.mutable_data_ptr());
+  std::memset(bytes, 0, packed.numel());
+  ternary_pack_planes(w, static_cast<const int32_t*>(dense.const_data_ptr()), bytes);
+  return packed;
+}
+
+int64_t ternary_fixed_bytes(const std::vector<int64_t>& planes_shape, int64_t channels, int64_t groups) {
+  STD_TORCH_CHECK(planes_shape.size() == 5 && channels > 0 && groups > 0,
+                  "ternary_conv2d_fixed_bytes: the sizes of planes, channels and groups expected");
+  TernaryConv2dWeights w{};
+  w.C = channels * groups;
+  w.K = planes_shape[0];
+  w.R = planes_shape[2];
+  w.S = planes_shape[3];
+  w.groups = groups;
+  STD_TORCH_CHECK(
+      w.K > 0 && w.R > 0 && w.S > 0 && w.R * w.S <= 65535 && w.K * channels * w.R * w.S < (int64_t{1} << 32),
+      "ternary_conv2d_fixed_bytes: these filters are none, or too large for the native op");
+  return ternary_most_packed_bytes(w);
 }
 
 // A factor or an offset an output, as [K] floats: the tensor's own where they are. One factor serves all outputs.
@@ -323,6 +350,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(basisconv, m) {
       "ternary_conv2d_planned(Tensor input, Tensor planes, Tensor? scale, Tensor? negative_scale, Tensor? bias, "
       "Tensor packed, Tensor plan) -> Tensor");
   m.def("ternary_conv2d_pack(Tensor planes, int channels, int groups) -> Tensor");
+  m.def("ternary_conv2d_pack_fixed(Tensor planes, int channels, int groups) -> Tensor");
+  m.def("ternary_conv2d_fixed_bytes(int[] planes_shape, int channels, int groups) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(basisconv, CPU, m) {
@@ -331,4 +360,25 @@ STABLE_TORCH_LIBRARY_IMPL(basisconv, CPU, m) {
   m.impl("ternary_conv2d_plan", TORCH_BOX(&basisconv::ternary_plan_op));
   m.impl("ternary_conv2d_planned", TORCH_BOX(&basisconv::ternary_planned));
   m.impl("ternary_conv2d_pack", TORCH_BOX(&basisconv::ternary_pack_op));
+  m.impl("ternary_conv2d_pack_fixed", TORCH_BOX(&basisconv::ternary_pack_fixed_op));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(basisconv, CompositeExplicitAutograd, m) {
+  m.impl("ternary_conv2d_fixed_bytes", TORCH_BOX(&basisconv::ternary_fixed_bytes));
+}
+
+// As the schema above says; see shim_glue.h.
+BASISCONV_SHIM aoti_torch_cpu_ternary_conv2d(AtenTensorHandle input, AtenTensorHandle planes, AtenTensorHandle* scale,
+                                             AtenTensorHandle* negative_scale, AtenTensorHandle* bias,
+                                             AtenTensorHandle* packed, const int64_t* stride, int64_t strides,
+                                             const int64_t* padding, int64_t paddings, const int64_t* dilation,
+                                             int64_t dilations, int64_t groups, const char** activation,
+                                             AtenTensorHandle* result) {
+  using namespace basisconv;
+  return shim::answer(result, [&] {
+    return WithoutGradient<"ternary_conv2d", "ternary_conv2d", &ternary_forward>::call(
+        shim::of(input), shim::of(planes), shim::of(scale), shim::of(negative_scale), shim::of(bias), shim::of(packed),
+        shim::of(stride, strides), shim::of(padding, paddings), shim::of(dilation, dilations), groups,
+        shim::of(activation));
+  });
 }

@@ -221,7 +221,15 @@ def test_packed_planes_change_nothing(name):
     p = case.problem
     packed = ternary_conv2d_pack(inputs.planes, p.C // p.groups, groups=p.groups)
     run = run_on("cpu", case)
-    assert torch.equal(ternary.call(functools.partial(run, packed=packed), inputs), ternary.call(run, inputs))
+    expected = ternary.call(run, inputs)
+    assert torch.equal(ternary.call(functools.partial(run, packed=packed), inputs), expected)
+    # As in a compiled graph, with room for filters without a zero.
+    sizes = (p.C // p.groups, p.groups)
+    roomy = torch.ops.basisconv.ternary_conv2d_pack_fixed(inputs.planes, *sizes)
+    assert roomy.numel() == torch.ops.basisconv.ternary_conv2d_fixed_bytes(list(inputs.planes.shape), *sizes)
+    assert torch.equal(roomy[: packed.numel()], packed)
+    assert not roomy[packed.numel() :].any()
+    assert torch.equal(ternary.call(functools.partial(run, packed=roomy), inputs), expected)
 
 
 @native

@@ -118,7 +118,7 @@ def test_the_older_release_has_what_this_one_has_and_not_all_of_it() -> None:
 def test_the_library_needs_only_the_stable_abi() -> None:
     if extension.load() is not None:
         pytest.skip(str(extension.load()))
-    library = extension._find()
+    library = extension.path()
     assert library is not None
     audit(library)
 

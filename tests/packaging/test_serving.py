@@ -62,12 +62,15 @@ def test_onnx_runtime_gives_the_outputs_of_the_compressed_network():
 @pytest.mark.full
 @pytest.mark.skipif(registry.absent("cpu") is not None, reason=f"cpu: {registry.absent('cpu')}")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-def test_a_program_without_python_runs_the_native_kernels(tmp_path):
+@pytest.mark.parametrize("configs", [dict, bk.inductor_configs], ids=["through torch", "directly"])
+def test_a_program_without_python_runs_the_native_kernels(configs, tmp_path):
     """Export, compile ahead of time, and run from C++ in an environment that has no Python."""
     small = network()
     with torch.no_grad():
         program = torch.export.export(small, (IMAGE,))
-        torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "network.pt2"))
+        torch._inductor.aoti_compile_and_package(
+            program, package_path=str(tmp_path / "network.pt2"), inductor_configs=configs()
+        )
         expected = small(IMAGE)
     called = {str(node.target).partition(".default")[0] for node in program.graph.nodes if node.op == "call_function"}
     assert {"basisconv.basis_conv2d", "basisconv.ternary_conv2d", "basisconv.stacked_binary_conv2d"} <= called
