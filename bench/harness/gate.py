@@ -34,7 +34,7 @@ def check(results: Sequence[Tensor], answers: Answers, dtype: torch.dtype, judge
         results: what the engine computed, float32, one tensor an answer.
         answers: what is right and what is allowed.
         dtype: in which the engine was asked to compute.
-        judged: whether this is a fused kernel, which must keep both rules.
+        judged: whether this is a fused kernel, or a network of them without a compiler, which must keep both rules.
 
     Returns:
         ``worst`` (largest error over what is allowed, at most 1), ``largest`` (error) and ``plain`` (error of plain

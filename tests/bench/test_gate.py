@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from basisconv_kernels.core.problem import Conv2dProblem
-from bench.harness import answers, gate
+from bench.harness import answers, gate, runner
 from bench.harness.gate import WrongResultError
 from bench.harness.payload import layer_forms
+from bench.harness.rows import Row
 
 PROBLEM = Conv2dProblem(N=2, C=6, H=9, W=7, Q=5, K=11, padding=(1, 1, 1, 1), bias=True)
 
@@ -94,3 +97,17 @@ def test_every_gradient_of_a_training_step_is_checked() -> None:
         wrong[number].view(-1)[-1] += 0.1
         with pytest.raises(WrongResultError):
             gate.check(wrong, right, torch.float32, True)
+
+
+@pytest.mark.parametrize(
+    ("engine", "kind", "form", "expected"),
+    [
+        ("ours", "layer", "fused", True), ("ours", "network", "fused", True), ("a.module:kernel", "layer", "fused", True),
+        ("ours_compiled", "network", "fused", False), ("torch_compiled", "network", "dense", False),
+        ("openvino", "layer", "two_step", False),
+    ],
+)  # fmt: skip
+def test_all_rules_are_for_our_kernels_and_networks_that_no_compiler_changed(
+    make_row: Callable[..., Row], engine: str, kind: str, form: str, expected: bool
+) -> None:
+    assert runner._judged(make_row(engine=engine, kind=kind, form=form)) is expected
