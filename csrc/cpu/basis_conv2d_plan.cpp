@@ -234,6 +234,9 @@ CpuPlan cpu_plan(const BasisConv2dParams& params, const CpuPack& pack, int64_t t
     // What comes from the second level is fetched in time by itself, at least where registers are narrow.
     const bool near = pack.group_size <= cache_floats(pack.width);
     p.fetches_output = pack.width == 16 && near && params.channels_last;
+    const bool same_place = params.input_stride_c == 1 && params.input_stride_w == w.C &&
+                            params.input_stride_h == params.W * w.C && params.OH == params.H && params.OW == params.W;
+    p.fetches_input = p.fetches_output && same_place && w.stride_h == 1;
     p.fetches_filters = !p.fetches_output && (pack.width == 16 || !near);
     p.in_place = whole_blocks;
     p.ring_rows = p.in_place ? 0 : pack.position_rows * (p.tiles / p.tile_columns + 2);

@@ -83,8 +83,8 @@ struct CpuPlan {
   // lanes: values between tiles and between filter blocks.
   int64_t products_stride, products_block;
   // winograd: while the first pixels of a filter block are multiplied, the next block is fetched towards the core, or
-  // the lines that the result will fill.
-  bool fetches_filters, fetches_output;
+  // the lines that the result will fill and the residual fills, and of the input what the next pass reads first.
+  bool fetches_filters, fetches_output, fetches_input;
   // Read where the input lies, without a ring: operands as they are, channels_last, whole blocks; direct: and no
   // padding columns, or pairs of more than one block.
   bool in_place;

@@ -29,6 +29,7 @@ struct Stage1 {
   int64_t block_weights;  // weights of one channel block
   const char* fetched;    // what is fetched towards the core meanwhile, or null: so many bytes on with every 64 of
   int64_t fetch_step;     // weights
+  int64_t fetch_beside;   // so far from each of them another line is fetched; 0: none
   Slots::Value* z;
   int64_t z_stride;  // between pixels
   float* partial;
@@ -46,6 +47,7 @@ BASISCONV_NOINLINE void stage1_tile(const Stage1& s) {
   Slots::Value* z = s.z;
   float* partial = s.partial;
   const char* fetched = s.fetched;
+  const int64_t fetch_step = s.fetch_step, fetch_beside = s.fetch_beside;
   // Products of pairs take longer than so few sums can wait for: then every other step adds to sums of its own.
   constexpr int kChains = Slots::kValues > 1 && P * NV <= Vec::kAccumulators / 2 && kSteps % 2 == 0 ? 2 : 1;
   for (int64_t time = 0; time < s.times; time++) {
@@ -77,7 +79,8 @@ BASISCONV_NOINLINE void stage1_tile(const Stage1& s) {
           if (fetched) {
             BASISCONV_UNROLL for (int v = 0; v < NV * kWidth / 16; v++) {
               __builtin_prefetch(fetched, 0, 2);
-              fetched += s.fetch_step;
+              if (fetch_beside) __builtin_prefetch(fetched + fetch_beside, 0, 2);
+              fetched += fetch_step;
             }
           }
           w += NV * kRegisterValues;

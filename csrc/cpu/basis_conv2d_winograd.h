@@ -97,14 +97,18 @@ struct Winograd {
     }
   }
 
+  // The lines of the result, and those of the residual that is added to it.
   void prefetch_output(const TileAt& at) const {
     if (!params.channels_last) return;
     const int64_t bytes = params.weights.K * static_cast<int64_t>(sizeof(T));
     const int64_t rest = params.OW - W * at.column, columns = rest < W ? rest : W;
     for (int64_t y = 2 * at.row; y < 2 * at.row + 2 && y < params.OH; y++) {
-      const char* lines =
-          static_cast<const char*>(params.output) + ((at.n * params.OH + y) * params.OW + W * at.column) * bytes;
+      const int64_t from = ((at.n * params.OH + y) * params.OW + W * at.column) * bytes;
+      const char* lines = static_cast<const char*>(params.output) + from;
       for (int64_t b = 0; b < columns * bytes; b += 64) __builtin_prefetch(lines + b, 1, 2);
+      if (params.residual == nullptr) continue;
+      lines = static_cast<const char*>(params.residual) + from;
+      for (int64_t b = 0; b < columns * bytes; b += 64) __builtin_prefetch(lines + b, 0, 2);
     }
   }
 
@@ -150,14 +154,27 @@ struct Winograd {
     }
   }
 
-  // Lets one of `runs` runs of the register tile fetch its share of the result's lines that the tiles will fill: all at
-  // once they would hold up the loads of the next tiles. Where rows of tiles are cut, lines beside them come along.
-  void fetch_output(Stage1& s, const TileAt& at, int64_t tiles, int64_t run, int64_t runs) const {
-    const int64_t pixel = params.weights.K * static_cast<int64_t>(sizeof(T));
+  // Lets one of `runs` runs of the register tile fetch its share of the result's lines that the tiles will fill, with
+  // the residual's, or of the input's lines that the next tiles will be the first to read: all at once they would hold
+  // up the loads of those tiles. Where rows of tiles are cut, lines beside them come along.
+  void fetch_maps(Stage1& s, const TileAt& at, int64_t tiles, int64_t run, int64_t runs) const {
+    const int64_t pixels = 2 * W * tiles, lines = s.times * s.next_weights / 16;
     const int64_t first = (at.n * params.OH + 2 * at.row) * params.OW + W * at.column;
-    const int64_t share = 2 * W * tiles * pixel / runs, lines = s.times * s.next_weights / 16;
-    s.fetched = static_cast<const char*>(params.output) + first * pixel + run * share;
+    const bool input = plan.fetches_input && run % 2 == 1;
+    if (plan.fetches_input) {
+      run /= 2;
+      runs /= 2;
+    }
+    const int64_t pixel = (input ? params.weights.C : params.weights.K) * static_cast<int64_t>(sizeof(T));
+    const int64_t share = pixels * pixel / runs;
+    const char* output = static_cast<const char*>(params.output);
+    // These tiles have read a row below their own.
+    if (input) s.fetched = static_cast<const char*>(params.input) + (first + pixels + params.W) * pixel;
+    if (!input) s.fetched = output + first * pixel;
+    s.fetched += run * share;
     s.fetch_step = share / lines;
+    const auto place = [](const void* p) { return reinterpret_cast<intptr_t>(p); };
+    s.fetch_beside = input || params.residual == nullptr ? 0 : place(params.residual) - place(output);
   }
 
   // Transform and matrix products of the positions of row ROW. Channels go by chunks, so that what a chunk transforms
@@ -179,7 +196,7 @@ struct Winograd {
             s.weights = filters + group * pack.group_size + winograd_filters_at(pack, kColumns * ROW + i, f, begin);
             // The next chunk or filter block.
             if (plan.fetches_filters) s.fetched = reinterpret_cast<const char*>(s.weights + kColumns * s.next_weights);
-            if (plan.fetches_output) fetch_output(s, *at, tiles, run++, F::kRows * runs);
+            if (plan.fetches_output) fetch_maps(s, *at, tiles, run++, F::kRows * runs);
             multiply_block(s, group, kColumns * ROW + i, f, tiles, transformed + i * s.next_pixels);
           }
         }
