@@ -30,8 +30,10 @@ from basisconv_kernels.ops import (
 from basisconv_kernels.testing import Case
 from basisconv_kernels.testing.candidates import SIGNATURES
 
-hypothesis.settings.register_profile("default", max_examples=150, deadline=None)
-hypothesis.settings.register_profile("full", max_examples=2_000, deadline=None)
+# No times are judged, that of drawing an example included: a busy machine is no fault of what is tested.
+_UNTIMED = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
+hypothesis.settings.register_profile("default", max_examples=150, **_UNTIMED)
+hypothesis.settings.register_profile("full", max_examples=2_000, **_UNTIMED)
 
 # Geometries that the fuzz test draws for each dtype. In the long run the three dtypes of a native CPU kernel make 1e5.
 GEOMETRIES, GEOMETRIES_OF_THE_LONG_RUN = 150, 33_334
