@@ -11,7 +11,6 @@ from torch.compiler import is_dynamo_compiling
 
 from basisconv_kernels.core import checks
 from basisconv_kernels.core.checks import Pair, Quad
-from basisconv_kernels.core.eager import repeat
 from basisconv_kernels.layers import bases, folding
 from basisconv_kernels.layers.basis_conv2d_conversion import NAME, Convertible
 from basisconv_kernels.layers.conversion import PADDING_MODES
@@ -182,11 +181,8 @@ class BasisConv2d(Convertible):
         Returns:
             Tensor[N, K, OH, OW] (or [K, OH, OW]).
         """
-        if not is_dynamo_compiling() and (known := self._prepared.call) is not None:
-            out = repeat(known, self.__dict__, input, residual)
-            if out is not None:
-                return out
-            self._prepared.call = None
+        if not is_dynamo_compiling() and (known := self._prepared.repeat(self, input, residual)) is not None:
+            return known
         if isinstance(input, Tensor) and input.dim() == 3:
             return self.forward(input[None], None if residual is None else residual[None])[0]
         if self._norm_needs_maps():

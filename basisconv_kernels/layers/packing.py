@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from basisconv_kernels.core import registry
+from basisconv_kernels.core import eager, registry
 
 ORDINARY = (Tensor, torch.nn.Parameter)
 Value = TypeVar("Value", bound=tuple[Any, ...])  # of tensors and None
@@ -54,10 +54,7 @@ class _Entry(NamedTuple):
 
 
 class PreparedWeights:
-    """One remembered tuple of tensors and the proof that it still holds; and the layer's last call, see ``remember``.
-
-    Attributes:
-        call: what ``core.eager.repeat`` takes, None where the layer must go the long way.
+    """One remembered tuple of tensors and the proof that it still holds; and the layer's last call.
 
     - An address says nothing once its memory is freed and given out again, so an alias of every source tensor is kept:
       its memory stays, and an equal address is the same memory. The version counter then tells edits in place.
@@ -70,14 +67,14 @@ class PreparedWeights:
 
     def __init__(self) -> None:
         self._entry: _Entry | None = None
-        self.call: tuple[Any, ...] | None = None
+        self._call: tuple[Any, ...] | None = None  # what ``core.eager.repeat`` takes
 
     def __reduce__(self) -> tuple[type[PreparedWeights], tuple[()]]:
         return PreparedWeights, ()
 
     def clear(self) -> None:
         """Forget the entry and the call, and release what they kept."""
-        self._entry = self.call = None
+        self._entry = self._call = None
 
     def get(self, sources: tuple[Tensor, ...], settings: Hashable, build: Callable[[], Value]) -> Value:
         """The remembered value if no source changed since, else ``build()``, run without gradients and remembered.
@@ -108,7 +105,9 @@ class PreparedWeights:
         holes: tuple[int, ...],
         depends_on: tuple[str, ...],
     ) -> None:
-        """Let ``core.eager.repeat`` make the next calls of ``layer``, as long as nothing changes that they depend on.
+        """Let ``repeat`` make the next calls of ``layer``, as long as nothing changes that they depend on.
+
+        Calls that record gradients go the long way where a source of the weights wants one, be it no operand itself.
 
         Args:
             layer: whose weights ``get`` was last asked for.
@@ -132,7 +131,19 @@ class PreparedWeights:
             else:
                 return
         if not known:  # there is no source that nobody would look at
-            self.call = (native, registry.wish(), tuple(attributes), tuple(members), operands, holes)
+            self._call = (native, registry.wish(), tuple(attributes), tuple(members), operands, holes)
+
+    def repeat(self, layer: torch.nn.Module, *tensors: Any) -> Tensor | None:
+        """The result of a call like the remembered one on ``tensors``, one a hole; None where it must go the long way.
+
+        Not for the compiler's eyes: ask ``torch.compiler.is_dynamo_compiling`` before.
+        """
+        if self._call is None:
+            return None
+        out: Tensor | None = eager.repeat(self._call, layer.__dict__, *tensors)
+        if out is None:
+            self._call = None
+        return out
 
 
 def _as_it_is(tensor: Tensor) -> _Source:

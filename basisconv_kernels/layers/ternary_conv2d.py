@@ -7,16 +7,23 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from basisconv_kernels.core import checks
 from basisconv_kernels.core.checks import Pair, Quad
 from basisconv_kernels.core.layout import laid_out, memory_format
 from basisconv_kernels.layers import conversion, folding
 from basisconv_kernels.layers.packing import held
-from basisconv_kernels.layers.ternary import TernaryLayer
+from basisconv_kernels.layers.ternary import SOURCES, TernaryLayer
+from basisconv_kernels.ops import ternary_conv2d_planned as planned
 from basisconv_kernels.ops.ternary_conv2d import ternary_conv2d
 
 NAME = "TernaryConv2d"
+# What a call depends on beside its input.
+REMEMBERED = (
+    "stride", "pad_amounts", "padding_mode", "dilation", "groups", "activation", "backend", "rule", "threshold", "bias",
+    *SOURCES,
+)  # fmt: skip
 
 
 class TernaryConv2d(TernaryLayer):
@@ -201,9 +208,16 @@ class TernaryConv2d(TernaryLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         """Run the layer on ``input`` [N, C, H, W] or [C, H, W]."""
+        if not is_dynamo_compiling() and (known := self._prepared.repeat(self, input)) is not None:
+            return known
         if isinstance(input, Tensor) and input.dim() == 3:
             return self.forward(input[None])[0]
-        padding = self.pad_amounts
+        if isinstance(input, Tensor) and input.dim() == 4 and input.shape[1] != self.in_channels:
+            # The op cannot know: planes are words, whose last bits stand for no channel.
+            raise ValueError(
+                f"{NAME}: input must have in_channels = {self.in_channels} channels, got {list(input.shape)}"
+            )
+        padding, given = self.pad_amounts, input
         if self.padding_mode != "zeros" and any(padding):
             top, bottom, left, right = padding
             layout = memory_format(input)
@@ -212,7 +226,7 @@ class TernaryConv2d(TernaryLayer):
         if self._needs_shadow_gradients():
             return self._dense(input, padding)
         planes, scale, second, packed = self._operands()
-        return ternary_conv2d(
+        out = ternary_conv2d(
             input,
             planes,
             scale,
@@ -226,6 +240,17 @@ class TernaryConv2d(TernaryLayer):
             backend=self.backend,
             packed=packed,
         )
+        if packed is not None and input is given and not torch.compiler.is_compiling():
+            self._remember_call(planes, scale, second, packed)
+        return out
+
+    def _remember_call(self, planes: Tensor, scale: Tensor, second: Tensor | None, packed: Tensor) -> None:
+        """Let calls like the one just made go the short way, where the op did."""
+        geometry = (self.stride, self.pad_amounts, self.dilation, self.groups)
+        plan = planned.plans.of(packed, (*geometry, self.activation, self.backend))
+        if plan is not None and planned.plans.native is not None:
+            operands = (None, planes, scale, second, held(self, "bias"), packed, plan)
+            self._prepared.remember(self, planned.plans.native, operands, holes=(0,), depends_on=REMEMBERED)
 
     def _dense(self, input: Tensor, padding: Quad) -> Tensor:
         """The layer as a convolution of PyTorch, whose weight gradient reaches the shadow."""

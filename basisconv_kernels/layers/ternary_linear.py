@@ -95,6 +95,8 @@ class TernaryLinear(TernaryLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         """Run the layer on ``input`` [..., in_features]."""
+        if isinstance(input, Tensor) and input.shape[-1:] != (self.in_features,):
+            raise ValueError(f"{NAME}: input must be [..., in_features = {self.in_features}], got {list(input.shape)}")
         if self._needs_shadow_gradients():
             return F.linear(input, self.dense_weight(), self.bias)
         planes, scale, second, packed = self._operands()

@@ -15,6 +15,8 @@ from basisconv_kernels.core.packed import PackedTensor
 from basisconv_kernels.ops.stacked_binary_conv2d_native import by_popcount, numbers
 from basisconv_kernels.reference.stacked_binary_conv2d import Settings
 
+REAL = (None, None)  # formats of operands none of which is packed
+
 plans = Plans("stacked_binary_conv2d")
 
 

@@ -12,7 +12,7 @@
 
 namespace {
 
-constexpr Py_ssize_t kMostOperands = 16;
+constexpr Py_ssize_t kMostOperands = 16, kMostWatched = 32;
 
 // What `watch` was given.
 struct Watched {
@@ -277,7 +277,7 @@ PyObject* py_repeat(PyObject*, PyObject* const* given, Py_ssize_t count) {
   if (same_wish == 0) Py_RETURN_NONE;
 
   const Py_ssize_t size = PyTuple_Size(operands);
-  std::array<PyObject*, kMostOperands> seen;  // borrowed
+  std::array<PyObject*, kMostWatched> seen;  // borrowed
   if (!ready(size <= kMostOperands, "repeat: more operands than any op has")) return nullptr;
   const Owned filled(PyTuple_New(size));
   if (!filled) return nullptr;
@@ -295,7 +295,15 @@ PyObject* py_repeat(PyObject*, PyObject* const* given, Py_ssize_t count) {
     Py_INCREF(seen[i]);
     PyTuple_SetItem(filled.get(), i, seen[i]);
   }
-  const int seen_by_nobody = plain(seen.data(), size);
+  // Sources of the weights too: where they want a gradient the operands may be made of them.
+  Py_ssize_t watched_tensors = size;
+  for (Py_ssize_t i = 0; i < PyTuple_Size(tensors); ++i) {
+    PyObject* tensor = item(tensors, i);
+    if (item(tensor, 3) == Py_None) continue;
+    if (!ready(watched_tensors < kMostWatched, "repeat: more sources than any layer has")) return nullptr;
+    seen[watched_tensors++] = item(tensor, 2);
+  }
+  const int seen_by_nobody = plain(seen.data(), watched_tensors);
   if (seen_by_nobody < 0) return nullptr;
   if (!seen_by_nobody) Py_RETURN_NONE;
   return run(native, filled.get());

@@ -11,6 +11,7 @@ from torch import nn
 from basisconv_kernels import BasisConv2d, use_backend
 from basisconv_kernels.core import registry
 from basisconv_kernels.layers import basis_conv2d as module
+from basisconv_kernels.layers import packing
 from tests.ops.planned_calls import same
 
 pytestmark = [
@@ -24,13 +25,13 @@ pytestmark = [
 def short(monkeypatch):
     """Results of calls that went the short way, None for those that did not."""
     seen = []
-    repeat = module.repeat
+    repeat = packing.eager.repeat
 
     def watched(*arguments):
         seen.append(repeat(*arguments))
         return seen[-1]
 
-    monkeypatch.setattr(module, "repeat", watched)
+    monkeypatch.setattr(packing.eager, "repeat", watched)
     return seen
 
 
