@@ -41,13 +41,18 @@ def _long_way(*_: Any) -> None:
     """Nothing is remembered where the package was not built."""
 
 
+def _never(*_: Any) -> bool:
+    return False
+
+
 #: ``plain(*tensors)``: whether a native op may be called on these tensors, or None, without anybody noticing.
-plain: Callable[..., bool] = lambda *_: False  # noqa: E731
+plain: Callable[..., bool] = _never
 #: ``call(plans.known, plans.native, packed, arguments, rest, *tensors)``: the result of a call that a plan is known of,
 #: None where it must go the long way. ``arguments`` are those that are no tensors, as the user gave them; ``rest`` is
 #: what else the native op does not see.
 call: Callable[..., Any] = _long_way
-#: ``repeat(memory, layer.__dict__, *tensors)``: the same of a layer's call; ``memory`` is what ``remembered`` made.
+#: ``repeat(memory, layer.__dict__, *tensors)``: the same of a layer's call; ``memory`` is made by
+#: ``PreparedWeights.remember`` (layers/packing.py).
 repeat: Callable[..., Any] = _long_way
 _key: Callable[[Any, tuple[Any, ...], Any], Any] = _long_way
 
@@ -106,6 +111,14 @@ class Plans:
             return None
         same, plan = found
         return plan if of_same_kinds(same, arguments) else None
+
+    def run(self, plan: Tensor, packed: Any, arguments: tuple[Any, ...], rest: Any, *tensors: Any) -> Tensor | None:
+        """The native op by a plan that ``of`` gave, on plain tensors; None, and the plan forgotten, if it refuses."""
+        try:
+            return self.native(*tensors, packed, plan)  # type: ignore[misc]  # there are no plans without it
+        except RuntimeError:
+            self.known.pop(_key(packed, arguments, rest), None)
+            return None
 
     def keep(self, packed: Any, arguments: tuple[Any, ...], rest: Any, plan: Callable[[], tuple[Any, ...]]) -> None:
         """Remember a call, unless its arguments may change; ``plan`` gives what ``make`` takes."""

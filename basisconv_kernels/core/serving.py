@@ -34,7 +34,7 @@ def _library() -> ctypes.CDLL:
     reason = extension.load()
     path = extension.path()
     if reason is not None or path is None:
-        raise BackendUnavailable(f"inductor_configs: {reason}")
+        raise BackendUnavailable(f"no kernels that programs could call directly: {reason}")
     return ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
 
 

@@ -211,11 +211,9 @@ class BasisConv2d(Convertible):
     def _remember_call(self, packed: Tensor) -> None:
         """Let calls like the one just made go the short way, where the op did."""
         geometry = (self.stride, self.pad_amounts, self.dilation, self.groups)
-        plan = planned.plans.of(packed, (*geometry, self.activation, self.precise, self.backend))
-        if plan is not None and planned.plans.native is not None:
-            basis, coefficients, bias = (held(self, name) for name in ("basis_weight", "coefficients", "bias"))
-            operands = (None, basis, coefficients, bias, None, packed, plan)
-            self._prepared.remember(self, planned.plans.native, operands, holes=(0, 4), depends_on=REMEMBERED)
+        call = (packed, (*geometry, self.activation, self.precise, self.backend))
+        tensors = (None, held(self, "basis_weight"), held(self, "coefficients"), held(self, "bias"), None)
+        self._prepared.remember(self, planned.plans, call, tensors, holes=(0, 4), depends_on=REMEMBERED)
 
     def basis_maps(self, input: Tensor) -> Tensor:
         """Stage 1 alone, in plain PyTorch: Z [N, Q, OH, OW] of ``input`` [N, C, H, W], before any BatchNorm."""

@@ -99,8 +99,9 @@ class PreparedWeights:
     def remember(
         self,
         layer: torch.nn.Module,
-        native: Callable[..., Any],
-        operands: tuple[Any, ...],
+        plans: eager.Plans,
+        call: tuple[Any, ...],
+        tensors: tuple[Any, ...],
         *,
         holes: tuple[int, ...],
         depends_on: tuple[str, ...],
@@ -111,13 +112,17 @@ class PreparedWeights:
 
         Args:
             layer: whose weights ``get`` was last asked for.
-            native: the planned torch op.
-            operands: what it takes.
-            holes: places of operands that come with each call.
-            depends_on: names of the layer's attributes, parameters, buffers and modules that the operands depend on.
+            plans: of the op.
+            call: packed, arguments and rest, under which the op knows a plan of this call if it went the short way.
+            tensors: what the planned torch op takes before packed and plan.
+            holes: places of tensors that come with each call.
+            depends_on: names of the layer's attributes, parameters, buffers and modules that all this depends on.
         """
         entry = self._entry
         if entry is None or any(source.version is None for source in entry.sources):
+            return
+        plan = plans.of(*call)
+        if plan is None:
             return
         known = {id(source.tensor): source for source in entry.sources}
         attributes, members = [], []
@@ -131,7 +136,8 @@ class PreparedWeights:
             else:
                 return
         if not known:  # there is no source that nobody would look at
-            self._call = (native, registry.wish(), tuple(attributes), tuple(members), operands, holes)
+            operands = (*tensors, call[0], plan)
+            self._call = (plans.native, registry.wish(), tuple(attributes), tuple(members), operands, holes)
 
     def repeat(self, layer: torch.nn.Module, *tensors: Any) -> Tensor | None:
         """The result of a call like the remembered one on ``tensors``, one a hole; None where it must go the long way.

@@ -197,12 +197,10 @@ class StackedBinaryConv2d(Convertible):
         """Let calls like the one just made go the short way, where the op did, on real input."""
         geometry = (self.stride, self.pad_amounts, self.dilation, self.groups)
         arguments = (*geometry, self.binarize_input, self.activation, self.estimator, self.backend)
-        plan = planned.plans.of(packed, arguments, planned.REAL)
-        if plan is not None and planned.plans.native is not None:
-            operands = (None, bank, index, self.scale, self.bias, packed, plan)
-            sources = ("bank_bits", "index_bits") if self.frozen else ("bank_latent", "select_latent")
-            names = (*REMEMBERED, *sources)
-            self._prepared.remember(self, planned.plans.native, operands, holes=(0,), depends_on=names)
+        call, tensors = (packed, arguments, planned.REAL), (None, bank, index, self.scale, self.bias)
+        sources = ("bank_bits", "index_bits") if self.frozen else ("bank_latent", "select_latent")
+        names = (*REMEMBERED, *sources)
+        self._prepared.remember(self, planned.plans, call, tensors, holes=(0,), depends_on=names)
 
     def _pad(self, input: Tensor | PackedTensor) -> tuple[Any, Quad]:
         """Explicit padding where the op has none: reflect, replicate, circular. Exact, since it comes first."""

@@ -201,24 +201,20 @@ class TernaryLayer(nn.Module):
 
     def _operands(self) -> Operands:
         """The op's arguments; remembered in eager calls, as in ``BasisConv2d``."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            training = torch.is_grad_enabled() and any(
-                t is not None and t.requires_grad for t in (self.weight, self.scale, self.negative_scale)
-            )
-            return self._prepare(pack=not training)  # in the graph, where freezing folds it
         if torch.is_grad_enabled() and self.weight is None:
             planes, scale, second = self._planes(), self.scale, self.negative_scale
             if scale is not None and (scale.requires_grad or (second is not None and second.requires_grad)):
                 return Operands(planes, scale, second, None)
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return self._prepare()  # in the graph, where freezing folds it
         sources = tuple([t for name in SOURCES if (t := held(self, name)) is not None])
         return self._prepared.get(sources, (self.rule, self.threshold, self.groups), self._prepare)
 
-    def _prepare(self, pack: bool = True) -> Operands:
+    def _prepare(self) -> Operands:
         shape = (*self.weight_shape, 1, 1)[:4]
         planes = self._planes() if self.weight is None else pack_planes(self.ternary().reshape(shape), checked=False)
         scale, second = self.scales()
-        packed = ternary_conv2d_pack(planes, shape[1], groups=self.groups) if pack else None
-        return Operands(planes, scale, second, packed)
+        return Operands(planes, scale, second, ternary_conv2d_pack(planes, shape[1], groups=self.groups))
 
     # --- the packed form ----------------------------------------------------------------------------------------------
 

@@ -247,10 +247,9 @@ class TernaryConv2d(TernaryLayer):
     def _remember_call(self, planes: Tensor, scale: Tensor, second: Tensor | None, packed: Tensor) -> None:
         """Let calls like the one just made go the short way, where the op did."""
         geometry = (self.stride, self.pad_amounts, self.dilation, self.groups)
-        plan = planned.plans.of(packed, (*geometry, self.activation, self.backend))
-        if plan is not None and planned.plans.native is not None:
-            operands = (None, planes, scale, second, held(self, "bias"), packed, plan)
-            self._prepared.remember(self, planned.plans.native, operands, holes=(0,), depends_on=REMEMBERED)
+        call = (packed, (*geometry, self.activation, self.backend))
+        tensors = (None, planes, scale, second, held(self, "bias"))
+        self._prepared.remember(self, planned.plans, call, tensors, holes=(0,), depends_on=REMEMBERED)
 
     def _dense(self, input: Tensor, padding: Quad) -> Tensor:
         """The layer as a convolution of PyTorch, whose weight gradient reaches the shadow."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from basisconv_kernels.core.eager import Plans, call, plain
+from basisconv_kernels.core.eager import Plans, plain
 from basisconv_kernels.core.layout import laid_out, memory_format
 from basisconv_kernels.ops.tucker_conv2d_native import between, first_stage
 
@@ -31,14 +31,15 @@ def run(tensors: tuple[Any, ...], packed: Tensor, arguments: tuple[Any, ...]) ->
         return None
     input, u_in = tensors[:2]
     seen = _seen(input, u_in)
-    if seen is None or plans.of(packed, arguments, seen) is None:
+    plan = None if seen is None else plans.of(packed, arguments, seen)
+    if plan is None:
         return None
     layout = seen[0]
     try:
         reduced = laid_out(first_stage(input, u_in, layout, bool(arguments[PRECISE])), layout)
     except RuntimeError:  # that is not for these channels, say
         return None
-    return call(plans.known, plans.native, packed, arguments, seen, reduced, *tensors[2:])
+    return plans.run(plan, packed, arguments, seen, reduced, *tensors[2:])
 
 
 def _seen(input: Any, u_in: Any) -> Any:

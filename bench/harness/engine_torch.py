@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-import basisconv_kernels
 from bench.harness.case import PLAIN
 from bench.harness.errors import UnsupportedError
 from bench.harness.protocol import Array, Files, Method
@@ -121,14 +120,6 @@ def freeze(network: bool = False) -> None:
 
     torch._inductor.config.freezing = True
     torch._inductor.config.cpp_wrapper = network
-
-
-def direct_calls() -> None:
-    """Let networks of ours call our kernels without the dispatcher, as docs/serving.md tells users to."""
-    import torch._inductor.config
-
-    key = "aot_inductor.custom_ops_to_c_shims"
-    torch._inductor.config.aot_inductor.custom_ops_to_c_shims = basisconv_kernels.inductor_configs()[key]
 
 
 def packaged(module: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:

@@ -75,11 +75,12 @@ static void run_direct(const BasisConv2dParams& params, const CpuPlan& plan, flo
               if (b == 0 && f == 0 && group == 0 && params.channels_last) {
                 const int64_t pixel_bytes = w.K * static_cast<int64_t>(sizeof(T));
                 const int64_t from = ((unit + row) * params.OW + x) * pixel_bytes;
-                const char *lines = static_cast<const char*>(params.output) + from,
-                           *added = static_cast<const char*>(params.residual) + from;
+                const char* lines = static_cast<const char*>(params.output) + from;
                 for (int64_t at = 0; at < pixels * pixel_bytes; at += 64) __builtin_prefetch(lines + at, 1, 2);
-                for (int64_t at = 0; params.residual && at < pixels * pixel_bytes; at += 64)
-                  __builtin_prefetch(added + at, 0, 2);
+                if (params.residual) {
+                  lines = static_cast<const char*>(params.residual) + from;
+                  for (int64_t at = 0; at < pixels * pixel_bytes; at += 64) __builtin_prefetch(lines + at, 0, 2);
+                }
               }
               float* sums = in_chunks ? waiting + x * registers : waiting;
               const int64_t t = x / tile, groups = tile_taps.groups(t);

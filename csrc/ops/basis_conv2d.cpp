@@ -96,7 +96,7 @@ FilledBasisConv2d run(const BasisConv2dCall& call, const Tensor* packed, bool ke
   STD_TORCH_CHECK(call.input.is_cpu() && call.basis_weight.is_cpu() && call.coefficients.is_cpu() &&
                       on_cpu(call.bias) && on_cpu(call.residual),
                   "basis_conv2d: all tensors must be on the CPU");
-  FilledBasisConv2d filled = fill(call, keep_maps, Memory::raw);
+  FilledBasisConv2d filled = fill(call, keep_maps, planned_bytes ? Memory::raw : Memory::by_torch);
   BasisConv2dParams& p = filled.params;
   const BasisConv2dWeights& w = p.weights;
   if (p.N == 0) return filled;

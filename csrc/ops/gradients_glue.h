@@ -63,6 +63,6 @@ struct WithoutGradient<raw, op, function> {
 
 }  // namespace basisconv
 
-// As TORCH_BOX. Three ops in four carry the name of their public function.
+// As TORCH_BOX; BASISCONV_BOX where the torch op carries the name of its public function.
 #define BASISCONV_BOX_FOR(raw, op, ...) TORCH_BOX((&basisconv::WithoutGradient<raw, op, __VA_ARGS__>::call))
 #define BASISCONV_BOX(op, ...) BASISCONV_BOX_FOR(op, op, __VA_ARGS__)

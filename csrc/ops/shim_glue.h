@@ -2,9 +2,9 @@
 // kernel directly: no dispatcher, no boxed arguments, no copy of the op's schema. Included by csrc/ops/*.cpp alone;
 // LibTorch stable ABI only.
 //
-// Such a program declares the functions by names and types that follow from the schema (basisconv_kernels/serving.py):
-// Tensor AtenTensorHandle, Tensor? a pointer to one, int[] a pointer and a length, bool int32_t, str? a pointer to a
-// pointer, the result last. All is lent to us but the result.
+// Such a program declares the functions by names and types that follow from the schema, as
+// basisconv_kernels/core/serving.py writes them: Tensor AtenTensorHandle, Tensor? a pointer to one, int[] a pointer and
+// a length, bool int32_t, str? a pointer to a pointer, the result last. All is lent to us but the result.
 #pragma once
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/tensor.h>

@@ -36,6 +36,11 @@ CpuTernaryConv2d ternary_kernels() {
   return cpu_ternary_conv2d_base();
 }
 
+void check_size(const TernaryConv2dWeights& w) {
+  STD_TORCH_CHECK(w.R * w.S <= 65535 && w.K * (w.C / w.groups) * w.R * w.S < (int64_t{1} << 32),
+                  "ternary_conv2d: the filters are too large for the native op");
+}
+
 TernaryConv2dWeights describe_planes(const Tensor& planes, int64_t channels, int64_t groups) {
   STD_TORCH_CHECK(
       planes.is_cpu() && planes.scalar_type() == ScalarType::Int && planes.dim() == 5 && planes.size(1) == 2,
@@ -49,8 +54,7 @@ TernaryConv2dWeights describe_planes(const Tensor& planes, int64_t channels, int
   w.groups = groups;
   STD_TORCH_CHECK(w.K > 0 && w.R > 0 && w.S > 0 && w.K % groups == 0 && planes.size(4) == (channels + 31) / 32,
                   "ternary_conv2d: planes must be [K, 2, R, S, ceil(channels / 32)] with K divisible by groups");
-  STD_TORCH_CHECK(w.R * w.S <= 65535 && w.K * channels * w.R * w.S < (int64_t{1} << 32),
-                  "ternary_conv2d: the filters are too large for the native op");
+  check_size(w);
   return w;
 }
 
@@ -89,9 +93,8 @@ int64_t ternary_fixed_bytes(const std::vector<int64_t>& planes_shape, int64_t ch
   w.R = planes_shape[2];
   w.S = planes_shape[3];
   w.groups = groups;
-  STD_TORCH_CHECK(
-      w.K > 0 && w.R > 0 && w.S > 0 && w.R * w.S <= 65535 && w.K * channels * w.R * w.S < (int64_t{1} << 32),
-      "ternary_conv2d_fixed_bytes: these filters are none, or too large for the native op");
+  STD_TORCH_CHECK(w.K > 0 && w.R > 0 && w.S > 0, "ternary_conv2d_fixed_bytes: these planes are empty");
+  check_size(w);
   return ternary_most_packed_bytes(w);
 }
 

@@ -44,7 +44,7 @@ def test_a_known_call_is_made_and_others_are_not():
     x, packed = torch.zeros(2), torch.zeros(4)
     plans = known(packed, ((1, 1), "same"))
     out = eager.call(plans, native, packed, ((1, 1), "same"), None, x, None)
-    assert out == (x, None, packed, PLAN) if out is None else [*map(id, out)] == [*map(id, (x, None, packed, PLAN))]
+    assert [*map(id, out)] == [*map(id, (x, None, packed, PLAN))]
     for others in (
         (packed, ((1, 1), "valid"), None),
         (packed, ((1.0, 1), "same"), None),

@@ -1,4 +1,4 @@
-"""What the layer tests share: a comparison up to rounding, and convolutions of every kind."""
+"""What the layer tests share: a comparison up to rounding, convolutions of every kind, a look at repeated calls."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from basisconv_kernels import testing
+from basisconv_kernels.layers import packing
 
 # Every size differs; each line is a way in which a conversion could lose something of the convolution.
 CONVOLUTIONS: dict[str, dict[str, Any]] = {
@@ -76,3 +77,23 @@ def close() -> Callable[[Tensor, Tensor], None]:
         testing.check_same_layer(got, expected)
 
     return check
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Results of layers' calls that went the short way, None for those that did not."""
+    seen: list[Any] = []
+    repeat = packing.eager.repeat
+
+    def watched(*arguments: Any) -> Any:
+        seen.append(repeat(*arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(packing.eager, "repeat", watched)
+    return seen
+
+
+@pytest.fixture
+def no_gradients() -> Any:
+    with torch.no_grad():
+        yield

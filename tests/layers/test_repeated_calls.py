@@ -8,14 +8,13 @@ from torch import nn
 
 from basisconv_kernels import StackedBinaryConv2d, TernaryConv2d, bitpack, use_backend
 from basisconv_kernels.core import registry
-from basisconv_kernels.layers import packing
 from basisconv_kernels.layers.stacked_binary_conv2d import planned
 from tests.ops.planned_calls import same
 
 pytestmark = [
     pytest.mark.skipif(registry.absent("cpu") is not None, reason=f"cpu: {registry.absent('cpu')}"),
     pytest.mark.skipif(planned.plans.native is None, reason="calls have no short way here"),
-    pytest.mark.usefixtures("cache"),
+    pytest.mark.usefixtures("cache", "no_gradients"),
 ]
 
 
@@ -39,26 +38,6 @@ KINDS = {
     "ternary, packed": lambda **settings: ternary(**settings).pack(),
 }
 kinds = pytest.mark.parametrize("kind", KINDS)
-
-
-@pytest.fixture
-def short(monkeypatch):
-    """Results of calls that went the short way, None for those that did not."""
-    seen = []
-    repeat = packing.eager.repeat
-
-    def watched(*arguments):
-        seen.append(repeat(*arguments))
-        return seen[-1]
-
-    monkeypatch.setattr(packing.eager, "repeat", watched)
-    return seen
-
-
-@pytest.fixture(autouse=True)
-def no_gradients():
-    with torch.no_grad():
-        yield
 
 
 def image(seed=0, size=(2, 8, 9, 7)):

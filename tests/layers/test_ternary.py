@@ -384,15 +384,3 @@ def test_a_packed_layer_takes_the_memory_format_of_its_network():
         out = moved(x.contiguous(memory_format=torch.channels_last))
         torch.testing.assert_close(out, expected)
         assert torch.equal(layer.to("cpu")(x), expected)
-
-
-@pytest.mark.parametrize("backend", [None, "reference"])
-def test_other_numbers_of_channels_are_refused(backend):
-    """Planes are words of 32 channels: the op would read another number of channels from the same words."""
-    layer = TernaryConv2d(8, 4, 3, padding=1, backend=backend).pack()
-    for channels in (7, 9):
-        with pytest.raises(ValueError, match=rf"in_channels = 8 channels, got \[1, {channels}, 5, 5\]"):
-            layer(torch.randn(1, channels, 5, 5))
-    linear = TernaryLinear(8, 4, backend=backend).pack()
-    with pytest.raises(ValueError, match=r"in_features = 8\], got \[2, 7\]"):
-        linear(torch.randn(2, 7))
