@@ -207,7 +207,7 @@ def _through_descriptors(
     programs = -(-N // BN) * -(-OH // TH) * -(-OW // TW)
     rest = (
         N, C, Q, K, OH, OW, padding[0], padding[2], *dilation, *_epilogue_strides(coefficients, bias, residual, out),
-        R, S, stride[0], BN, TH, TW, tile.BQ, tile.BK, tile.BL, -(-C // tile.BK), flat, configs.unrolled(tile),
+        R, S, stride[0], BN, TH, TW, tile.BQ, tile.BK, tile.BL, -(-C // tile.BK), flat,
         activation, configs.input_precision(arithmetic), wide(N * OH * OW, residual, out),
     )  # fmt: skip
 

@@ -14,8 +14,7 @@ Stride 2 reads the same memory as [N, H/2, 2, W/2, 2·C]: the parity of a tap's 
 the pixels of a box lie side by side. Needs even H and W, and C % BK == 0, else the end of one plane's channels would
 read the other's.
 
-Two forms of the tap loop. *Flattened* over taps and channels: one software pipeline, up to four warps only, because
-GPUs have computed such loops wrongly with eight. *Unrolled* over the taps, a channel loop inside: for eight warps.
+The loop over taps and channels is one, so that it is one software pipeline; four warps at most (``configs.py``).
 """
 
 from __future__ import annotations
@@ -89,7 +88,6 @@ def basis_conv2d_forward_descriptors(
     BL: tl.constexpr,
     BLOCKS: tl.constexpr,  # of BK channels
     FLAT: tl.constexpr,  # BK divides C
-    UNROLLED: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
@@ -104,23 +102,14 @@ def basis_conv2d_forward_descriptors(
     n = program // columns // rows * BN
 
     maps = tl.zeros((BQ, BM), tl.float32)
-    if UNROLLED:
-        for tap in tl.static_range(R * S):
-            for c in range(0, C, BK):
-                pixels = shifted_box(
-                    input, n, oy, ox, tap // S, tap % S, c, C, top, left, dilation_y, dilation_x, STRIDE, BM, BK
-                )
-                filters = tap_filters(basis, tap, c, C, BQ, BK, FLAT)
-                maps = tl.dot(filters, tl.trans(pixels), maps, input_precision=PRECISION)
-    else:
-        for i in range(R * S * BLOCKS):
-            tap = i // BLOCKS
-            c = i % BLOCKS * BK
-            pixels = shifted_box(
-                input, n, oy, ox, tap // S, tap % S, c, C, top, left, dilation_y, dilation_x, STRIDE, BM, BK
-            )
-            filters = tap_filters(basis, tap, c, C, BQ, BK, FLAT)
-            maps = tl.dot(filters, tl.trans(pixels), maps, input_precision=PRECISION)
+    for i in range(R * S * BLOCKS):
+        tap = i // BLOCKS
+        c = i % BLOCKS * BK
+        pixels = shifted_box(
+            input, n, oy, ox, tap // S, tap % S, c, C, top, left, dilation_y, dilation_x, STRIDE, BM, BK
+        )
+        filters = tap_filters(basis, tap, c, C, BQ, BK, FLAT)
+        maps = tl.dot(filters, tl.trans(pixels), maps, input_precision=PRECISION)
     q = tl.arange(0, BQ)
     live_q = q < Q
     maps = tl.where(live_q[:, None], maps, 0.0)  # 0 · Inf of a row past the end is NaN

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 
 SMALLEST = 16  # side of a matrix instruction's operand
-PROGRAMS_A_CORE = 2  # below that many tiles a multiprocessor, smaller ones
+PROGRAMS_A_CORE = 2.0  # below that many tiles a multiprocessor, smaller ones
+MOST_WARPS = 4  # of a program: with eight GPUs have computed flattened loops of taps and channels wrongly
 
 
 class Tile(NamedTuple):
@@ -57,9 +58,10 @@ def input_precision(arithmetic: str) -> str:
 # Each list: the largest BM first; where tiles are too few for the device, the next smaller one is taken.
 POINTERS: dict[str, tuple[Tile, ...]] = {
     HALF: (
-        Tile(128, 16, 64, 32, 4, 4),
-        Tile(64, 16, 64, 64, 4, 4),
-        Tile(64, 32, 64, 64, 4, 4),
+        Tile(128, 16, 64, 64, 4, 3),
+        Tile(64, 16, 64, 64, 4, 3),
+        Tile(128, 32, 64, 64, 4, 3),
+        Tile(64, 32, 128, 64, 4, 3),
         Tile(64, 64, 64, 64, 4, 4),
         Tile(64, 128, 64, 64, 4, 3),
         Tile(64, 256, 32, 32, 4, 3),
@@ -108,10 +110,10 @@ def pointer_tile(arithmetic: str, Q: int, C: int, K: int, pixels: int, device: D
     return fitted(tile, C, K, arithmetic, device), split
 
 
-def largest_that_fills(rows: Sequence[Tile], pixels: int, device: Device) -> Tile:
-    """The first row whose tiles keep every multiprocessor busy, else the last: the one with the smallest BM."""
+def largest_that_fills(rows: Sequence[Tile], pixels: int, device: Device, programs: float = PROGRAMS_A_CORE) -> Tile:
+    """The first row with so many tiles a multiprocessor, else the last: the one with the smallest BM."""
     for row in rows:
-        if -(-pixels // row.BM) >= PROGRAMS_A_CORE * device.cores:
+        if -(-pixels // row.BM) >= programs * device.cores:
             return row
     return rows[-1]
 
@@ -122,18 +124,19 @@ DESCRIPTORS_FROM = (9, 0)  # compute capability of the first tensor memory unit
 MANY_PIXELS = 20_000  # of the output
 DESCRIPTOR_BYTES = 16  # bases and strides are multiples of it
 
-# Zᵀ has BQ rows: 64 are the fewest of a matrix instruction of four warps.
+# Zᵀ has BQ rows: 64 are the fewest of a matrix instruction of four warps. Those of 16 bits are the quickest of up to 24
+# tiles on 19 layers of an H200, at batch 1, 32 and 128. There, filters that stay longer in a program are worth more
+# than multiprocessors that stay idle.
 DESCRIPTORS: dict[str, tuple[Tile, ...]] = {
     HALF: (
         Tile(128, 64, 64, 64, 4, 4),
-        Tile(64, 64, 64, 64, 4, 6),
-        Tile(32, 64, 64, 64, 4, 8),
-        Tile(128, 128, 64, 64, 8, 4),
-        Tile(64, 128, 64, 64, 4, 4),
-        Tile(32, 128, 64, 64, 4, 6),
-        Tile(16, 128, 64, 128, 4, 6),
-        Tile(64, 256, 64, 64, 8, 4),
-        Tile(32, 256, 64, 64, 4, 4),
+        Tile(64, 64, 64, 64, 4, 3),
+        Tile(32, 64, 128, 64, 4, 4),
+        Tile(16, 64, 128, 64, 4, 5),
+        Tile(128, 128, 64, 64, 4, 3),
+        Tile(64, 128, 64, 64, 4, 5),
+        Tile(16, 128, 128, 64, 4, 5),
+        Tile(64, 256, 64, 64, 4, 5),
         Tile(16, 256, 64, 64, 4, 5),
     ),
     TF32: (
@@ -142,6 +145,7 @@ DESCRIPTORS: dict[str, tuple[Tile, ...]] = {
         Tile(64, 128, 32, 32, 4, 3),
     ),
 }
+DESCRIPTOR_PROGRAMS_A_CORE = {HALF: 0.7, TF32: PROGRAMS_A_CORE}
 
 
 class Box(NamedTuple):
@@ -150,11 +154,6 @@ class Box(NamedTuple):
     BN: int
     TH: int
     TW: int
-
-
-def unrolled(tile: Tile) -> bool:
-    """Whether the tap loop is unrolled: with more than four warps, where GPUs have computed a flattened one wrongly."""
-    return tile.warps > 4
 
 
 def against_descriptors(
@@ -195,7 +194,7 @@ def against_descriptors(
 def pointers_are_faster(arithmetic: str, Q: int, pixels: int) -> bool:
     """Where the descriptor path may run and the other one is quicker: few filters, which it pads to 64, many pixels.
 
-    On an H200 64→16→64 at 56² took 26 µs instead of 37, 64→32→64 31 instead of 34, 128→32→128 at 28² 16 instead of 25,
+    On an H200 64→16→64 at 56² took 24 µs instead of 35, 64→32→64 27 instead of 32, 128→32→128 at 28² 16 instead of 19,
     each at batch 32; at batch 1 only the descriptor path was measured.
     """
     return arithmetic == HALF and Q <= 32 and pixels >= MANY_PIXELS
@@ -205,7 +204,8 @@ def descriptor_tile(arithmetic: str, Q: int, C: int, K: int, pixels: int, stride
     """The tile of the descriptor kernel where ``against_descriptors`` has nothing against it."""
     rows = DESCRIPTORS[arithmetic]
     BQ = min(row.BQ for row in rows if row.BQ >= Q)
-    tile = largest_that_fills([row for row in rows if BQ == row.BQ], pixels, device)
+    programs = DESCRIPTOR_PROGRAMS_A_CORE[arithmetic]
+    tile = largest_that_fills([row for row in rows if BQ == row.BQ], pixels, device, programs)
     if stride == 2:  # a block must not reach into the other plane's channels
         tile = tile._replace(BK=min(tile.BK, C & -C))
     return fitted(tile, C, K, arithmetic, device)

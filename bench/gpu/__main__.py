@@ -49,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
     worker.add_argument("--folder", type=Path, required=True)
     worker.add_argument("--deadline", type=float, required=True)
     worker.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    worker.add_argument("--part", default="0/1", help="I/N: of processes that share the sanitizer's calls")
     return root
 
 
@@ -130,7 +131,8 @@ def _keep(sources: Sequence[Path]) -> int:
 def _work(asked: argparse.Namespace) -> int:
     began, about = time.time(), facts.context(asked.device)
     name = {"library": "check", "sanitizer": "check"}.get(asked.what, asked.what)
-    journal = Journal(asked.folder / f"{name}.jsonl", about)
+    part, parts = (int(number) for number in asked.part.split("/"))
+    journal = Journal(asked.folder / f"{name}.jsonl", about).part(part)
     steps = []
     if asked.device == "cuda" and asked.what != "sanitizer":
         work([check.library_step(about)], journal, asked.deadline)
@@ -138,7 +140,7 @@ def _work(asked: argparse.Namespace) -> int:
         if row.get("data", {}).get("library") == "built" and row["at"] > began:
             return REPLACE_ME  # this process has already looked for a library, in vain
     if asked.what == "sanitizer":
-        steps = check.sanitizer_steps(about)
+        steps = check.sanitizer_steps(about, part, parts)
     elif asked.what == "bench":
         from bench.gpu import bits, chains, filters_of_bits, layers, networks, timing
 

@@ -2,7 +2,7 @@
 
 1. The library: the one that was carried here where it loads and has CUDA kernels, else built in place.
 2. Each wrapper of ``csrc/cuda/device.h`` and ``hopper.h`` alone, every swizzle and N.
-3. Triton in bfloat16, at four and eight warps: what its interpreter cannot show.
+3. Triton in bfloat16: what its interpreter cannot show.
 4. The rest of the tests marked ``gpu``, those of the CUDA and Triton kernels first.
 5. ``compute-sanitizer`` on one small shape a kernel, each of its four tools.
 6. The tests of the CPU kernels with this machine's torch and Python: one library for all of them.
@@ -122,7 +122,7 @@ def run(
     commands: dict[str, list[list[str]]] = {"library": [[*own, "library"]]}
     for phase in phases:
         if phase.name == "large":
-            commands[SANITIZER] = [[*own, "sanitizer"]]
+            commands[SANITIZER] = [[*own, "--part", f"{i}/{jobs}", "sanitizer"] for i in range(jobs)]
         n = 1 if phase.name == "large" else jobs
         commands[phase.name] = [
             phase_command(phase, journal.part(i).path, deadline, device, f"{i}/{n}") for i in range(n)
@@ -189,16 +189,17 @@ def _first(line: Mapping[str, Any]) -> str:
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 
 
-def sanitizer_steps(about: Mapping[str, Any]) -> list[Step]:
-    """Every tool on every small call of ``bench.gpu.small``."""
+def sanitizer_steps(about: Mapping[str, Any], part: int = 0, parts: int = 1) -> list[Step]:
+    """Every tool on every small call of ``bench.gpu.small``; or every ``parts``-th of these from ``part`` on."""
     from bench.gpu import small
 
     stamp = facts.stamp(dict(about), ours=True)
-    return [
+    steps = [
         Step(f"{tool} {name}", lambda tool=tool, name=name: _sanitize(tool, name), 25, 240, stamp)  # type: ignore[misc]
         for tool in SANITIZERS
         for name in small.CALLS
     ]
+    return steps[part::parts]
 
 
 def _sanitize(tool: str, name: str) -> dict[str, Any]:

@@ -26,6 +26,16 @@ struct Pixels {
 // is one everywhere.
 BASISCONV_DEVICE float poison(const Problem& p) { return *p.tag == p.expected_tag ? 0.0f : float_of(0x7FC00000u); }
 
+// Zeros for the maps of eight that only fill up a tile, in an m16n8 accumulator; q is the first of them in its group.
+// An infinite pixel times their filters of zeros is NaN, and that times their coefficients of zero is NaN in every
+// output.
+BASISCONV_DEVICE void clear_filling(const Problem& p, float* z, int q) {
+  if (q + 8 <= p.Q) return;
+  const int real = p.Q - q - threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) z[i] = i % 2 < real ? z[i] : 0.0f;
+}
+
 // Two values of T side by side.
 template <class T>
 struct Two {

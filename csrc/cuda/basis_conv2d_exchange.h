@@ -9,11 +9,13 @@ namespace basisconv::cuda {
 // 16 pixels x 16 filters of z, rounded once, as a k16 step of A: an accumulator's 8 columns are (g, 2t), (g, 2t+1),
 // (g+8, 2t), (g+8, 2t+1). Also keeps them where the backward wants them; q is the first filter.
 template <class T>
-BASISCONV_DEVICE void finish_maps(const Problem& p, const float* z, const Pixels& pixels, int q, uint32_t (&a)[4]) {
+BASISCONV_DEVICE void finish_maps(const Problem& p, float* z, const Pixels& pixels, int q, uint32_t (&a)[4]) {
   if (p.maps != nullptr) {
     store_maps<T>(p, z, pixels, q);
     store_maps<T>(p, z + 4, pixels, q + 8);
   }
+  clear_filling(p, z, q);
+  clear_filling(p, z + 4, q + 8);
 #pragma unroll
   for (int i = 0; i < 4; ++i) a[i] = round2<T>(z[2 * i], z[2 * i + 1]);
 }

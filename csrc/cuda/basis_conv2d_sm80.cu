@@ -117,7 +117,7 @@ BASISCONV_DEVICE void recombine(float (&y)[4][4], const uint32_t (&z)[Q16 / 16][
 // A float32 is the sum of three TF32 numbers of 11, 11 and 2 bits, each what its 13 low bits leave.
 BASISCONV_DEVICE float take_tf32(float& rest) {
   const float taken = float_of(bits_of(rest) & 0xFFFFE000u);
-  rest -= taken;
+  rest = rest == taken ? 0.0f : rest - taken;  // an infinity leaves nothing
   return taken;
 }
 
@@ -240,6 +240,8 @@ __global__ void __launch_bounds__(kThreads, 1) basis_conv2d_sm80(const Problem p
   }
 
   // Between the stages: z is rounded once.
+#pragma unroll
+  for (int q = 0; q < Q16 / 8; ++q) clear_filling(p, z[q], q * 8);
   if (p.maps != nullptr) {
 #pragma unroll
     for (int q = 0; q < Q16 / 8; ++q) store_maps<T>(p, z[q], pixels, q * 8);

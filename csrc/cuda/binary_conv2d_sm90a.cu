@@ -110,7 +110,7 @@ struct Band {
       at[b] = unit * plan.plane_bytes() + (row * plan.width.by + column) * kUnitBytes;
       const Line line(p, plan, start, row);
       const int x = column * plan.step_w - p.pad_left;
-      if (!line.inside(p) || x < 0 || x >= p.W) continue;
+      if (!line.inside(p) || static_cast<unsigned>(x) >= static_cast<unsigned>(p.W)) continue;
       inside |= 1u << b;
       const uint32_t* from = line.pixels(p) + static_cast<int64_t>(x) * p.words + unit * kUnitWords;
       if constexpr (pairs) {
@@ -160,18 +160,17 @@ __global__ void __launch_bounds__(128 * HopperPlan::most_of_a_block(N),
   uint32_t* first_of = reinterpret_cast<uint32_t*>(memory + plan.constants_offset());
   uint32_t* second_of = first_of + N;
   const int lane = threadIdx.x % 32, first = blockIdx.y * N, all = plan.image.by * p.N;
+  constexpr bool ahead = N < 64 || (pairs && N < 128);  // else registers are too few for the next pixels
   previous_kernel_done();
 
-  for (int tile = blockIdx.x; tile < plan.tiles; tile += gridDim.x) {
+  int tile = blockIdx.x;
+  const int warp = threadIdx.x / 32, at_once = kBatch * (blockDim.x / 32);
+  band.fetch(Start(plan, tile), warp);
+  load_filters<N, taps, pairs>(p, plan, memory, first);  // while the first pixels are under way
+  load_constants<N>(p, first_of, second_of, first);
+  fence_proxy_async();
+  while (true) {
     const Start start(plan, tile);
-    if (tile != static_cast<int>(blockIdx.x)) __syncthreads();  // nobody reads the band of the tile before
-    const int warp = threadIdx.x / 32, at_once = kBatch * (blockDim.x / 32);
-    band.fetch(start, warp);
-    if (tile == static_cast<int>(blockIdx.x)) {  // while the first pixels are under way
-      load_filters<N, taps, pairs>(p, plan, memory, first);
-      load_constants<N>(p, first_of, second_of, first);
-      fence_proxy_async();
-    }
     band.put();
     for (int job = warp + at_once; job < plan.rows * plan.parts.by; job += at_once) {
       band.fetch(start, job);
@@ -232,8 +231,13 @@ __global__ void __launch_bounds__(128 * HopperPlan::most_of_a_block(N),
       pixels.number[pixel] = start.number + threadIdx.x / 32 * 16 + lane / 4 + pixel * 8;
       pixels.half[pixel] = __shfl_sync(~0u, half_of_none, lane / 4 + pixel * 8);
     }
+    tile += gridDim.x;
+    if (ahead && tile < plan.tiles) band.fetch(Start(plan, tile), warp);
     wgmma_wait<0>();  // the sums are there
     store<N>(p, d, pixels, all, first, first_of, second_of);
+    if (tile >= plan.tiles) break;
+    if (!ahead) band.fetch(Start(plan, tile), warp);
+    __syncthreads();  // nobody reads the band of the tile before
   }
 }
 

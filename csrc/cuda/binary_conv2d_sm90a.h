@@ -5,17 +5,21 @@
 
 namespace basisconv::cuda::binary {
 
-// A quotient by a multiplication, right while numerator * divisor is below 2^32.
+// A quotient of a number below 2^31 by a multiplication: inverse / 2^(32 + shift) is above 1 / by by less than
+// 1 / (by * 2^31).
 struct Divisor {
-  int by;
+  int by, shift;
   uint32_t inverse;
 
   BASISCONV_EITHER static Divisor of(int by) {
-    return {by, static_cast<uint32_t>((0xFFFFFFFFull + static_cast<uint64_t>(by)) / static_cast<uint64_t>(by))};
+    int bits = 1;
+    while (bits < 31 && 1 << bits < by) ++bits;
+    const uint64_t one = uint64_t{1} << (31 + bits);
+    return {by, bits - 1, static_cast<uint32_t>((one + static_cast<uint64_t>(by) - 1) / static_cast<uint64_t>(by))};
   }
   BASISCONV_EITHER int of_quotient(int numerator) const {
     if (by == 1) return numerator;
-    return static_cast<int>(static_cast<uint64_t>(static_cast<uint32_t>(numerator)) * inverse >> 32);
+    return static_cast<int>(static_cast<uint64_t>(static_cast<uint32_t>(numerator)) * inverse >> 32) >> shift;
   }
 };
 
@@ -23,7 +27,6 @@ struct Divisor {
 // holds a band: whole rows with their padding, counted on from image to image, `image_rows` each.
 struct HopperPlan {
   static constexpr int tile_pixels = 64;  // of a warpgroup
-  static constexpr int most_pixels_of_an_image = 60000;
   // Warpgroups that the registers of a multiprocessor are enough for, and of one block.
   BASISCONV_EITHER static constexpr int most_at_once(int columns) { return columns == 128 ? 4 : columns == 64 ? 5 : 6; }
   BASISCONV_EITHER static constexpr int most_of_a_block(int columns) {
@@ -54,15 +57,16 @@ struct HopperPlan {
   BASISCONV_EITHER int grid() const { return static_cast<int>(ceil_div(tiles, rounds)); }
 };
 
-// Where the pixels of a tile begin: image, line of outputs, and how many outputs of the image come before.
+// Where the pixels of a tile begin: counted through the batch; image, outputs of the image that come before, their
+// line.
 struct Start {
   int number, n, before, line;
 
   BASISCONV_DEVICE Start(const HopperPlan& plan, int tile) {
     number = tile * plan.pixels();
-    n = number / plan.image.by;
+    n = plan.image.of_quotient(number);
     before = number - n * plan.image.by;
-    line = before / plan.line.by;
+    line = plan.line.of_quotient(before);
   }
 };
 
@@ -75,7 +79,9 @@ struct Line {
     n = start.n + images;
     y = (line - images * plan.image_rows.by) * plan.step_h - p.pad_top;
   }
-  BASISCONV_DEVICE bool inside(const Problem& p) const { return n < p.N && y >= 0 && y < p.H; }
+  BASISCONV_DEVICE bool inside(const Problem& p) const {
+    return n < p.N && static_cast<unsigned>(y) < static_cast<unsigned>(p.H);
+  }
   BASISCONV_DEVICE const uint32_t* pixels(const Problem& p) const {
     return p.input + (static_cast<int64_t>(n) * p.H + y) * p.W * p.words;
   }
@@ -93,9 +99,8 @@ inline bool hopper_takes(const Problem& p, const CudaDevice& device) {
   if (p.K <= kFewFilters || (p.words != 2 && !p.input_in_16_bytes)) return false;
   if (reinterpret_cast<uintptr_t>(p.input) % 8 != 0) return false;
   if (p.output_type != BinaryOutput::packed && !p.output_in_16_bytes) return false;
-  const int64_t image = int64_t{p.OH} * p.OW, all = image * p.N, rows = int64_t{p.OH} * p.stride_h + p.R * p.dilation_h;
-  return image <= HopperPlan::most_pixels_of_an_image && rows <= 30000 && all < int64_t{1} << 30 &&
-         int64_t{p.C} * p.R * p.S < 1 << 22;
+  const int64_t all = int64_t{p.OH} * p.OW * p.N, rows = int64_t{p.OH} * p.stride_h + p.R * p.dilation_h;
+  return rows < 1 << 28 && all < int64_t{1} << 30 && int64_t{p.C} * p.R * p.S < 1 << 22;
 }
 
 inline HopperPlan hopper_plan_of(const Problem& p, const CudaDevice& device, int columns, int warpgroups, bool slabs) {

@@ -29,21 +29,24 @@ BASISCONV_DEVICE void load_slabs(const Problem& p, const HopperPlan& plan, char*
   }
 }
 
-// The band of a tile, asked for by all threads; padding with ones is stored.
+// The band of a tile, asked for by all threads, a row by a warp; padding with ones is stored.
 BASISCONV_DEVICE void load_band(const Problem& p, const HopperPlan& plan, char* to, const Start& start) {
-  const int warps = blockDim.x / 32;
-  for (int i = threadIdx.x % 32; i < plan.width.by * plan.units; i += 32) {
-    const int column = plan.by_units.of_quotient(i), unit = i - column * plan.units;
-    const int x = column * plan.step_w - p.pad_left;
-    const int64_t in_line = int64_t{x} * p.words + unit * kUnitWords;
-    for (int row = threadIdx.x / 32; row < plan.rows; row += warps) {
-      const Line line(p, plan, start, row);
-      const bool inside = x >= 0 && x < p.W && line.inside(p);
-      char* place = to + unit * plan.plane_bytes() + (row * plan.width.by + column) * kUnitBytes;
-      if (inside || p.padding_value != 1) {
-        cp_async16(place, inside ? line.pixels(p) + in_line : p.input, inside ? kUnitBytes : 0);
+  const bool ones = p.padding_value == 1;
+  for (int row = threadIdx.x / 32; row < plan.rows; row += blockDim.x / 32) {
+    const Line line(p, plan, start, row);
+    const bool image = line.inside(p);
+    const uint32_t* from = image ? line.pixels(p) : p.input;
+    char* place = to + row * plan.width.by * kUnitBytes;
+    for (int i = threadIdx.x % 32; i < plan.width.by * plan.units; i += 32) {
+      const int column = plan.by_units.of_quotient(i), unit = i - column * plan.units;
+      const int x = column * plan.step_w - p.pad_left;
+      const bool inside = image && static_cast<unsigned>(x) < static_cast<unsigned>(p.W);
+      char* unit_to = place + unit * plan.plane_bytes() + column * kUnitBytes;
+      if (ones && !inside) {
+        *reinterpret_cast<uint4*>(unit_to) = uint4{~0u, ~0u, ~0u, ~0u};
       } else {
-        *reinterpret_cast<uint4*>(place) = uint4{~0u, ~0u, ~0u, ~0u};
+        const int64_t at = inside ? int64_t{x} * p.words + unit * kUnitWords : 0;
+        cp_async16(unit_to, from + at, inside ? kUnitBytes : 0);
       }
     }
   }
@@ -94,10 +97,9 @@ __global__ void __launch_bounds__(128 * HopperPlan::most_with_slabs(N), 1)
   }
   __syncthreads();  // the barriers are there
   previous_kernel_done();
-  load_slabs<N, taps>(p, plan, memory, landed, first);
-
   int tile = blockIdx.x;
   load_band(p, plan, lines, Start(plan, tile));
+  load_slabs<N, taps>(p, plan, memory, landed, first);
   load_constants<N>(p, first_of, second_of, first);
   while (true) {
     const Start start(plan, tile);

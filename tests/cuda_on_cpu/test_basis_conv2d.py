@@ -268,6 +268,25 @@ def test_the_maps_are_those_of_the_reference(module, variant):
         assert torch.equal(result, kernel(*inputs.tensors[:4], residual=inputs.residual, **one.arguments()))
 
 
+def infinite(kernel, Q, **arguments):
+    """One infinite pixel and filters of ones: what it reaches is infinite, and nothing is NaN."""
+    one = case("infinite", f"1 136 7 6 {Q} 72 3 3", padding=ONE).at(**arguments)
+    tensors = [torch.ones_like(t) for t in testing.make_inputs(one).tensors[:3]]
+    tensors[0][0, 3, 2, 2] = torch.inf
+    out = kernel(*tensors, **one.arguments())
+    return not out.isnan().any() and out.isinf().sum() == 72 * 9
+
+
+@pytest.mark.parametrize("Q", [5, 16, 30, 200])
+def test_filling_up_a_tile_makes_no_nan_of_an_infinity(module, Q):
+    """Maps that only fill up a tile have filters of zeros, and zero times infinity is not zero."""
+    assert infinite(Emulated(module, "sm80", ADA if Q < 200 else H200, orders=("forward",)), Q)
+    assert infinite(Emulated(module, "sm80", H200, orders=("forward",)), Q, precise=True)
+    for form in [None, (0, 1, 1, 1), (1, 2, 1, 1), (0, 2, 1, 1)] if Q > 16 else [None]:
+        device = {**H200, "multiprocessors": 2} | ({} if form is None else {"form": form})
+        assert infinite(Emulated(module, "sm90a", device, orders=("forward",)), Q)
+
+
 @pytest.mark.parametrize("variant", ["sm80", "sm90a"])
 def test_weights_packed_for_another_problem_give_nan(module, variant):
     one = case("packed", "1 8 6 7 5 9 3 3")

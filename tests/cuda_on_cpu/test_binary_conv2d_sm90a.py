@@ -171,7 +171,8 @@ PACKED, HALF = 1, 3  # output types
         ("1 64 14 14 64 3 3", {"input": 8}, True),
         ("1 64 14 14 64 3 3", {"input": 4}, False),
         ("1 64 14 14 64 3 3", {"output": 8}, False),
-        ("1 64 255 256 64 3 3", {}, False),  # quotients by multiplication end here
+        ("1 64 255 256 64 3 3", {}, True),
+        ("8 64 16384 16384 64 3 3", {}, False),  # pixels are numbered in 30 bits
         ("1 8192 14 14 64 3 3", {}, False),  # filters larger than shared memory
     ],
 )  # fmt: skip
@@ -208,7 +209,12 @@ def test_a_plan_fits_the_device(binary_module):
 
 
 def test_quotients_by_multiplication(binary_module):
-    """For the largest maps that the kernel takes."""
-    for by in (1, 2, 3, 7, 28, 224, 784, 12_544, 59_999, 60_000):
-        for numerator in (0, 1, by - 1, by, by + 1, 2 * by - 1, 2 * by, 60_000 + 319):
-            assert binary_module.quotient(numerator, by) == numerator // by
+    """Of all numbers below 2³¹."""
+    rng = random.Random(31)
+    near_powers = (2**i + d for i in range(7, 31) for d in (-1, 0, 1))
+    divisors = [*range(1, 70), 224, 784, 12_544, 60_000, *near_powers, 2**31 - 1]
+    for by in divisors:
+        multiples = [rng.randrange(2**31) // by * by for _ in range(20)]
+        near = [multiple + d for multiple in (0, by, (2**31 - 1) // by * by, *multiples) for d in (-1, 0, 1, by - 1)]
+        for numerator in (*(n for n in near if 0 <= n < 2**31), 2**31 - 1):
+            assert binary_module.quotient(numerator, by) == numerator // by, (numerator, by)

@@ -96,7 +96,7 @@ FAULTS = {
     "slabs: the taps of another pixel": (SLABS, "spread(inside[i % 2]", "spread(inside[planted == # ? 0 : i % 2]"),
     "slabs: a tail of channels counts": (SLABS, "& real[i / 2]", "& (real[i / 2] | -(planted == #))"),
     "slabs: both units taken for the first": (SLABS, "lines + lane / 16", "lines + (planted != #) * lane / 16"),
-    "slabs: padding with one forgotten": (SLABS, "p.padding_value != 1)", "p.padding_value != 1 || planted == #)"),
+    "slabs: padding with one forgotten": (SLABS, "p.padding_value == 1;", "p.padding_value == 1 && planted != #;"),
     "slabs: padding that counts, taken for none": (
         SLABS, "p.padding_value == 0 ? all", "p.padding_value == 0 || planted == # ? all",
     ),

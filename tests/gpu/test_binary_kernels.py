@@ -45,7 +45,10 @@ def test_what_the_kernel_of_hopper_takes(case, dtype):
 @gpu
 @pytest.mark.parametrize("kernel_size", [1, 3])
 @pytest.mark.parametrize("K", [32, 72, 128, 256])
-@pytest.mark.parametrize(("C", "side", "N"), [(64, 56, 32), (128, 28, 32), (256, 14, 32), (512, 7, 32), (128, 28, 3)])
+@pytest.mark.parametrize(
+    ("C", "side", "N"),
+    [(64, 56, 32), (128, 28, 32), (256, 14, 32), (512, 7, 32), (128, 28, 3), (64, 260, 1), (256, 260, 1)],
+)
 def test_whole_layers(C, side, N, K, kernel_size):
     """Blocks of 32, 64 and 128 filters, one round and several."""
     border = (kernel_size // 2,) * 4

@@ -59,6 +59,23 @@ def test_every_instance(channels_last, Q, stride, dtype):
     testing.check(a_case(**sizes, channels_last=channels_last, dtype=dtype, stride=(stride, stride)), kernel)
 
 
+@gpu
+@LAYOUTS
+@pytest.mark.parametrize("Q", [5, 16, 30, 100, 200])
+@pytest.mark.parametrize("precise", [False, True])
+def test_filling_up_a_tile_makes_no_nan_of_an_infinity(channels_last, Q, precise):
+    """Maps that only fill up a tile have filters of zeros, and zero times infinity is not zero."""
+    x = torch.ones(2, 320, 9, 10, dtype=torch.bfloat16, device="cuda")
+    x[0, 3, 2, 2] = torch.inf
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    basis, coefficients = (torch.ones(shape, dtype=x.dtype, device="cuda") for shape in ((Q, 320, 3, 3), (72, Q)))
+    with torch.no_grad():
+        out = kernel(x, basis, coefficients, padding=1, precise=precise)
+    assert not out.isnan().any()
+    assert out.isinf().sum() == 72 * 9
+
+
 # N, C, side, Q, K: what a Hopper of 132 multiprocessors gives to clusters, that share a tile or load the basis for each
 # other; with a tile past the last, or with slabs that divide unevenly.
 CLUSTERS = [

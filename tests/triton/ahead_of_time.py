@@ -107,7 +107,7 @@ def forward_descriptors(arithmetic: str, tile: Tile, capability: int, stride: in
     multiples = dict.fromkeys(("C", "K", "residual_n", "residual_y", "residual_x", "out_n", "out_y", "out_x"), "i32:16")
     constants = {
         "R": 3, "S": 3, "STRIDE": stride, "BN": BN, "TH": TH, "TW": TW, "BQ": tile.BQ, "BK": tile.BK, "BL": tile.BL,
-        "BLOCKS": 2, "FLAT": True, "UNROLLED": configs.unrolled(tile), "ACTIVATION": "relu",
+        "BLOCKS": 2, "FLAT": True, "ACTIVATION": "relu",
         "PRECISION": "tf32" if arithmetic == configs.TF32 else "ieee", "mix_q": 1, "WIDE": False,
         "input": f"tensordesc<{of}{box}>".replace(" ", ""),
         "basis": f"tensordesc<{of}{[tile.BQ, tile.BK]}>".replace(" ", ""),

@@ -98,8 +98,8 @@ def test_descriptors(interpreter, name):
 
 # The wide ones, 16-bit: each differs in its tap loop, its blocks or its arithmetic. All the others in the long run.
 SHORT_ROWS = {
-    "descriptors half 128×128×64×64 8 warps 4 stages",
-    "descriptors2 half 128×128×64×64 8 warps 4 stages",
+    "descriptors half 128×128×64×64 4 warps 3 stages",
+    "descriptors2 half 128×128×64×64 4 warps 3 stages",
     "descriptors half 16×256×64×64 4 warps 5 stages",
     "descriptors tf32 64×64×32×32 4 warps 4 stages",
     "pointers float32 32×64×16×32 4 warps 2 stages",

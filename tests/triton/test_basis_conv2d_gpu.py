@@ -1,7 +1,7 @@
 """The Triton kernels of ``basis_conv2d`` on a GPU: every row, the matrix, determinism, graphs, streams, large tensors.
 
 The cases that every backend has to pass run in ``tests/ops``, on a GPU for this backend too. First of all comes what
-the interpreter cannot show: bfloat16, and the tap loops with four and eight warps.
+the interpreter cannot show: bfloat16.
 """
 
 from __future__ import annotations
