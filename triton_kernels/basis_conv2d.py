@@ -152,7 +152,6 @@ def _through_pointers(
         pixels, C, Q // groups, own_K, *input.shape[2:], OH, OW, R, S, *stride, padding[0], padding[2], *dilation,
         groups, input_n, input_y, input_x, basis_q, basis_r, basis_s,
         *_epilogue_strides(coefficients, bias, residual, out), tile.BM, tile.BQ, tile.BK, tile.BL,
-        -(-C // tile.BK), C % tile.BK == 0,
         min(vector(input, *starts), vector(basis_weight, basis_q, basis_r, basis_s)),
         split, compact, activation, precise and input.dtype in HALF, configs.input_precision(arithmetic),
         wide(pixels, input, residual, out),

@@ -105,8 +105,8 @@ def basis_conv2d_backward_coefficients(
         output_rows = n * output_n + oy * output_y + ox * output_x
         z = gathered_maps(
             input, n * input_n, oy * stride_y - top, ox * stride_x - left, live, 0, basis, q, live_q,
-            C, tl.cdiv(C, BK), H, W, R, S, dilation_y, dilation_x, input_y, input_x, basis_q, basis_r, basis_s,
-            BM, BQ, BK, False, VECTOR, PRECISION,
+            C, H, W, R, S, dilation_y, dilation_x, input_y, input_x, basis_q, basis_r, basis_s,
+            BM, BQ, BK, VECTOR, PRECISION,
         )  # fmt: skip
         g = sloped(
             gradient, output, gradient_rows[:, None] + far_k * gradient_k, output_rows[:, None] + far_k * output_k,

@@ -33,7 +33,6 @@ def gathered_maps(
     q,  # [BQ] rows of basis
     live_q,  # [BQ]
     C,  # channels of a group
-    blocks,  # of BK channels
     H,
     W,
     R,
@@ -48,16 +47,16 @@ def gathered_maps(
     BM: tl.constexpr,
     BQ: tl.constexpr,
     BK: tl.constexpr,
-    WHOLE: tl.constexpr,  # BK divides C
     VECTOR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Z [BM, BQ] in float32 of some basis filters; columns that are not ``live_q`` are 0, whatever the input holds."""
     z = tl.zeros((BM, BQ), tl.float32)
+    blocks = tl.cdiv(C, BK)
     for i in range(R * S * blocks):
         tap = i // blocks
         c = (i - tap * blocks) * BK + tl.arange(0, BK)
-        live_c = (c < C) | WHOLE
+        live_c = c < C
         y = iy + tap // S * dilation_y
         x = ix + tap % S * dilation_x
         inside = live & (y >= 0) & (y < H) & (x >= 0) & (x < W)
@@ -93,8 +92,8 @@ def basis_conv2d_forward_pointers(
     W,
     OH,
     OW,
-    R: tl.constexpr,
-    S: tl.constexpr,
+    R,
+    S,
     stride_y,
     stride_x,
     top,
@@ -123,8 +122,6 @@ def basis_conv2d_forward_pointers(
     BQ: tl.constexpr,
     BK: tl.constexpr,
     BL: tl.constexpr,
-    BLOCKS: tl.constexpr,  # of BK channels
-    WHOLE: tl.constexpr,  # BK divides C
     VECTOR: tl.constexpr,
     SPLIT: tl.constexpr,
     COMPACT: tl.constexpr,
@@ -176,8 +173,8 @@ def basis_conv2d_forward_pointers(
             if not COMPACT:
                 column = q
             z = gathered_maps(
-                input, in_rows, iy, ix, live, of * C, basis, q, live_q, C, BLOCKS, H, W, R, S, dilation_y,
-                dilation_x, input_y, input_x, basis_q, basis_r, basis_s, BM, BQ, BK, WHOLE, VECTOR, PRECISION,
+                input, in_rows, iy, ix, live, of * C, basis, q, live_q, C, H, W, R, S, dilation_y, dilation_x,
+                input_y, input_x, basis_q, basis_r, basis_s, BM, BQ, BK, VECTOR, PRECISION,
             )  # fmt: skip
             at = coefficients + k[:, None] * mix_k + column[None, :] * mix_q
             mix = tl.load(at, mask=live_k[:, None] & live_q[None, :], other=0.0)
@@ -189,8 +186,8 @@ def basis_conv2d_forward_pointers(
         q = tl.arange(0, BQ)
         live_q = q < Q
         z = gathered_maps(
-            input, in_rows, iy, ix, live, 0, basis, q, live_q, C, BLOCKS, H, W, R, S, dilation_y,
-            dilation_x, input_y, input_x, basis_q, basis_r, basis_s, BM, BQ, BK, WHOLE, VECTOR, PRECISION,
+            input, in_rows, iy, ix, live, 0, basis, q, live_q, C, H, W, R, S, dilation_y, dilation_x,
+            input_y, input_x, basis_q, basis_r, basis_s, BM, BQ, BK, VECTOR, PRECISION,
         )  # fmt: skip
         for start in range(0, K, BL):
             k = start + tl.arange(0, BL)

@@ -1,16 +1,17 @@
 """``make gpu-probe``, tiles of ``basis_conv2d`` in Triton: all that fit a layer, each checked, then timed in a graph.
 
-The table in ``triton_kernels/configs.py`` is chosen from these rows. Candidates are compiled in threads, beside each
-other; one that does not launch says why, a wrong one fails the step.
+The table in ``triton_kernels/configs.py`` is chosen from these rows. Processes compile all candidates of all layers
+first, into Triton's cache; one that does not launch says why, a wrong one fails the step of its layer.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -22,9 +23,26 @@ from bench.gpu.journal import Step, Unavailable
 from bench.gpu.layers import RESNET, SHARES, VGG, Layer, Prepared
 from bench.gpu.timing import CudaMeter, Meter, bytes_of, eager_spread
 
-LAYERS = (*RESNET, *VGG[1:3])
-SAMPLES = 15
+# Where few filters meet many pixels, many filters few pixels, and one image.
+LAYERS = (
+    *(Layer(C, K, side, 32, share) for C, K, side in RESNET for share in SHARES),
+    *(Layer(C, K, side, N, share) for N in (128, 1) for C, K, side in RESNET for share in SHARES),
+    *(Layer(C, K, side, 32, share) for C, K, side in VGG[:2] for share in SHARES),
+)
+SAMPLES = 11
+PARTS = 3  # processes that share a layer's candidates
 # Pixels, channels a step, outputs a chunk, warps, stages; BQ comes from the layer.
+POINTERS = (
+    (256, 64, 32, 4, 3),
+    (128, 64, 64, 4, 3),
+    (128, 64, 32, 4, 4),
+    (128, 32, 64, 4, 5),
+    (64, 64, 64, 4, 4),
+    (64, 64, 32, 4, 6),
+    (64, 128, 64, 4, 3),
+    (32, 64, 64, 4, 5),
+    (16, 128, 64, 4, 4),
+)
 FORMS = (
     (128, 64, 64, 4, 3),
     (128, 64, 64, 4, 4),
@@ -58,8 +76,13 @@ def candidates(p: Conv2dProblem, device: Any) -> Iterator[tuple[str, Any]]:
             fits = configs.fitted(tile, p.C, p.K, arithmetic, device) == tile
             if fits and tile != own and SUMS_A_THREAD * 32 * warps >= BM * own.BQ:
                 yield "descriptors", tile
-    if not split:
-        yield "pointers", pointers
+    if split:
+        return
+    yield "pointers", pointers
+    for BM, BK, BL, warps, stages in POINTERS:
+        tile = configs.fitted(configs.Tile(BM, pointers.BQ, BK, BL, warps, stages), p.C, p.K, arithmetic, device)
+        if tile != pointers and SUMS_A_THREAD * 32 * warps >= BM * tile.BQ:
+            yield "pointers", tile
 
 
 def named(path: str, tile: Any) -> str:
@@ -136,13 +159,33 @@ def _microseconds(prepared: Prepared, name: str, meter: Meter) -> float:
     return meter.replayed([prepared.call(name, i) for i in range(meter.copies(moved))]).median
 
 
+def compiled(layers: Sequence[Layer], device: str, workers: int | None = None) -> dict[str, Any]:
+    """Compile all candidates of all layers in processes of their own; how many there are."""
+    jobs = [(layer, device, part) for layer in layers for part in range(PARTS)]
+    workers = workers or max(1, (os.cpu_count() or 1) - 2)
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return {"candidates": sum(pool.map(_compile, jobs)), "processes": workers}
+
+
+def _compile(job: tuple[Layer, str, int]) -> int:
+    from basisconv_kernels.triton_kernels import basis_conv2d as kernels
+
+    layer, device, part = job
+    with torch.inference_mode():
+        prepared = Prepared(layer, device)
+        assert isinstance(prepared.p, Conv2dProblem)
+        own = list(candidates(prepared.p, kernels.device_of(prepared.input(0).device.index)))[part::PARTS]
+        for path, tile in own:
+            _first_call(prepared, functools.partial(_forward, prepared, path, tile))  # the layer's step says why not
+    return len(own)
+
+
 def steps(about: Mapping[str, Any]) -> list[Step]:
-    """One a layer."""
+    """One for all compilations, then one a layer."""
     stamp = facts.stamp(dict(about), ours=True)
     meter = CudaMeter(SAMPLES)
-    found = []
-    for C, K, side in LAYERS:
-        for share in SHARES:
-            layer = Layer(C, K, side, 32, share)
-            found.append(Step(f"tiles {layer.name}", functools.partial(tiles, layer, "cuda", meter), 4, 90, stamp))
+    run = functools.partial(compiled, LAYERS, "cuda")
+    found = [Step("tiles, compiled", run, 60, 240, stamp)]
+    for layer in LAYERS:
+        found.append(Step(f"tiles {layer.name}", functools.partial(tiles, layer, "cuda", meter), 4, 90, stamp))
     return found

@@ -97,9 +97,10 @@ __global__ void __launch_bounds__(128 * HopperPlan::most_with_slabs(N), 1)
   }
   __syncthreads();  // the barriers are there
   previous_kernel_done();
+  load_slabs<N, taps>(p, plan, memory, landed, first);
+
   int tile = blockIdx.x;
   load_band(p, plan, lines, Start(plan, tile));
-  load_slabs<N, taps>(p, plan, memory, landed, first);
   load_constants<N>(p, first_of, second_of, first);
   while (true) {
     const Start start(plan, tile);

@@ -88,8 +88,8 @@ def forward_pointers(arithmetic: str, tile: Tile, capability: int, **changes: An
          "residual_x", "out_n", "out_y", "out_x"), "i32:16",
     )  # fmt: skip
     constants = {
-        "R": 3, "S": 3, "BM": tile.BM, "BQ": tile.BQ, "BK": tile.BK, "BL": tile.BL, "BLOCKS": 2, "WHOLE": True,
-        "VECTOR": 8 if of == "fp16" else 4, "SPLIT": False, "COMPACT": False, "ACTIVATION": "relu", "PRECISE": False,
+        "BM": tile.BM, "BQ": tile.BQ, "BK": tile.BK, "BL": tile.BL, "VECTOR": 8 if of == "fp16" else 4,
+        "SPLIT": False, "COMPACT": False, "ACTIVATION": "relu", "PRECISE": False,
         "PRECISION": "tf32" if arithmetic == configs.TF32 else "ieee", "mix_q": 1, "GROUPS": 1,
         "WIDE": False,
     }  # fmt: skip
@@ -134,7 +134,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "compact": {"SPLIT": True, "COMPACT": True, "GROUPS": "i32"},
     "precise": {"PRECISE": True},
     "wide": {"WIDE": True},
-    "unaligned": {"WHOLE": False, "VECTOR": 1, "C": "i32", "input_x": "i32", "input_y": "i32", "input_n": "i32"},
+    "unaligned": {"VECTOR": 1, "C": "i32", "input_x": "i32", "input_y": "i32", "input_n": "i32"},
 }
 
 GRADIENTS = ("maps", "coefficients", "input", "basis")

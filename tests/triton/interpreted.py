@@ -110,6 +110,11 @@ def sweep_of_tiles(layer: Float16, wrong: bool) -> dict[str, Any]:
         kernels.forward = own
 
 
+def sweep_compiled(layer: Float16) -> int:
+    """How many candidates the processes before that step run once."""
+    return int(sweep.compiled([layer], "cpu", 1)["candidates"])
+
+
 def self_check(problem: Conv2dProblem, wrong: bool) -> str | None:
     """What the check before automatic choice says of the kernel, or of one whose result is off by a little."""
     own = kernels.forward

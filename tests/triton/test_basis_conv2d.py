@@ -130,6 +130,7 @@ def test_the_sweep_of_tiles_times_what_is_right(interpreter):
     assert found["chosen"] in found["us"]
     assert len(found["us"]) >= 6
     assert found["refused"] == {}
+    assert interpreter(interpreted.sweep_compiled, layer) >= len(found["us"])
     with pytest.raises(AssertionError, match=r"wrong: .*µs of all: "):
         interpreter(interpreted.sweep_of_tiles, layer, True)
 
