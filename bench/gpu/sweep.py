@@ -31,7 +31,7 @@ LAYERS = (
 )
 SAMPLES = 11
 PARTS = 3  # processes that share a layer's candidates
-# Pixels, channels a step, outputs a chunk, warps, stages; BQ comes from the layer.
+# Of each path: pixels, channels a step, outputs a chunk, warps, stages; BQ comes from the layer.
 POINTERS = (
     (256, 64, 32, 4, 3),
     (128, 64, 64, 4, 3),
@@ -43,7 +43,7 @@ POINTERS = (
     (32, 64, 64, 4, 5),
     (16, 128, 64, 4, 4),
 )
-FORMS = (
+DESCRIPTORS = (
     (128, 64, 64, 4, 3),
     (128, 64, 64, 4, 4),
     (64, 64, 64, 4, 3),
@@ -71,7 +71,7 @@ def candidates(p: Conv2dProblem, device: Any) -> Iterator[tuple[str, Any]]:
     if configs.against_descriptors(arithmetic, p.C, p.Q, sizes, p.stride, p.groups, device.capability) is None:
         own = configs.descriptor_tile(arithmetic, p.Q, p.C, p.K, pixels, p.stride[0], device)
         yield "descriptors", own
-        for BM, BK, BL, warps, stages in FORMS:
+        for BM, BK, BL, warps, stages in DESCRIPTORS:
             tile = configs.Tile(BM, own.BQ, BK, BL, warps, stages)
             fits = configs.fitted(tile, p.C, p.K, arithmetic, device) == tile
             if fits and tile != own and SUMS_A_THREAD * 32 * warps >= BM * own.BQ:
