@@ -23,10 +23,10 @@ constexpr int kThreads = 128;
 constexpr int kSlabPitch = kSlab * 2 + 16;  // pixels of the halo: eight in a row never share a bank at stride 1
 static_assert(kTileX * kTileY == kThreads / 32 * 16, "each warp has one m16 tile");
 
-// Where things lie in shared memory, and how pixels are fetched. The same on host and device.
-template <int Q16>
+// Where things lie in shared memory, and how pixels are fetched. The same on host and device. `stages`: taps in shared
+// memory, one in use, the others under way.
+template <int Q16, int stages>
 struct Layout {
-  static constexpr int stages = Q16 > 128 ? 2 : 3;  // taps in shared memory: one in use, the others under way
   static constexpr int basis_bytes = Q16 * kSlab * 2;
   static constexpr int mixing_bytes = kChunk * Q16 * 2;
   bool tap_by_tap;
@@ -60,8 +60,8 @@ struct Layout {
 
 // Input pixels of one slab from (y, x) on. Outside the image, and beyond the channels up to the next multiple of 16,
 // they are zero.
-template <class T, int Q16>
-BASISCONV_DEVICE void fetch_pixels(const Problem& p, const Layout<Q16>& layout, char* to, int n, int y, int x, int c0) {
+template <class T, class L>
+BASISCONV_DEVICE void fetch_pixels(const Problem& p, const L& layout, char* to, int n, int y, int x, int c0) {
   const int channels = min(kSlab, (p.C - c0 + 15) / 16 * 16);
   const T* image = static_cast<const T*>(p.input) + n * p.in.n + (static_cast<int64_t>(blockIdx.y) * p.C + c0) * p.in.c;
   const int pixels = layout.rows * layout.columns;
@@ -125,7 +125,7 @@ BASISCONV_DEVICE float take_tf32(float& rest) {
 template <int Q16>
 struct KeptMaps {
   static constexpr int bytes = Q16 / 8 * 32 * 16;  // of a warp
-  static_assert(bytes * (kThreads / 32) <= Layout<Q16>::stages * Layout<Q16>::basis_bytes, "lies over the basis");
+  static_assert(bytes * (kThreads / 32) <= 2 * Layout<Q16, 2>::basis_bytes, "lies over the basis");
   char* memory;
 
   BASISCONV_DEVICE float4& at(int q) const {
@@ -160,9 +160,9 @@ BASISCONV_DEVICE void recombine_precisely(float (&y)[4][4], const KeptMaps<Q16>&
   }
 }
 
-template <class T, int Q16, bool precise>
+template <class T, int Q16, bool precise, int stages>
 __global__ void __launch_bounds__(kThreads, 1) basis_conv2d_sm80(const Problem p, const bool tap_by_tap) {
-  using L = Layout<Q16>;
+  using L = Layout<Q16, stages>;
   const L layout(p, tap_by_tap);
   char* bases = shared_memory();
   char* halos = bases + layout.pixels_offset();
@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(kThreads, 1) basis_conv2d_sm80(const Problem p
         fetch_pixels<T>(p, layout, halos + buffer * layout.pixels_bytes, n, y, x, ahead_slab * kSlab);
       }
       const char* tile = basis_tiles + static_cast<int64_t>(ahead) * L::basis_bytes;
-      fetch_tile(bases + ahead % L::stages * L::basis_bytes, tile, L::basis_bytes);
+      fetch_tile(bases + ahead % stages * L::basis_bytes, tile, L::basis_bytes);
       ++ahead;
       if (++ahead_s == p.S) ahead_s = 0, ++ahead_r;
       if (ahead_r == p.R) ahead_r = 0, ++ahead_slab;
@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(kThreads, 1) basis_conv2d_sm80(const Problem p
     cp_async_commit();
   };
   fetch_tile(bases + layout.mixing_offset(0), mixing_tiles, L::mixing_bytes);
-  for (int i = 0; i < L::stages - 1; ++i) fetch();
+  for (int i = 0; i < stages - 1; ++i) fetch();
 
   // Stage 1. ldmatrix.x4 of A: lanes 0-15 address 16 pixels' channels 0-7 of a k16 step, lanes 16-31 channels 8-15.
   const int pixel_y = warp * 2 + lane % 16 / kTileX, pixel_x = lane % kTileX;
@@ -213,13 +213,13 @@ __global__ void __launch_bounds__(kThreads, 1) basis_conv2d_sm80(const Problem p
   for (int i = 0; i < Q16 / 2; ++i) z[i / 4][i % 4] = start;
   int r = 0, s = 0, slab = 0;
   for (int step = 0; step < steps; ++step) {
-    cp_async_wait<L::stages - 2>();
+    cp_async_wait<stages - 2>();
     __syncthreads();  // this step's tiles have landed for all, and all are done with the slot that is filled next
     fetch();
     const int shift = layout.tap_by_tap ? 0 : r * p.dilation_h * layout.columns + s * p.dilation_w;
     const int buffer = (layout.tap_by_tap ? step : slab) % layout.buffers;
     const char* a_tile = halos + buffer * layout.pixels_bytes + a_lane + shift * kSlabPitch;
-    const char* b_tile = bases + step % L::stages * L::basis_bytes;
+    const char* b_tile = bases + step % stages * L::basis_bytes;
     const int k_steps = min(kSlab / 16, (p.C - slab * kSlab + 15) / 16);
 #pragma unroll
     for (int k = 0; k < kSlab / 16; ++k) {
@@ -289,15 +289,18 @@ __global__ void __launch_bounds__(kThreads, 1) basis_conv2d_sm80(const Problem p
   }
 }
 
-template <class T, int Q16>
+template <class T, int Q16, int stages = (Q16 > 128 ? 2 : 3)>
 const char* launch_sm80(const Problem& p, bool precise, int shared_limit, Stream stream) {
   const int64_t tiles = int64_t{p.N} * tiles_of(p.OH, kTileY) * tiles_of(p.OW, kTileX);
   if (tiles > 0x7FFFFFFF) return "more than 2^31 tiles of 8x8 pixels; split the batch";
-  Layout<Q16> layout(p, false);
-  if (layout.bytes() > shared_limit) layout = Layout<Q16>(p, true);
-  if (layout.bytes() > shared_limit) return "this device has too little shared memory for so many basis filters";
+  Layout<Q16, stages> layout(p, false);
+  if (layout.bytes() > shared_limit) layout = Layout<Q16, stages>(p, true);
+  if (layout.bytes() > shared_limit) {
+    if constexpr (Q16 == 128 && stages == 3) return launch_sm80<T, Q16, 2>(p, precise, shared_limit, stream);
+    return "this device has too little shared memory for so many basis filters";
+  }
   const dim3 grid{static_cast<unsigned>(tiles), static_cast<unsigned>(p.groups), 1}, block{kThreads, 1, 1};
-  const auto kernel = precise ? basis_conv2d_sm80<T, Q16, true> : basis_conv2d_sm80<T, Q16, false>;
+  const auto kernel = precise ? basis_conv2d_sm80<T, Q16, true, stages> : basis_conv2d_sm80<T, Q16, false, stages>;
   return launch(kernel, grid, block, layout.bytes(), stream, p, layout.tap_by_tap);
 }
 

@@ -247,11 +247,11 @@ def geometry(rng: random.Random, hopper: bool) -> Case:
 @pytest.mark.parametrize("variant", ["sm80", "sm90a"])
 def test_any_geometry(module, variant, request):
     rng = random.Random(variant)
+    kernel = Emulated(module, variant, {"sm80": ADA, "sm90a": ONE_BLOCK}[variant], orders=("shuffled",))
     count = 1_000 if request.config.getoption("--full") else 12
     for _ in range(count):
         drawn = geometry(rng, variant == "sm90a")
-        device = ONE_BLOCK if variant == "sm90a" else ADA if drawn.problem.Q <= 64 else A100  # more want more memory
-        testing.check(drawn, Emulated(module, variant, device, orders=("shuffled",)))
+        testing.check(drawn, kernel)
 
 
 @pytest.mark.parametrize("variant", ["sm80", "sm90a"])
@@ -308,6 +308,14 @@ def test_shared_memory_is_read_without_bank_conflicts(module, variant):
     kernel(*testing.make_inputs(one).tensors[:3], **one.arguments())
     assert kernel.matrices > 0
     assert kernel.conflicts == 0
+
+
+@pytest.mark.parametrize("precise", [False, True])
+@pytest.mark.parametrize("sizes", ["2 72 11 9 100 72 3 3", "1 136 13 12 128 40 3 3", "1 8 9 9 70 24 1 1"])
+def test_many_filters_where_memory_is_small(module, sizes, precise):
+    """A tap ahead instead of two."""
+    one = case("small_memory", sizes, stride=(2, 1), bias=True, residual=True, precise=precise)
+    testing.check(one, Emulated(module, "sm80", ADA))
 
 
 def test_what_has_not_the_memory_says_so(module):

@@ -21,7 +21,7 @@ SM80, SM90A = "basis_conv2d_sm80.cu", "basis_conv2d_sm90a.cu"
 SHARED, EXCHANGE = "basis_conv2d_epilogue.h", "basis_conv2d_exchange.h"
 TAP_BARRIER = "__syncthreads();  // this step's tiles"
 CHUNK_BARRIER = "__syncthreads();  // the coefficients have landed"
-TAP_WAIT = "cp_async_wait<L::stages - 2>();"
+TAP_WAIT = "cp_async_wait<stages - 2>();"
 BUFFERS = "buffers = all < 1 + ahead ? all : 1 + ahead;"
 B_LANE = "swizzled(b_row * kSlab * 2 + b_column, kSlab * 2)"
 STAGED_ROW = "swizzled(lane / 4 * row_bytes, row_bytes) + lane % 4 * 4"
@@ -100,7 +100,7 @@ def planted(tmp_path_factory):
     for name in (SM80, SM90A):  # one kernel each, for bfloat16, is enough and a quarter of the compiling
         text = (folder / name).read_text(encoding="utf-8")
         text = re.sub(r"(launch_(?:sm80|shape)<T), \d+", r"\1, 64", text)
-        text = re.sub(r"basis_conv2d_sm80<T, Q16, true>", "basis_conv2d_sm80<T, Q16, false>", text)
+        text = re.sub(r"basis_conv2d_sm80<T, Q16, true, stages>", "basis_conv2d_sm80<T, Q16, false, stages>", text)
         (folder / name).write_text(text.replace("launch_filters<f16>", "launch_filters<bf16>"), encoding="utf-8")
     sources = [*sorted(folder.glob("basis_conv2d*.cu")), root / "tests" / "cuda_on_cpu" / "module.cpp"]
     return building.build("basisconv_planted", sources, "-DPLANTED", root=root)

@@ -43,7 +43,7 @@ SHORTER = (
     ("launch_filters<f16>", "launch_filters<bf16>"),
     ("launch_ranks<f16>", "launch_ranks<bf16>"),
     ("launch_of<f16>", "launch_of<bf16>"),
-    ("<T, Q16, true>", "<T, Q16, false>"),
+    ("<T, Q16, true, stages>", "<T, Q16, false, stages>"),
 )
 
 
