@@ -11,7 +11,7 @@ import json
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import torch
@@ -111,12 +111,11 @@ def tiles(layer: Layer, device: str, meter: Meter) -> dict[str, Any]:
         if not runs:
             raise Unavailable("no row of the table takes this layer")
         prepared._functions.update(runs)
-        workers = min(len(runs), os.cpu_count() or 1) if device == "cuda" else 1
-        with ThreadPoolExecutor(workers) as pool:
-            refused = dict(zip(runs, pool.map(functools.partial(_first_call, prepared), runs.values()), strict=True))
-        found, wrong = {}, {}
-        for name in runs:
-            if refused[name] is not None:
+        found, wrong, refused = {}, {}, {}
+        for name, run in runs.items():
+            against = _first_call(prepared, run)
+            if against is not None:
+                refused[name] = against
                 continue
             try:
                 prepared.check(name)
@@ -126,8 +125,7 @@ def tiles(layer: Layer, device: str, meter: Meter) -> dict[str, Any]:
     times = {name: round(us, 2) for name, us in sorted(found.items(), key=lambda pair: pair[1])}
     if wrong:
         raise AssertionError(f"wrong: {json.dumps(wrong)}; µs of all: {json.dumps(times)}")
-    return {"layer": layer.name, "chosen": next(iter(runs)), "us": times,
-            "refused": {name: why for name, why in refused.items() if why is not None}}  # fmt: skip
+    return {"layer": layer.name, "chosen": next(iter(runs)), "us": times, "refused": refused}
 
 
 def _forward(prepared: Prepared, path: str, tile: Any, x: Tensor) -> Tensor:
@@ -143,8 +141,7 @@ def _forward(prepared: Prepared, path: str, tile: Any, x: Tensor) -> Tensor:
 def _first_call(prepared: Prepared, run: Callable[[Tensor], Tensor]) -> str | None:
     """Compile and launch; why not, where it does not."""
     try:
-        with torch.inference_mode():  # each thread has its own
-            run(prepared.input(0))
+        run(prepared.input(0))
     except Exception as error:  # whatever a compiler or a driver may raise costs this candidate, not the step
         return f"{type(error).__name__}: {error}"[:200]
     return None
