@@ -101,7 +101,7 @@ static void multiply(int64_t tiles, const bf16* const* pixels, int64_t pixel_row
 struct Amx {
   const BasisConv2dParams& params;
   const CpuPlan& plan;
-  Band band;
+  InputBand band;
   const bf16* filters;
   const bf16* coefficients;  // [mixing groups][K/16][slots/32] tiles [pairs][16 outputs][2]   (channels_last)
   const bf16* planar;        // [mixing groups][K/16][slots/32] tiles [16 outputs][32 maps]    (NCHW)
@@ -218,30 +218,29 @@ struct Amx {
   // Output rows oy ... oy+rows-1 of an image. Each stage takes several times kTogether tiles in a row, so that its
   // weights come into the first-level cache once for all of them.
   void pass(int64_t image, int64_t oy, int64_t rows) {
-    band.begin(image, oy, rows);
-    const int64_t tiles = band.tiles();
+    band.begin(image, oy);
+    const int64_t tiles = plan.band.tiles(rows);
     for (int64_t done = 0; done < tiles; done += plan.tiles) {
       const int64_t count = tiles - done < plan.tiles ? tiles - done : plan.tiles;
       PixelTile at[kAmxMostTiles];
-      for (int64_t t = 0; t < count; t++) at[t] = band.tile(done + t);
+      for (int64_t t = 0; t < count; t++) at[t] = plan.band.tile(done + t, oy, rows);
       band.fill_for(at[count - 1].row);
       stores_before_tile_loads();
-      for (int64_t t = 0; t < count; t += kTogether) stage1(at + t, together(count - t), maps_of(t));
+      const int64_t share = even_share(count, kTogether);
+      const auto together = [&](int64_t t) BASISCONV_LAMBDA { return count - t < share ? count - t : share; };
+      for (int64_t t = 0; t < count; t += share) stage1(at + t, together(t), maps_of(t));
       if (params.maps) keep_maps(at, count);
-      for (int64_t t = 0; t < count; t += kTogether) stage2(at + t, together(count - t), maps_of(t));
+      for (int64_t t = 0; t < count; t += share) stage2(at + t, together(t), maps_of(t));
     }
   }
-  static int64_t together(int64_t left) { return left < kTogether ? left : kTogether; }
   bf16* maps_of(int64_t tile) const { return maps + tile * kSide * all_maps; }
 
-  // Passes as equal as can be, of at most plan.rows rows.
   void run(int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end;) {
       const int64_t image = unit / params.OH, oy = unit % params.OH;
-      const int64_t left = end - unit < params.OH - oy ? end - unit : params.OH - oy;
-      const int64_t passes = (left + plan.rows - 1) / plan.rows, rows = (left + passes - 1) / passes;
-      pass(image, oy, rows);
-      unit += rows;
+      const int64_t last = end - unit < params.OH - oy ? oy + end - unit : params.OH;
+      plan.band.each_pass(oy, last, [&](int64_t first, int64_t rows) { pass(image, first, rows); });
+      unit += last - oy;
     }
   }
 };
@@ -255,7 +254,7 @@ static void run(const BasisConv2dParams& params, const CpuPlan& plan, float* scr
   const bf16* filters = static_cast<const bf16*>(params.packed);
   const bf16* coefficients = filters + 2 * pack.filters_size;
   const bf16* planar = coefficients + 2 * pack.coefficients_size;
-  const Band band(params, plan, reinterpret_cast<bf16*>(scratch));
+  const InputBand band(params, plan, reinterpret_cast<bf16*>(scratch));
   const int64_t count = pack.channel_blocks * w.R * w.S, depth = pack.slots / kDepth;
   int64_t* taps = new int64_t[count + depth];
   for (int64_t i = 0; i < count; i++) taps[i] = band.tap(i / (w.R * w.S), i / w.S % w.R, i % w.S);

@@ -90,7 +90,7 @@ int32_t tile_width_of(const BasisConv2dWeights& w) {
 
 constexpr int64_t kAmxSide = 16, kAmxDepth = 32, kAmxTogether = 4;
 constexpr int64_t kAmxMapsFloats = 8 * 1024;  // z of the tiles that go through a stage together
-constexpr int64_t kBandFloats = 64 * 1024;    // amx: input rows of a pass
+constexpr int64_t kBandFloats = 64 * 1024;    // input rows of a pass
 
 CpuPack amx_pack(const BasisConv2dWeights& w) {
   CpuPack p{};
@@ -121,20 +121,11 @@ CpuPlan amx_plan(const BasisConv2dParams& params, const CpuPack& pack) {
   p.pack = pack;
   p.units = params.N * params.OH;
   p.chunk = pack.channel_blocks;
-  p.ring_columns =
-      std::max(ceil_div(params.W + params.pad_left, w.stride_w), params.OW + (w.S - 1) * w.dilation_w / w.stride_w);
-  const int64_t reach = (w.R - 1) * w.dilation_h + 1;
-  // Places that tiles reach beyond the last row: one tile more in each phase.
-  const int64_t place = w.groups * pack.channel_blocks * w.stride_h * w.stride_w * kAmxDepth / 2;
-  const auto rows_for = [&](int64_t rows) { return ceil_div((rows - 1) * w.stride_h + reach, w.stride_h); };
-  const auto size_for = [&](int64_t rows) { return place * (rows_for(rows) * p.ring_columns + kAmxSide); };
-  p.rows = 1;
-  while (p.rows < params.OH && size_for(p.rows + 1) <= kBandFloats) p.rows++;
-  p.ring_rows = rows_for(p.rows);
-  p.ring_size = size_for(p.rows);
-  const int64_t apart = ceil_div(params.OW, kAmxSide);
-  const bool together = ceil_div((p.rows - 1) * p.ring_columns + params.OW, kAmxSide) <= p.rows * apart;
-  p.row_tiles = together ? 0 : apart;
+  p.band = {params.OH,    params.OW,      params.W,       w.R, w.S, w.stride_h, w.stride_w, w.dilation_h,
+            w.dilation_w, params.pad_top, params.pad_left};
+  const int64_t blocks = w.groups * pack.channel_blocks;
+  p.band.fit(kBandFloats / (blocks * kAmxDepth / 2));
+  p.ring_size = blocks * p.band.plane() * kAmxDepth / 2;
   const int64_t maps_of_tiles = kAmxTogether * kAmxSide * w.groups * pack.maps / 2;
   p.tiles = kAmxTogether * std::clamp<int64_t>(kAmxMapsFloats / maps_of_tiles, 1, kAmxMostTiles / kAmxTogether);
   p.maps_size = p.tiles / kAmxTogether * maps_of_tiles;

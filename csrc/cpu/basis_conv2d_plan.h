@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "../ops/basis_conv2d.h"
+#include "band.h"
 #include "isa.h"
 
 namespace basisconv {
@@ -88,8 +89,8 @@ struct CpuPlan {
   // Read where the input lies, without a ring: operands as they are, channels_last, whole blocks; direct: and no
   // padding columns, or pairs of more than one block.
   bool in_place;
-  int64_t row_tiles;     // amx: tiles of 16 pixels in each row of outputs; 0: tiles go on over the ends of rows
-  int64_t ring_rows;     // padded input rows kept; amx: of one stride phase
+  Band band;             // amx: input rows of a pass
+  int64_t ring_rows;     // padded input rows kept
   int64_t ring_columns;  // pixels of one ring row and stride phase
   // Floats of scratch, each a multiple of 16: rows, z, z of one pixel block turned for NCHW, accumulators between
   // chunks, one pixel of zeros, transformed input tiles, transformed filters of a row, products.

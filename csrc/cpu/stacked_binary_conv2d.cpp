@@ -7,6 +7,7 @@
 // Test: tests/ops/test_stacked_binary_conv2d.py. Bench: python -m bench run --suite C9.
 #include "stacked_binary_conv2d.h"
 
+#include "stacked_binary_conv2d_outputs.h"
 #include "stacked_binary_conv2d_stage.h"
 #include "stacked_binary_conv2d_tables.h"
 
@@ -29,8 +30,7 @@ static void pack(const StackedBinaryWeights& w, const StackedPack& pack, const f
           for (int64_t i = 0; i < Lookup::kStep; i++) {
             const int64_t c = table * Lookup::kStep + i;
             if (c >= pack.low) break;
-            // The filter of the bank that channel c of this filter comes from.
-            const int64_t j = pack.expanded ? index[(set * pack.filters + f) * w.splits + c / bank_low] : f;
+            const int64_t j = filter_of_channel(w, pack, index, set, f, c);
             positive[i] = bank[(j * bank_low + c % bank_low) * taps + t] > 0.0f;
           }
           at[table / pack.per_word * lanes] |= Lookup::code(positive) << (table % pack.per_word * Lookup::kStep);
@@ -38,15 +38,7 @@ static void pack(const StackedBinaryWeights& w, const StackedPack& pack, const f
       }
     }
   }
-  int32_t* rows = reinterpret_cast<int32_t*>(packed + pack.words_size);
-  const int64_t outputs = w.K / w.groups;
-  for (int64_t k = 0; k < w.K; k++) {
-    for (int64_t i = 0; i < pack.splits; i++) {
-      const int64_t slice = k / outputs * pack.splits + i;
-      const int64_t filter = pack.expanded ? k % outputs : index[k * w.splits + i];
-      rows[k * pack.splits + i] = static_cast<int32_t>(slice * pack.slots + filter);
-    }
-  }
+  pack_rows(w, pack, index, packed);
 }
 
 // What the tiles of one slice and output row share.
@@ -108,78 +100,6 @@ static void tile_of(int64_t pixels, const SliceRow& slice, int64_t x, const uint
   if constexpr (P > 1) tile_of<F, P - 1>(pixels, slice, x, filters, maps, maps_pixel);
 }
 
-static BASISCONV_INLINE Vec::Reg activated(const StackedBinaryConv2dParams& params, Vec::Reg value) {
-  if (params.activation != Activation::none) value = Vec::max(Vec::zero(), value);
-  if (params.activation == Activation::relu6) value = Vec::min(Vec::set1(6.0f), value);
-  return value;
-}
-
-// The maps of one pixel are its outputs: expanded filters, channels_last.
-template <typename T>
-static void store_outputs(const StackedBinaryConv2dParams& params, const StackedPack& pack, const float* maps,
-                          int64_t pixels, T* to) {
-  const int64_t K = params.weights.K, outputs = pack.filters;
-  for (int64_t p = 0; p < pixels; p++) {
-    for (int64_t slice = 0; slice < pack.slices; slice++) {
-      const float* from = maps + (p * pack.slices + slice) * pack.slots;
-      for (int64_t j = 0; j < outputs; j += kWidth) {
-        const int64_t k = slice * outputs + j, left = outputs - j;
-        const Vec::Reg value = Vec::load(from + j);
-        if (left >= kWidth) {
-          const Vec::Reg out = Vec::fma(value, Vec::load(params.scale + k), Vec::load(params.bias + k));
-          Vec::store(to + p * K + k, activated(params, out));
-        } else {
-          const Vec::Reg out = Vec::fma(value, Vec::load_n(params.scale + k, left), Vec::load_n(params.bias + k, left));
-          Vec::store_n(to + p * K + k, activated(params, out), left);
-        }
-      }
-    }
-  }
-}
-
-// Select and stack, for up to a register of pixels: the maps turned, so that a register holds the pixels of one map;
-// an output adds up whole registers; for channels_last a square of outputs is turned back.
-template <typename T>
-static void stack_maps(const StackedBinaryConv2dParams& params, const StackedPack& pack, const int32_t* rows,
-                       const float* maps, int64_t pixels, float* turned, T* to, int64_t to_plane) {
-  const int64_t K = params.weights.K, a_pixel = pack.slices * pack.slots;
-  for (int64_t i = 0; i < a_pixel; i += kWidth) {
-    Vec::Reg square[kWidth];
-    BASISCONV_UNROLL for (int p = 0; p < kWidth; p++) square[p] = Vec::load(maps + p * a_pixel + i);
-    transpose(square);
-    BASISCONV_UNROLL for (int j = 0; j < kWidth; j++) Vec::store(turned + (i + j) * kWidth, square[j]);
-  }
-  const auto output = [&](int64_t k) BASISCONV_LAMBDA {
-    const int32_t* row = rows + k * pack.splits;
-    Vec::Reg sum = Vec::load(turned + row[0] * kWidth);
-    for (int64_t i = 1; i < pack.splits; i++) sum = Vec::add(sum, Vec::load(turned + row[i] * kWidth));
-    return activated(params, Vec::fma(sum, Vec::set1(params.scale[k]), Vec::set1(params.bias[k])));
-  };
-  if (!params.channels_last) {
-    for (int64_t k = 0; k < K; k++) {
-      if (pixels == kWidth) {
-        Vec::store(to + k * to_plane, output(k));
-      } else {
-        Vec::store_n(to + k * to_plane, output(k), pixels);
-      }
-    }
-    return;
-  }
-  for (int64_t k = 0; k < K; k += kWidth) {
-    const int64_t left = K - k < kWidth ? K - k : kWidth;
-    Vec::Reg square[kWidth];
-    BASISCONV_UNROLL for (int i = 0; i < kWidth; i++) square[i] = i < left ? output(k + i) : Vec::zero();
-    transpose(square);
-    for (int64_t p = 0; p < pixels; p++) {
-      if (left == kWidth) {
-        Vec::store(to + p * K + k, square[p]);
-      } else {
-        Vec::store_n(to + p * K + k, square[p], left);
-      }
-    }
-  }
-}
-
 // Tables of the input rows that output row y of image n reads, filled unless they are there; taps inside the image.
 template <typename T>
 struct Inputs {
@@ -215,11 +135,9 @@ static void run_as(const StackedBinaryConv2dParams& params, const StackedPlan& p
   const StackedPack& pack = plan.pack;
   const StackedBinaryWeights& w = params.weights;
   const uint32_t* words = static_cast<const uint32_t*>(params.packed);
-  const int32_t* stacking = reinterpret_cast<const int32_t*>(words + pack.words_size);
   float* staged = scratch + plan.ring_size;
   float* maps = staged + plan.staged_size;
-  float* turned = maps + plan.maps_size;
-  memset(maps, 0, plan.maps_size * sizeof(float));  // pixels that pad the last register are read and dropped
+  const Finish<T> finish(params, plan, maps + plan.maps_size);
 
   int64_t* held = new int64_t[plan.ring_rows];
   const float** rows = new const float*[2 * w.R];
@@ -243,8 +161,6 @@ static void run_as(const StackedBinaryConv2dParams& params, const StackedPlan& p
       if (slice.low_r > r) slice.low_r = r;
       slice.high_r = r;
     }
-    T* output = static_cast<T*>(params.output);
-    output += params.channels_last ? unit * params.OW * w.K : n * w.K * params.OH * params.OW + y * params.OW;
     for (int64_t start = 0; start < params.OW; start += plan.chunk) {
       const int64_t pixels = params.OW - start < plan.chunk ? params.OW - start : plan.chunk;
       for (int64_t x = 0; x < pixels; x += plan.pixels) {
@@ -263,14 +179,10 @@ static void run_as(const StackedBinaryConv2dParams& params, const StackedPlan& p
           }
         }
       }
-      if (pack.expanded && params.channels_last) {
-        store_outputs(params, pack, maps, pixels, output + start * w.K);
-        continue;
-      }
       for (int64_t x = 0; x < pixels; x += kWidth) {
-        const int64_t here = pixels - x < kWidth ? pixels - x : kWidth;
-        T* to = output + (start + x) * (params.channels_last ? w.K : 1);
-        stack_maps(params, pack, stacking, maps + x * a_pixel, here, turned, to, params.OH * params.OW);
+        Pixels of{{}, pixels - x < kWidth ? pixels - x : kWidth};
+        for (int64_t p = 0; p < kWidth; p++) of.at[p] = maps + (x + (p < of.count ? p : 0)) * a_pixel;
+        finish(of, n, y * params.OW + start + x);
       }
     }
   }

@@ -16,5 +16,6 @@ struct CpuStackedBinaryConv2d {
 CpuStackedBinaryConv2d cpu_stacked_binary_conv2d_base();
 CpuStackedBinaryConv2d cpu_stacked_binary_conv2d_avx2();
 CpuStackedBinaryConv2d cpu_stacked_binary_conv2d_avx512();
+CpuStackedBinaryConv2d cpu_stacked_binary_conv2d_amx();  // packs for the matrix unit only
 
 }  // namespace basisconv

@@ -8,6 +8,9 @@ namespace basisconv {
 namespace {
 
 constexpr int64_t kMapsFloats = 8 * 1024;  // maps between two merges stay in the first-level cache
+constexpr int64_t kMatrixMapsFloats = 16 * 1024;
+constexpr int64_t kExpandedTiles = 16;       // so many tiles of filters, 1 KiB each, stay expanded
+constexpr int64_t kBandFloats = 128 * 1024;  // terms of a pass, in the second
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t aligned(int64_t floats) { return ceil_div(floats, 16) * 16; }
@@ -46,23 +49,110 @@ StackedPack form(const StackedBinaryWeights& w, Isa isa, bool expanded) {
   return p;
 }
 
-// Instructions a pixel, in registers: picks with their additions, then turning, adding and turning back.
+// The same for the matrix unit.
+StackedPack matrix_form(const StackedBinaryWeights& w, bool expanded) {
+  StackedPack p = form(w, Isa::avx512, expanded);
+  p.matrix = true;
+  p.count = ceil_div(p.low, kMatrixDepth);
+  p.vectors = 1;
+  p.blocks = ceil_div(p.filters, kTilePlaces);
+  p.slots = p.blocks * kTilePlaces;
+  p.set_size = p.blocks * p.count * w.R * w.S * kTilePlaces;
+  p.words_size = p.sets * p.set_size;
+  return p;
+}
+
+bool reads_in_place(const StackedBinaryConv2dParams& params) {
+  return params.mode == StackedMode::real && params.dtype == DType::f32 && params.input_stride_c == 1;
+}
+
+// Sixteen channels are read at a time.
+int64_t staged_floats(const StackedBinaryConv2dParams& params, bool in_place) {
+  return in_place ? 0 : aligned(params.W * params.weights.C + 16);
+}
+
+// How maps become outputs. Up to four registers of maps a slice are picked from sooner than turned.
+void plan_stacking(const StackedBinaryConv2dParams& params, StackedPlan& p) {
+  const StackedPack& pack = p.pack;
+  const StackedBinaryWeights& w = params.weights;
+  const int64_t width = pack.tables.width;
+  if (pack.expanded && params.channels_last) return;
+  const bool whole = w.groups == 1 || w.K / w.groups % width == 0;  // no register of outputs of two groups
+  p.picks = width == 16 && params.channels_last && whole && pack.slots <= 4 * width;
+  p.stacking_size = p.picks ? ceil_div(w.K, width) * pack.splits * width : pack.slices * pack.slots * width;
+}
+
+// Instructions a pixel, in registers: picks with their additions, then turning, adding and turning back. A tile of
+// products takes, for 16 pixels and three terms, as long as so many instructions a pixel.
+constexpr double kPick = 3.0, kTileProduct = 11.0;
 double cost(const StackedBinaryWeights& w, const StackedPack& p) {
-  const double width = p.tables.width;
-  const double picks = 3.0 * static_cast<double>(p.slices * p.count * w.R * w.S * p.slots) / width;
+  const double width = p.tables.width, products = static_cast<double>(p.slices * p.count * w.R * w.S * p.slots);
+  const double picks = (p.matrix ? kTileProduct : kPick) * products / width;
   const double turned = 4.0 * static_cast<double>(p.slices * p.slots + w.K) / width;
   return picks + (p.expanded ? 0.0 : turned + static_cast<double>(w.K * p.splits) / width);
 }
 
 }  // namespace
 
-StackedPack stacked_pack(const StackedBinaryWeights& w, Isa isa) {
-  const StackedPack stacked = form(w, isa, false), expanded = form(w, isa, true);
-  return cost(w, expanded) <= cost(w, stacked) ? expanded : stacked;
+int64_t filter_of_channel(const StackedBinaryWeights& w, const StackedPack& pack, const int64_t* index, int64_t set,
+                          int64_t f, int64_t c) {
+  return pack.expanded ? index[(set * pack.filters + f) * w.splits + c / (w.C / w.groups / w.splits)] : f;
 }
+
+void pack_rows(const StackedBinaryWeights& w, const StackedPack& pack, const int64_t* index, uint32_t* packed) {
+  int32_t* rows = reinterpret_cast<int32_t*>(packed + pack.words_size);
+  const int64_t outputs = w.K / w.groups;
+  for (int64_t k = 0; k < w.K; k++) {
+    for (int64_t i = 0; i < pack.splits; i++) {
+      const int64_t slice = k / outputs * pack.splits + i;
+      const int64_t filter = pack.expanded ? k % outputs : index[k * w.splits + i];
+      rows[k * pack.splits + i] = static_cast<int32_t>(slice * pack.slots + filter);
+    }
+  }
+}
+
+StackedPack stacked_pack(const StackedBinaryWeights& w, Isa isa) {
+  StackedPack best = form(w, isa, true);
+  const auto offer = [&](const StackedPack& other) {
+    if (cost(w, other) < cost(w, best)) best = other;
+  };
+  offer(form(w, isa, false));
+  if (isa < Isa::amx) return best;
+  offer(matrix_form(w, true));
+  offer(matrix_form(w, false));
+  return best;
+}
+
+namespace {
+
+StackedPlan matrix_plan(const StackedBinaryConv2dParams& params, const StackedPack& pack) {
+  const StackedBinaryWeights& w = params.weights;
+  StackedPlan p{};
+  p.pack = pack;
+  const bool real = params.mode == StackedMode::real;
+  p.terms = !real || params.dtype == DType::bf16 ? 1 : params.dtype == DType::f16 ? 2 : 3;
+  p.in_place = reads_in_place(params);
+  p.band = {
+      params.OH,         params.OW,      params.W,       w.R, w.S, params.stride_h, params.stride_w, params.dilation_h,
+      params.dilation_w, params.pad_top, params.pad_left};
+  const int64_t blocks = p.terms * pack.slices * pack.count, place = kMatrixDepth / 2;
+  p.band.fit(kBandFloats / (blocks * place));
+  p.ring_size = blocks * p.band.plane() * place;
+  p.staged_size = staged_floats(params, p.in_place);
+  const int64_t a_pixel = pack.slices * pack.slots;
+  p.tiles = std::clamp<int64_t>(kMatrixMapsFloats / (kTilePlaces * a_pixel), 4, kMatrixMostTiles);
+  p.maps_size = p.tiles * kTilePlaces * a_pixel;
+  plan_stacking(params, p);
+  const int64_t tiles = pack.words_size / kTilePlaces;
+  p.filters_size = pack.sets == 1 && tiles <= kExpandedTiles ? tiles * kTilePlaces * place : 0;
+  return p;
+}
+
+}  // namespace
 
 StackedPlan stacked_plan(const StackedBinaryConv2dParams& params, const StackedPack& pack) {
   const StackedBinaryWeights& w = params.weights;
+  if (pack.matrix) return matrix_plan(params, pack);
   StackedPlan p{};
   p.pack = pack;
   const int64_t accumulators = pack.tables.width == 16 ? 28 : pack.tables.width == 8 ? 10 : 8;
@@ -77,12 +167,11 @@ StackedPlan stacked_plan(const StackedBinaryConv2dParams& params, const StackedP
       std::max(params.W + params.pad_left, (params.OW - 1) * params.stride_w + (w.S - 1) * params.dilation_w + 1);
   p.ring_rows = (w.R - 1) * params.dilation_h + 1;
   p.ring_row = p.columns * pack.slices * pack.count * pack.tables.entry;
-  p.in_place = params.mode == StackedMode::real && params.dtype == DType::f32 && params.input_stride_c == 1;
+  p.in_place = reads_in_place(params);
   p.ring_size = aligned(p.ring_rows * p.ring_row);
-  // Sixteen channels are read at a time.
-  p.staged_size = p.in_place ? 0 : aligned(params.W * w.C + 16);
+  p.staged_size = staged_floats(params, p.in_place);
   p.maps_size = aligned(ceil_div(p.chunk, pack.tables.width) * pack.tables.width * a_pixel);
-  p.turned_size = pack.expanded && params.channels_last ? 0 : aligned(a_pixel * pack.tables.width);
+  plan_stacking(params, p);
   return p;
 }
 
@@ -90,7 +179,7 @@ StackedPackHeader stacked_pack_header(const StackedBinaryWeights& w, Isa isa) {
   StackedPackHeader h{};
   std::memcpy(h.magic, "stackedb", 8);
   h.version = kStackedPackVersion;
-  h.isa = static_cast<int64_t>(std::min(isa, Isa::avx512));
+  h.isa = static_cast<int64_t>(stacked_pack(w, isa).matrix ? Isa::amx : std::min(isa, Isa::avx512));
   const int64_t sizes[] = {w.C, w.K, w.n, w.splits, w.groups, w.R, w.S};
   std::memcpy(h.sizes, sizes, sizeof(sizes));
   return h;
@@ -98,7 +187,7 @@ StackedPackHeader stacked_pack_header(const StackedBinaryWeights& w, Isa isa) {
 
 int64_t stacked_packed_bytes(const StackedBinaryWeights& w) {
   int64_t most = 0;
-  for (Isa isa : {Isa::base, Isa::avx2, Isa::avx512}) {
+  for (Isa isa : {Isa::base, Isa::avx2, Isa::avx512, Isa::amx}) {
     const StackedPack p = stacked_pack(w, isa);
     most = std::max(most, p.words_size + p.rows_size);
   }

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "../ops/stacked_binary_conv2d.h"
+#include "band.h"
 #include "isa.h"
 
 namespace basisconv {
@@ -20,17 +21,19 @@ struct StackedTables {
 // Layout of the packed words: [sets][blocks][R*S][words][vectors * width], then int32 rows [K][splits].
 //
 // Stacked: one set, the bank, runs over all slices of the channels (groups * splits of them), and output k adds up the
-// maps rows[k][0..splits). Expanded: where stacking the filters costs less than stacking maps, each group is one slice
-// with a set of its own, its K/groups full filters, and one map is one output.
+// maps rows[k][0..splits). On the matrix unit: [sets][blocks][channel blocks][R*S][16]. Expanded: where stacking the
+// filters costs less than stacking maps, each group is one slice with a set of its own, its K/groups full filters, and
+// one map is one output.
 struct StackedPack {
   StackedTables tables;
+  bool matrix;  // the matrix unit multiplies; there are no tables
   bool expanded;
   int64_t slices;    // of the channels
   int64_t low;       // channels of one slice
   int64_t sets;      // of filters: 1, or one a slice
   int64_t filters;   // of one set
   int64_t splits;    // maps that one output adds up
-  int64_t count;     // tables of one slice
+  int64_t count;     // tables of one slice; matrix: channel blocks
   int64_t words;     // of one filter and tap
   int64_t per_word;  // tables of one word, as even as it goes: the loops over them have few lengths
   int32_t vectors;   // registers of filters in a tile
@@ -39,17 +42,31 @@ struct StackedPack {
   int64_t set_size, words_size, rows_size;  // 32-bit words
 };
 
+constexpr int64_t kMatrixDepth = 32;      // channels of a channel block
+constexpr int64_t kMatrixMostTiles = 32;  // StackedPlan::tiles at most
+
 struct StackedPlan {
   StackedPack pack;
   int64_t pixels;               // most in a register tile
   int64_t chunk;                // pixels of an output row between two merges
   int64_t columns;              // pixels of one ring row, padding included
   int64_t ring_rows, ring_row;  // rows of tables, and floats of one
-  bool in_place;                // tables are filled from where the input lies
-  // Floats of scratch, each a multiple of 16: tables, a staged input row, maps, maps of one pixel block turned.
-  int64_t ring_size, staged_size, maps_size, turned_size;
-  int64_t scratch() const { return ring_size + staged_size + maps_size + turned_size; }
+  bool in_place;                // tables, or terms, are filled from where the input lies
+  Band band;                    // matrix: input rows of a pass
+  int64_t tiles;                // matrix: of 16 pixels between two merges
+  int64_t terms;                // matrix: numbers of bfloat16 that an input is the sum of
+  bool picks;                   // outputs pick their maps within registers, else maps are turned
+  // Floats of scratch, each a multiple of 16: tables or terms, a staged input row, expanded filters, maps, what
+  // stacks them.
+  int64_t ring_size, staged_size, filters_size, maps_size, stacking_size;
+  int64_t scratch() const { return ring_size + staged_size + filters_size + maps_size + stacking_size; }
 };
+
+// The filter of the bank that channel c of filter f of a set comes from.
+int64_t filter_of_channel(const StackedBinaryWeights& weights, const StackedPack& pack, const int64_t* index,
+                          int64_t set, int64_t f, int64_t c);
+// The int32 rows behind the words.
+void pack_rows(const StackedBinaryWeights& weights, const StackedPack& pack, const int64_t* index, uint32_t* packed);
 
 StackedPack stacked_pack(const StackedBinaryWeights& weights, Isa isa);
 StackedPlan stacked_plan(const StackedBinaryConv2dParams& params, const StackedPack& pack);

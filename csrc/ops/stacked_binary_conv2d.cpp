@@ -23,8 +23,11 @@ namespace stacked {
 
 constexpr int64_t kAddsWorthAThread = 1 << 20;
 
-CpuStackedBinaryConv2d kernels() {
+CpuStackedBinaryConv2d kernels(const StackedPack& pack) {
   // What was not compiled must not be named: it could not be linked.
+  if constexpr (kWidestIsa >= Isa::amx) {
+    if (pack.matrix) return cpu_stacked_binary_conv2d_amx();
+  }
   if constexpr (kWidestIsa >= Isa::avx512) {
     if (isa_in_use() >= Isa::avx512) return cpu_stacked_binary_conv2d_avx512();
   }
@@ -102,8 +105,8 @@ Tensor pack(const Tensor& bank, const Tensor& index, int64_t groups, int64_t for
   std::memset(bytes, 0, packed.numel());
   const StackedPackHeader header = stacked_pack_header(w, isa_in_use());
   std::memcpy(bytes, &header, sizeof(header));
-  kernels().pack(w, stacked_pack(w, isa_in_use()), values, places,
-                 reinterpret_cast<uint32_t*>(bytes + kStackedHeaderBytes));
+  const StackedPack layout = stacked_pack(w, isa_in_use());
+  kernels(layout).pack(w, layout, values, places, reinterpret_cast<uint32_t*>(bytes + kStackedHeaderBytes));
   return packed;
 }
 
@@ -247,7 +250,7 @@ Tensor run(const Tensor& input, const Tensor& packed, const std::optional<Tensor
   const int64_t wanted = p.N * p.OH * p.OW * filters * plan.pack.low * w.R * w.S / kAddsWorthAThread;
   const int64_t most = static_cast<int64_t>(torch::stable::get_num_threads()), units = p.N * p.OH;
   const int64_t threads = wanted < 1 ? 1 : wanted < most ? wanted : most;
-  const CpuStackedBinaryConv2d compiled = kernels();
+  const CpuStackedBinaryConv2d compiled = kernels(plan.pack);
   torch::stable::parallel_for(0, units, (units + threads - 1) / threads, [&](int64_t begin, int64_t end) {
     compiled.run(p, plan, static_cast<float*>(thread_memory(plan.scratch() * 4)), begin, end);
   });

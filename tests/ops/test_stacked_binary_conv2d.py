@@ -113,7 +113,7 @@ def test_any_geometry(kernel, dtype, geometries):
     check()
 
 
-@pytest.mark.parametrize("name", ["odd_sizes", "channels_last_words", "groups", "binary_weights"])
+@pytest.mark.parametrize("name", ["odd_sizes", "channels_last_words", "past_a_block", "groups", "binary_weights"])
 def test_nan_and_infinity_spread_as_in_plain_pytorch(kernel, name):
     """To the outputs that read them and to no other: tables and tails spread nothing."""
     case = kernel.case(testing.stacked_case(name), torch.float32)
@@ -129,6 +129,18 @@ def test_nan_and_infinity_spread_as_in_plain_pytorch(kernel, name):
         got = kernel.run(*inputs.tensors, **case.arguments())
         assert torch.equal(got.isnan(), expected.isnan())
         assert torch.equal(got.isinf(), expected.isinf())
+
+
+def test_every_bit_of_a_number_counts(kernel):
+    """A number of any size that stands alone comes out as it is, with a sign: nothing is rounded on the way."""
+    case = kernel.case(testing.stacked_case("channels_last_words"), torch.float32)
+    inputs = testing.make_stacked_inputs(case)
+    filters = torch.cat([inputs.bank[inputs.index[:, i]] for i in range(case.problem.splits)], 1)
+    largest = torch.finfo(torch.float32).max
+    for number in (1 + 2.0**-23, -0.1, 1 / 3, 16777215.0, largest, -largest, 2 - 2.0**-15, 2.0**-100 / 3, 2.0**-126):
+        inputs.input.zero_()[0, 77, 2, 5] = number
+        expected = F.conv2d(inputs.input.double(), filters.double(), padding=1).float()
+        assert torch.equal(kernel.run(*inputs.tensors, **case.arguments()), expected), number
 
 
 BITS = [case for case in testing.STACKED_CASES if case.problem.mode != "real"]

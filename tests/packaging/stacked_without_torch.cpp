@@ -1,7 +1,8 @@
 // The CPU kernels of stacked_binary_conv2d on seeded geometries against plain loops, in one program without torch or
-// Python; compiled by test_stacked_without_torch.py, once with AVX-512 instructions emulated.
+// Python; compiled by test_stacked_without_torch.py, once with the instructions of AVX-512 and AMX emulated.
 //
-// All values are small whole numbers, so that float sums are exact in any order and every bit is compared. Arrays are
+// All values are whole numbers, small or few of them, so that float sums are exact in any order and every bit is
+// compared. Arrays are
 // as long as the contract says: a sanitizer sees what is read beside them. Usage: program ISA SEED GEOMETRIES. Exit
 // status 1 and a line on stderr at the first difference, 3 where the processor lacks the instruction set.
 #include <cstdlib>
@@ -48,10 +49,10 @@ Geometry draw(Random& r) {
   StackedBinaryWeights& w = p.weights;
   w.groups = r.between(0, 3) == 0 ? r.between(2, 3) : 1;
   w.splits = r.between(1, 4);
-  const int64_t lows[] = {1, 2, 3, 4, 5, 8, 16, 17, 31, 33, 40};
-  w.C = w.groups * w.splits * lows[r.between(0, 10)];
+  const int64_t lows[] = {1, 2, 3, 4, 5, 8, 16, 17, 31, 33, 40, 64, 70};
+  w.C = w.groups * w.splits * lows[r.between(0, 12)];
   w.n = r.between(0, 2) == 0 ? r.between(17, 70) : r.between(1, 20);
-  w.K = w.groups * (r.between(0, 2) == 0 ? r.between(17, 70) : r.between(1, 20));
+  w.K = w.groups * (r.between(0, 2) == 0 ? r.between(17, 150) : r.between(1, 20));
   w.R = r.between(1, 4);
   w.S = r.between(1, 4);
   p.stride_h = r.between(1, 3);
@@ -131,8 +132,21 @@ bool compare(const Geometry& g, const std::vector<float>& values, const std::vec
   return true;
 }
 
+CpuStackedBinaryConv2d kernels_of(Isa isa, const StackedPack& pack) {
+  if constexpr (kWidestIsa >= Isa::amx) {
+    if (pack.matrix) return cpu_stacked_binary_conv2d_amx();
+  }
+  if constexpr (kWidestIsa >= Isa::avx512) {
+    if (isa >= Isa::avx512) return cpu_stacked_binary_conv2d_avx512();
+  }
+  if constexpr (kWidestIsa >= Isa::avx2) {
+    if (isa == Isa::avx2) return cpu_stacked_binary_conv2d_avx2();
+  }
+  return cpu_stacked_binary_conv2d_base();
+}
+
 template <typename T>
-bool check(Geometry& g, Random& r, Isa isa, const CpuStackedBinaryConv2d& kernels) {
+bool check(Geometry& g, Random& r, Isa isa) {
   StackedBinaryConv2dParams& p = g.p;
   const StackedBinaryWeights& w = p.weights;
   const int64_t pixels = p.H * p.W;
@@ -141,6 +155,11 @@ bool check(Geometry& g, Random& r, Isa isa, const CpuStackedBinaryConv2d& kernel
   const int64_t words_of = (w.C + 31) / 32;
   std::vector<uint32_t> bits(p.planes * p.N * pixels * words_of, 0);
   const bool last = g.input_channels_last;
+  // Now and then one channel of each pixel alone is not zero, and has as many bits as float or float16 can add up.
+  const bool long_numbers = r.between(0, 2) == 0 && p.dtype != DType::bf16;
+  const int64_t longest = p.dtype == DType::f32 ? (1 << 19) - 1 : (1 << 11) - 1;
+  std::vector<int64_t> only(p.N * pixels);
+  for (int64_t& channel : only) channel = r.between(0, w.C - 1);
   for (int64_t n = 0; n < p.N; n++) {
     for (int64_t c = 0; c < w.C; c++) {
       for (int64_t i = 0; i < pixels; i++) {
@@ -154,6 +173,7 @@ bool check(Geometry& g, Random& r, Isa isa, const CpuStackedBinaryConv2d& kernel
           value = static_cast<float>(p.mode == StackedMode::packed_signs ? 2 * code - 1 : code);
         } else {
           value = static_cast<float>(r.between(-8, 8));
+          if (long_numbers) value = static_cast<float>(only[n * pixels + i] == c ? r.between(-longest, longest) : 0);
           real[last ? (n * pixels + i) * w.C + c : (n * w.C + c) * pixels + i] = rounded<T>(value);
           if (p.mode == StackedMode::signs) value = value >= 0 ? 1.0f : -1.0f;
         }
@@ -168,6 +188,7 @@ bool check(Geometry& g, Random& r, Isa isa, const CpuStackedBinaryConv2d& kernel
   p.scale = g.scale.data();
   p.bias = g.bias.data();
   const StackedPack pack = stacked_pack(w, isa);
+  const CpuStackedBinaryConv2d kernels = kernels_of(isa, pack);
   std::vector<uint32_t> packed(pack.words_size + pack.rows_size);
   kernels.pack(w, pack, g.bank.data(), g.index.data(), packed.data());
   p.packed = packed.data();
@@ -191,12 +212,8 @@ int main(int count, char** arguments) {
   if (count != 4) return 2;
   const std::string name = arguments[1];
   Isa isa = Isa::base;
-  CpuStackedBinaryConv2d kernels = cpu_stacked_binary_conv2d_base();
-  if constexpr (kWidestIsa >= Isa::avx2) {
-    if (name == "avx2") isa = Isa::avx2, kernels = cpu_stacked_binary_conv2d_avx2();
-  }
-  if constexpr (kWidestIsa >= Isa::avx512) {
-    if (name == "avx512") isa = Isa::avx512, kernels = cpu_stacked_binary_conv2d_avx512();
+  for (Isa known : {Isa::avx2, Isa::avx512, Isa::amx}) {
+    if (name == isa_name(known)) isa = known;
   }
 #if !defined(BASISCONV_EMULATED)
   if (isa > isa_of_processor()) {
@@ -208,9 +225,9 @@ int main(int count, char** arguments) {
   const int64_t geometries = std::atoll(arguments[3]);
   for (int64_t i = 0; i < geometries; i++) {
     Geometry g = draw(random);
-    const bool right = g.p.dtype == DType::f32    ? check<float>(g, random, isa, kernels)
-                       : g.p.dtype == DType::bf16 ? check<bf16>(g, random, isa, kernels)
-                                                  : check<f16>(g, random, isa, kernels);
+    const bool right = g.p.dtype == DType::f32    ? check<float>(g, random, isa)
+                       : g.p.dtype == DType::bf16 ? check<bf16>(g, random, isa)
+                                                  : check<f16>(g, random, isa);
     if (!right) return 1;
   }
   std::cout << isa_name(isa) << " " << geometries << " geometries\n";
