@@ -34,9 +34,9 @@ struct Band {
   // The convolution.
   int64_t OH, OW, W, R, S, stride_h, stride_w, dilation_h, dilation_w, pad_top, pad_left;
   // Chosen by fit.
-  int64_t output_rows;    // in a pass, at most
-  int64_t rows, columns;  // of one stride phase
-  int64_t row_tiles;      // tiles in each row of outputs; 0: tiles go on over the ends of rows
+  int64_t output_rows = 0;        // in a pass, at most
+  int64_t rows = 0, columns = 0;  // of one stride phase
+  int64_t row_tiles = 0;          // tiles in each row of outputs; 0: tiles go on over the ends of rows
 
   // As many output rows as fit `most` places, or one.
   void fit(int64_t most) {
