@@ -6,6 +6,7 @@
 // they lie in, and what falls between the rows is not stored. All planes of a code are one product. Wins where a tile
 // has enough to multiply: see binary_plan. Test: tests/packaging/test_binary_without_torch.py. Bench: python -m bench
 // run --suite C5 --suite C6.
+#include "band.h"
 #include "binary_conv2d.h"
 #include "binary_conv2d_lines.h"
 #include "binary_conv2d_pack.h"
@@ -36,7 +37,7 @@ bool reads(int64_t taps, int64_t dilation, int64_t stride, int64_t phase) {
 }
 
 // The input of a pass: [groups][chunks of 64 channels][row phases][column phases][rows][columns][64].
-struct Band {
+struct ByteBand {
   const BinaryConv2dParams& p;
   const BinaryPlan& plan;
   uint8_t* bytes;
@@ -227,7 +228,7 @@ void run(const BinaryConv2dParams& p, const BinaryPlan& plan, uint8_t* scratch, 
   Product* products = reinterpret_cast<Product*>(expanded + plan.kept * kTileBytes);
   uint32_t* line = reinterpret_cast<uint32_t*>(products + count);
   const uint8_t* bits = static_cast<const uint8_t*>(p.packed) + pack.counts_bytes;
-  const Band band{p, plan, scratch, Lines{p, line, line + p.W * words_for(w.C)}};
+  const ByteBand band{p, plan, scratch, Lines{p, line, line + p.W * words_for(w.C)}};
   for (int64_t i = 0; i < count; i++) {
     const int64_t c = i % plan.chunks, s = i / plan.chunks % w.S, r = i / plan.chunks / w.S;
     const int64_t y = r * p.dilation_h, x = s * p.dilation_w;
@@ -252,6 +253,7 @@ void run(const BinaryConv2dParams& p, const BinaryPlan& plan, uint8_t* scratch, 
     band.fill(at.n, at.y, rows);
     stores_before_tile_loads();
     const int64_t pixels = (rows - 1) * plan.columns + p.OW;
+    const int64_t together = even_share((pixels + kSide - 1) / kSide, kMostTiles) * kSide;
     for (int64_t g = 0; g < w.groups; g++) {
       for (int64_t k = 0; k < filters; k += kSide) {
         const uint8_t* of_block =
@@ -259,8 +261,8 @@ void run(const BinaryConv2dParams& p, const BinaryPlan& plan, uint8_t* scratch, 
         at.k = g * filters + k;
         at.count = filters - k < kSide ? filters - k : kSide;
         at.flip = p.flip + g * pack.padded + k;
-        for (int64_t i = 0; i < pixels; i += kMostTiles * kSide) {
-          const int64_t left = pixels - i < kMostTiles * kSide ? pixels - i : kMostTiles * kSide;
+        for (int64_t i = 0; i < pixels; i += together) {
+          const int64_t left = pixels - i < together ? pixels - i : together;
           const uint8_t* from = scratch + g * plan.chunks * plan.chunk_bytes + i * kTileChannels;
           tiles.multiply_at_most<kMostTiles>((left + kSide - 1) / kSide, i == 0, from, of_block);
           tiles.store(at, i, i + left, p.table + g * pack.padded + k, class_size);
