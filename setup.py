@@ -39,7 +39,9 @@ CPU_KERNELS = [
 ]
 POPCOUNT_KERNELS = ["csrc/cpu/binary_conv2d.cpp"]
 PAIR_KERNELS = ["csrc/cpu/basis_conv2d.cpp"]
-AMX_KERNELS = [f"csrc/cpu/{name}_amx.cpp" for name in ("basis_conv2d", "binary_conv2d", "stacked_binary_conv2d")]
+AMX_KERNELS = [
+    f"csrc/cpu/{name}_amx.cpp" for name in ("basis_conv2d", "binary_conv2d", "stacked_binary_conv2d", "ternary_conv2d")
+]
 CUDA_KERNELS = [
     f"csrc/cuda/{name}.cu"
     for name in (

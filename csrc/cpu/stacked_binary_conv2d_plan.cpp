@@ -50,14 +50,15 @@ StackedPack form(const StackedBinaryWeights& w, Isa isa, bool expanded) {
 }
 
 // The same for the matrix unit.
-StackedPack matrix_form(const StackedBinaryWeights& w, bool expanded) {
+StackedPack matrix_form(const StackedBinaryWeights& w, bool expanded, int64_t tile_words) {
   StackedPack p = form(w, Isa::avx512, expanded);
   p.matrix = true;
   p.count = ceil_div(p.low, kMatrixDepth);
+  p.tile_words = tile_words;
   p.vectors = 1;
   p.blocks = ceil_div(p.filters, kTilePlaces);
   p.slots = p.blocks * kTilePlaces;
-  p.set_size = p.blocks * p.count * w.R * w.S * kTilePlaces;
+  p.set_size = p.blocks * p.count * w.R * w.S * tile_words;
   p.words_size = p.sets * p.set_size;
   return p;
 }
@@ -111,6 +112,8 @@ void pack_rows(const StackedBinaryWeights& w, const StackedPack& pack, const int
   }
 }
 
+StackedPack matrix_pack(const StackedBinaryWeights& w, int64_t tile_words) { return matrix_form(w, true, tile_words); }
+
 StackedPack stacked_pack(const StackedBinaryWeights& w, Isa isa) {
   StackedPack best = form(w, isa, true);
   const auto offer = [&](const StackedPack& other) {
@@ -118,8 +121,8 @@ StackedPack stacked_pack(const StackedBinaryWeights& w, Isa isa) {
   };
   offer(form(w, isa, false));
   if (isa < Isa::amx) return best;
-  offer(matrix_form(w, true));
-  offer(matrix_form(w, false));
+  offer(matrix_form(w, true, kTilePlaces));
+  offer(matrix_form(w, false, kTilePlaces));
   return best;
 }
 
@@ -143,7 +146,7 @@ StackedPlan matrix_plan(const StackedBinaryConv2dParams& params, const StackedPa
   p.tiles = std::clamp<int64_t>(kMatrixMapsFloats / (kTilePlaces * a_pixel), 4, kMatrixMostTiles);
   p.maps_size = p.tiles * kTilePlaces * a_pixel;
   plan_stacking(params, p);
-  const int64_t tiles = pack.words_size / kTilePlaces;
+  const int64_t tiles = pack.words_size / pack.tile_words;
   p.filters_size = pack.sets == 1 && tiles <= kExpandedTiles ? tiles * kTilePlaces * place : 0;
   return p;
 }

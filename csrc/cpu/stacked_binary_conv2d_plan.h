@@ -21,24 +21,25 @@ struct StackedTables {
 // Layout of the packed words: [sets][blocks][R*S][words][vectors * width], then int32 rows [K][splits].
 //
 // Stacked: one set, the bank, runs over all slices of the channels (groups * splits of them), and output k adds up the
-// maps rows[k][0..splits). On the matrix unit: [sets][blocks][channel blocks][R*S][16]. Expanded: where stacking the
-// filters costs less than stacking maps, each group is one slice with a set of its own, its K/groups full filters, and
-// one map is one output.
+// maps rows[k][0..splits). On the matrix unit: [sets][blocks][channel blocks][R*S][tile words]. Expanded: where
+// stacking the filters costs less than stacking maps, each group is one slice with a set of its own, its K/groups full
+// filters, and one map is one output.
 struct StackedPack {
   StackedTables tables;
   bool matrix;  // the matrix unit multiplies; there are no tables
   bool expanded;
-  int64_t slices;    // of the channels
-  int64_t low;       // channels of one slice
-  int64_t sets;      // of filters: 1, or one a slice
-  int64_t filters;   // of one set
-  int64_t splits;    // maps that one output adds up
-  int64_t count;     // tables of one slice; matrix: channel blocks
-  int64_t words;     // of one filter and tap
-  int64_t per_word;  // tables of one word, as even as it goes: the loops over them have few lengths
-  int32_t vectors;   // registers of filters in a tile
-  int64_t blocks;    // of filters in a set
-  int64_t slots;     // maps of one slice, padded: blocks * vectors * width
+  int64_t slices;      // of the channels
+  int64_t low;         // channels of one slice
+  int64_t sets;        // of filters: 1, or one a slice
+  int64_t filters;     // of one set
+  int64_t splits;      // maps that one output adds up
+  int64_t count;       // tables of one slice; matrix: channel blocks
+  int64_t tile_words;  // matrix: of 16 filters and a channel block
+  int64_t words;       // of one filter and tap
+  int64_t per_word;    // tables of one word, as even as it goes: the loops over them have few lengths
+  int32_t vectors;     // registers of filters in a tile
+  int64_t blocks;      // of filters in a set
+  int64_t slots;       // maps of one slice, padded: blocks * vectors * width
   int64_t set_size, words_size, rows_size;  // 32-bit words
 };
 
@@ -67,6 +68,9 @@ int64_t filter_of_channel(const StackedBinaryWeights& weights, const StackedPack
                           int64_t set, int64_t f, int64_t c);
 // The int32 rows behind the words.
 void pack_rows(const StackedBinaryWeights& weights, const StackedPack& pack, const int64_t* index, uint32_t* packed);
+
+// Full filters for the matrix unit, tiles of so many words.
+StackedPack matrix_pack(const StackedBinaryWeights& weights, int64_t tile_words);
 
 StackedPack stacked_pack(const StackedBinaryWeights& weights, Isa isa);
 StackedPlan stacked_plan(const StackedBinaryConv2dParams& params, const StackedPack& pack);

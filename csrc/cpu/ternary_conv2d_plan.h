@@ -2,12 +2,16 @@
 //
 // A filter is the list of its taps with weight +1 and the list of those with weight -1. A tap is a number within its
 // chunk of channels, (c * R + r) * S + s, in 16 bits; a table made for each call turns it into a distance in memory.
+// Where there are channels enough the weights are packed as tiles for a matrix unit, too, two bits each: those are
+// filters of stacked_binary_conv2d with a third value. The packed bytes are the same for all instruction sets.
 #pragma once
 #include "../ops/ternary_conv2d.h"
+#include "stacked_binary_conv2d_plan.h"
 
 namespace basisconv {
 
-constexpr int64_t kTernaryPackVersion = 1;
+constexpr int64_t kTernaryPackVersion = 2;
+constexpr int64_t kTernaryTileWords = 2 * kTilePlaces;  // the bits of +1, then those of -1
 constexpr int64_t kTernaryMostVectors = 8;  // registers of sums; more gave nothing where loads are the limit
 
 struct TernaryPackHeader {
@@ -16,13 +20,14 @@ struct TernaryPackHeader {
   int64_t entries;  // of all lists together
 };
 
-// Header, starts [chunks][K][2] and one more (uint32), entries (uint16): where list (chunk, k, sign) begins; it ends
-// where the next one begins. Chunks are counted within a group.
+// Header, starts [chunks][K][2] and one more (uint32), tiles (uint32), entries (uint16): where list (chunk, k, sign)
+// begins; it ends where the next one begins. Chunks are counted within a group. Tiles: words and rows of a StackedPack.
 struct TernaryPack {
   int64_t chunk, chunks;
   int64_t chunk_taps;  // entries are below it
   int64_t lists;
-  int64_t starts_at, entries_at;  // bytes
+  StackedPack tiles;                        // of no words where channels are few
+  int64_t starts_at, tiles_at, entries_at;  // bytes
 
   int64_t bytes(int64_t entries) const { return entries_at + entries * 2; }
 };
@@ -33,8 +38,11 @@ TernaryPackHeader ternary_pack_header(const TernaryConv2dWeights& weights, int64
 int64_t ternary_most_packed_bytes(const TernaryConv2dWeights& weights);
 // planes [K, 2, R, S, words] → packed; returns the number of entries. Bits past the channels are not looked at.
 int64_t ternary_pack_planes(const TernaryConv2dWeights& weights, const int32_t* planes, char* packed);
-// Whether packed, of so many bytes, was made for these weights and points nowhere else.
+// Whether packed, of so many bytes, was made for these weights; and if so, whether the lists, or the rows behind the
+// tiles, point nowhere else: a damaged packing must not be read with.
 bool ternary_packed_fits(const TernaryConv2dWeights& weights, const char* packed, int64_t bytes);
+bool ternary_lists_fit(const TernaryConv2dWeights& weights, const char* packed);
+bool ternary_tiles_fit(const TernaryConv2dWeights& weights, const char* packed);
 
 // A unit of work: a strip of rows and columns of the output, of one image and a range of filters. Its pixels lie in one
 // line with `pitch` from row to row, so that tap (c, r, s) of all of them lies at one distance from the pixel; what the
@@ -55,6 +63,11 @@ struct TernaryPlan {
 
   int64_t scratch() const { return input_floats + sum_floats; }
 };
+
+// The same call for the kernel that multiplies tiles, and whether that is the quicker one where there is a matrix unit:
+// it has one scale for both signs, and multiplies by weights of 0 too.
+StackedBinaryConv2dParams ternary_as_stacked(const TernaryConv2dParams& params, const TernaryPack& pack);
+bool ternary_multiplies(const TernaryConv2dParams& params, const TernaryPack& pack);
 
 // Whether the sums of packed activations fit 16 bits, with every weight there and every activation the largest.
 bool ternary_sums_fit(const TernaryConv2dParams& params);

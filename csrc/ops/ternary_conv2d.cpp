@@ -41,21 +41,20 @@ void check_size(const TernaryConv2dWeights& w) {
                   "ternary_conv2d: the filters are too large for the native op");
 }
 
-TernaryConv2dWeights describe_planes(const Tensor& planes, int64_t channels, int64_t groups) {
-  STD_TORCH_CHECK(
-      planes.is_cpu() && planes.scalar_type() == ScalarType::Int && planes.dim() == 5 && planes.size(1) == 2,
-      "ternary_conv2d: planes must be int32 [K, 2, R, S, words] on the CPU");
-  TernaryConv2dWeights w{};
+// Of planes with this shape.
+TernaryConv2dWeights describe(const std::vector<int64_t>& shape, int64_t channels, int64_t groups) {
   STD_TORCH_CHECK(groups > 0 && channels > 0, "ternary_conv2d: channels and groups must be at least 1");
-  w.C = channels * groups;
-  w.K = planes.size(0);
-  w.R = planes.size(2);
-  w.S = planes.size(3);
-  w.groups = groups;
-  STD_TORCH_CHECK(w.K > 0 && w.R > 0 && w.S > 0 && w.K % groups == 0 && planes.size(4) == (channels + 31) / 32,
+  STD_TORCH_CHECK(shape.size() == 5 && shape[1] == 2 && shape[0] > 0 && shape[2] > 0 && shape[3] > 0 &&
+                      shape[0] % groups == 0 && shape[4] == (channels + 31) / 32,
                   "ternary_conv2d: planes must be [K, 2, R, S, ceil(channels / 32)] with K divisible by groups");
-  check_size(w);
-  return w;
+  check_size({channels * groups, shape[0], shape[2], shape[3], groups});
+  return {channels * groups, shape[0], shape[2], shape[3], groups};
+}
+
+TernaryConv2dWeights describe_planes(const Tensor& planes, int64_t channels, int64_t groups) {
+  STD_TORCH_CHECK(planes.is_cpu() && planes.scalar_type() == ScalarType::Int && planes.dim() == 5,
+                  "ternary_conv2d: planes must be int32 [K, 2, R, S, words] on the CPU");
+  return describe({planes.size(0), planes.size(1), planes.size(2), planes.size(3), planes.size(4)}, channels, groups);
 }
 
 std::vector<char> packed_lists(const TernaryConv2dWeights& w, const Tensor& planes) {
@@ -85,17 +84,7 @@ Tensor ternary_pack_fixed_op(const Tensor& planes, int64_t channels, int64_t gro
 }
 
 int64_t ternary_fixed_bytes(const std::vector<int64_t>& planes_shape, int64_t channels, int64_t groups) {
-  STD_TORCH_CHECK(planes_shape.size() == 5 && channels > 0 && groups > 0,
-                  "ternary_conv2d_fixed_bytes: the sizes of planes, channels and groups expected");
-  TernaryConv2dWeights w{};
-  w.C = channels * groups;
-  w.K = planes_shape[0];
-  w.R = planes_shape[2];
-  w.S = planes_shape[3];
-  w.groups = groups;
-  STD_TORCH_CHECK(w.K > 0 && w.R > 0 && w.S > 0, "ternary_conv2d_fixed_bytes: these planes are empty");
-  check_size(w);
-  return ternary_most_packed_bytes(w);
+  return ternary_most_packed_bytes(describe(planes_shape, channels, groups));
 }
 
 // A factor or an offset an output, as [K] floats: the tensor's own where they are. One factor serves all outputs.
@@ -156,6 +145,28 @@ struct TernaryOperands {
   const std::optional<Tensor>& bias;
 };
 
+void check_packed(bool right) {
+  STD_TORCH_CHECK(right,
+                  "ternary_conv2d: packed was made for other planes, or is damaged; call ternary_conv2d_pack again");
+}
+
+// On the matrix unit, where there is one and it is the quicker way.
+bool multiplied(const TernaryConv2dParams& p, int64_t threads) {
+  if constexpr (kWidestIsa >= Isa::amx) {
+    const TernaryPack pack = ternary_pack(p.weights);
+    if (isa_in_use() < Isa::amx || !ternary_multiplies(p, pack)) return false;
+    check_packed(ternary_tiles_fit(p.weights, p.packed));
+    const StackedBinaryConv2dParams stacked = ternary_as_stacked(p, pack);
+    const StackedPlan plan = stacked_plan(stacked, pack.tiles);
+    const int64_t units = p.N * p.OH;
+    torch::stable::parallel_for(0, units, (units + threads - 1) / threads, [&](int64_t begin, int64_t end) {
+      cpu_ternary_conv2d_amx(stacked, plan, static_cast<float*>(thread_memory(plan.scratch() * 4)), begin, end);
+    });
+    return true;
+  }
+  return false;
+}
+
 // Everything but the input, which `p` holds already with N, H, W and its dtype; the result, beside `input`.
 Tensor run(TernaryConv2dParams p, const Tensor& input, ScalarType dtype, bool channels_last,
            const TernaryOperands& operands, const Tensor* packed, const TernarySettings& settings, Memory memory) {
@@ -199,17 +210,18 @@ Tensor run(TernaryConv2dParams p, const Tensor& input, ScalarType dtype, bool ch
     STD_TORCH_CHECK(packed->is_cpu() && packed->scalar_type() == ScalarType::Byte && packed->is_contiguous(),
                     "ternary_conv2d: packed must be a contiguous uint8 tensor on the CPU");
     p.packed = static_cast<const char*>(packed->const_data_ptr());
-    STD_TORCH_CHECK(ternary_packed_fits(w, p.packed, packed->numel()),
-                    "ternary_conv2d: packed was made for other planes, or is damaged; call ternary_conv2d_pack again");
+    check_packed(ternary_packed_fits(w, p.packed, packed->numel()));
   } else {
     own = packed_lists(w, planes);
     p.packed = own.data();
   }
-  const CpuTernaryConv2d kernels = ternary_kernels();
   const int64_t macs = p.N * p.OH * p.OW * w.K * (w.C / w.groups) * w.R * w.S;
   const int64_t most = static_cast<int64_t>(torch::stable::get_num_threads());
   const int64_t wanted = macs / kMacsWorthAThread;
   const int64_t threads = wanted < 1 ? 1 : wanted < most ? wanted : most;
+  if (multiplied(p, threads)) return output;
+  if (packed) check_packed(ternary_lists_fit(w, p.packed));
+  const CpuTernaryConv2d kernels = ternary_kernels();
   const int64_t width = p.words != nullptr ? 2 * kernels.width : kernels.width;
   const TernaryPlan plan = ternary_plan(p, width, threads);
   STD_TORCH_CHECK(plan.input_floats < (int64_t{1} << 31), "ternary_conv2d: the map is too large for the native op");

@@ -63,6 +63,18 @@ struct Random {
   bool coin() { return (bits() & 1) != 0; }
 };
 
+// On the matrix unit, two halves as two threads would run them.
+void multiply([[maybe_unused]] const StackedBinaryConv2dParams& p, [[maybe_unused]] const StackedPack& tiles,
+              [[maybe_unused]] bool behind) {
+#if defined(TERNARY_AMX)
+  const StackedPlan plan = stacked_plan(p, tiles);
+  const Fenced scratch((plan.scratch() * 4 + 63) / 64 * 64, behind);
+  const int64_t units = p.N * p.OH;
+  cpu_ternary_conv2d_amx(p, plan, scratch.as<float>(), units / 2, units);
+  cpu_ternary_conv2d_amx(p, plan, scratch.as<float>(), 0, units / 2);
+#endif
+}
+
 template <typename T>
 bool agrees(Random& random, const CpuTernaryConv2d& kernels, DType dtype, bool packed_input = false) {
   constexpr int64_t kChannels[] = {1, 2, 3, 8, 17, 33, 70};
@@ -70,7 +82,8 @@ bool agrees(Random& random, const CpuTernaryConv2d& kernels, DType dtype, bool p
   TernaryConv2dWeights& w = p.weights;
   p.dtype = dtype;
   w.groups = random.coin() ? 1 : random.between(1, 3);
-  const int64_t channels = kChannels[random.between(0, 6)], outputs = random.between(1, 19);
+  const int64_t channels = kChannels[random.between(0, 6)];
+  const int64_t outputs = random.between(0, 3) == 0 ? random.between(17, 50) : random.between(1, 19);
   w.C = w.groups * channels;
   w.K = w.groups * outputs;
   w.R = random.between(1, 4);
@@ -167,7 +180,8 @@ bool agrees(Random& random, const CpuTernaryConv2d& kernels, DType dtype, bool p
   }
   std::vector<char> lists(ternary_most_packed_bytes(w));
   lists.resize(ternary_pack(w).bytes(ternary_pack_planes(w, planes.data(), lists.data())));
-  if (!ternary_packed_fits(w, lists.data(), static_cast<int64_t>(lists.size()))) {
+  if (!ternary_packed_fits(w, lists.data(), static_cast<int64_t>(lists.size())) ||
+      !ternary_lists_fit(w, lists.data()) || !ternary_tiles_fit(w, lists.data())) {
     std::cerr << "packed lists do not fit: " << current;
     return false;
   }
@@ -185,9 +199,14 @@ bool agrees(Random& random, const CpuTernaryConv2d& kernels, DType dtype, bool p
   std::vector<int32_t> distances(plan.pack.chunk_taps);
   ternary_offsets(p, plan, distances.data());
   const Fenced scratch((plan.scratch() * 4 + 63) / 64 * 64, behind);
-  const int64_t half = plan.units / 2;
-  kernels.run(p, plan, distances.data(), scratch.as<float>(), half, plan.units);
-  kernels.run(p, plan, distances.data(), scratch.as<float>(), 0, half);
+  if (kernels.run == nullptr && plan.pack.tiles.words_size > 0 && !two) {
+    multiply(ternary_as_stacked(p, plan.pack), plan.pack.tiles, behind);
+  } else {
+    const auto run = kernels.run == nullptr ? cpu_ternary_conv2d_base().run : kernels.run;
+    const int64_t half = plan.units / 2;
+    run(p, plan, distances.data(), scratch.as<float>(), half, plan.units);
+    run(p, plan, distances.data(), scratch.as<float>(), 0, half);
+  }
 
   for (int64_t n = 0; n < p.N; n++) {
     for (int64_t k = 0; k < w.K; k++) {
@@ -238,6 +257,9 @@ int main(int count, char** arguments) {
 #endif
 #if defined(TERNARY_AVX512)
   if (isa == "avx512") kernels = cpu_ternary_conv2d_avx512();
+#endif
+#if defined(TERNARY_AMX)
+  if (isa == "amx") kernels.run = nullptr;  // tiles; the base's lists where there are none
 #endif
   Random random{std::mt19937_64(std::strtoull(arguments[2], nullptr, 10))};
   const int64_t geometries = std::atoll(arguments[3]);

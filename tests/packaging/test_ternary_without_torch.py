@@ -1,4 +1,4 @@
-"""The kernels of ``ternary_conv2d`` in a program of their own: forbidden pages, AVX-512 by means of AVX2 (SIMDe)."""
+"""The kernels of ``ternary_conv2d`` in a program of their own: forbidden pages, AVX-512 and AMX by means of AVX2."""
 
 from __future__ import annotations
 
@@ -10,41 +10,47 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+CPU = ROOT / "csrc" / "cpu"
 PROGRAM = Path("tests/packaging/ternary_without_torch.cpp")
 EMULATED = ROOT / "tests" / "packaging" / "emulated"  # an <immintrin.h> that stands in for AVX-512
 MORE = ROOT / "tests" / "packaging" / "emulated_ternary"  # and what that one lacks
+# Not optimized: that takes the compiler minutes, and the run only seconds as it is.
+AVX512 = [
+    *("-DBASISCONV_AVX512", "-O0", "-mavx2", "-mfma", "-mf16c", "-Wno-psabi"),
+    *("-isystem", str(MORE), "-isystem", str(EMULATED)),
+]
 SETS = {
     "base": [],
     "avx2": ["-DBASISCONV_AVX2", "-mavx2", "-mfma", "-mf16c"],
-    # Not optimized: that takes the compiler minutes, and the run only seconds as it is.
-    "avx512": [
-        *("-DBASISCONV_AVX512", "-O0", "-mavx2", "-mfma", "-mf16c", "-Wno-psabi"),
-        *("-isystem", str(MORE), "-isystem", str(EMULATED)),
-    ],
+    "avx512": AVX512,
+    "amx": ["-DBASISCONV_PAIRS", *AVX512],
 }
 
 pytestmark = [pytest.mark.full]
 
 
 def built(folder: Path, instruction_set: str, source: str | None = None) -> Path:
-    """The program with the kernels of one set; ``source`` stands in for csrc/cpu/ternary_conv2d.cpp."""
+    """The program with the kernels of one set; ``source`` stands in for those in csrc/cpu."""
     if shutil.which("g++") is None:
         pytest.skip("no g++ here")
     if instruction_set != "base" and platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip("instructions of x86")
-    if instruction_set == "avx512" and not (EMULATED.exists() and Path("/usr/include/simde/x86/avx512.h").exists()):
+    if instruction_set in ("avx512", "amx") and not (
+        EMULATED.exists() and Path("/usr/include/simde/x86/avx512.h").exists()
+    ):
         pytest.skip("no SIMDe here (Debian: libsimde-dev)")
-    kernel = ROOT / "csrc" / "cpu" / "ternary_conv2d.cpp"
+    kernel = CPU / f"ternary_conv2d{'_amx' if instruction_set == 'amx' else ''}.cpp"
     if source is not None:
         shutil.copytree(ROOT / "csrc", folder / "csrc")
-        kernel = folder / "csrc" / "cpu" / "ternary_conv2d.cpp"
+        kernel = folder / kernel.relative_to(ROOT)
         kernel.write_text(source, encoding="utf-8")
     objects = []
     define = [f"-DTERNARY_{instruction_set.upper()}", "-DBASISCONV_WIDEST=base"]
     for path, name in (
         (kernel, instruction_set),
-        (ROOT / "csrc" / "cpu" / "ternary_conv2d.cpp", "base"),
-        (ROOT / "csrc" / "cpu" / "ternary_conv2d_plan.cpp", None),
+        (CPU / "ternary_conv2d.cpp", "base"),
+        (CPU / "ternary_conv2d_plan.cpp", None),
+        (CPU / "stacked_binary_conv2d_plan.cpp", None),
         (ROOT / PROGRAM, None),
     ):
         made = folder / f"{len(objects)}.o"
@@ -68,28 +74,30 @@ def run(program: Path, instruction_set: str, geometries: int) -> subprocess.Comp
 
 @pytest.mark.parametrize("instruction_set", SETS)
 def test_every_bit_is_that_of_plain_loops(tmp_path: Path, instruction_set: str, geometries: int) -> None:
-    count = min(geometries, 300 if instruction_set == "avx512" else 5_000)
+    count = min(geometries, 300 if instruction_set in ("avx512", "amx") else 5_000)
     done = run(built(tmp_path, instruction_set), instruction_set, count)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [instruction_set, str(count), "geometries"]
 
 
-SOURCE = (ROOT / "csrc" / "cpu" / "ternary_conv2d.cpp").read_text(encoding="utf-8")
 PLANTED = {
     "a tail entry forgotten": (
+        "base",
         "for (; i < count; i++) one(i, sums);",
         "for (; i + 1 < count; i++) one(i, sums);",
         "got",
     ),
-    "a write past the row": ("s.columns - x);\n      }", "static_cast<int64_t>(kWidth));\n      }", ""),
-    "a read past the image": ("(size - first + step - 1) / step", "(size - first + step) / step", ""),
+    "a write past the row": ("base", "s.columns - x);\n      }", "static_cast<int64_t>(kWidth));\n      }", ""),
+    "a read past the image": ("base", "(size - first + step - 1) / step", "(size - first + step) / step", ""),
+    "the bits of another sign": ("amx", "words[kTilePlaces + i]", "words[i]", "got"),
 }
 
 
 @pytest.mark.parametrize("fault", PLANTED)
 def test_a_planted_fault_is_found(tmp_path: Path, fault: str) -> None:
-    right, wrong, report = PLANTED[fault]
-    assert SOURCE.count(right) == 1
-    done = run(built(tmp_path, "base", SOURCE.replace(right, wrong)), "base", 2_000)
+    name, right, wrong, report = PLANTED[fault]
+    source = (CPU / f"ternary_conv2d{'_amx' if name == 'amx' else ''}.cpp").read_text(encoding="utf-8")
+    assert source.count(right) == 1
+    done = run(built(tmp_path, name, source.replace(right, wrong)), name, 2_000)
     assert done.returncode == 1
     assert report in done.stderr
