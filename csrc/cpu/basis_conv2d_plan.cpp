@@ -208,9 +208,12 @@ CpuPlan cpu_plan(const BasisConv2dParams& params, const CpuPack& pack, int64_t t
     p.tile_columns = ceil_div(params.OW, pack.tile_width);
     p.units = params.N * ceil_div(params.OH, 2);
     const int64_t mine = std::max<int64_t>(ceil_div(p.units, threads), 1) * p.tile_columns;
-    const int64_t fitting = std::max<int64_t>(kProductsFloats / (pack.positions * all_maps), 6);
+    p.sums_later = pack.width == 16 && pack.lanes > 1 && pack.vectors == 1 && pack.filter_blocks == 1;
+    const int64_t of_tile = p.sums_later ? w.groups * pack.width : all_maps;  // products at a position
+    const int64_t fitting = std::max<int64_t>(kProductsFloats / (pack.positions * of_tile), 6);
+    // Sums over the channels so far do not have the size of products.
+    const bool apart = pack.lanes > 1 && !p.sums_later;
     // Few tiles are one pass that reads the filters once: then taps take less time to read than their transform costs.
-    const bool apart = pack.lanes > 1;  // sums over the channels so far do not have the size of products
     p.from_taps = pack.taps_size > 0 && mine * (apart ? 1 + pack.lanes : 1) <= fitting;
     p.chunk = p.from_taps ? 1 : pack.chunk;
     const int64_t most = p.from_taps  ? mine
@@ -244,9 +247,10 @@ CpuPlan cpu_plan(const BasisConv2dParams& params, const CpuPack& pack, int64_t t
       p.row_filters_size = pack.position_columns * (pack.block / pack.lanes * registers + kRowFiltersApart);
     if (p.chunk < pack.channel_blocks && apart)
       p.partial_size = aligned(together * pack.filter_blocks * p.tiles * registers);
-    p.products_stride = apart ? pack.maps : pack.filters;
+    p.products_stride = p.sums_later ? pack.width : apart ? pack.maps : pack.filters;
     p.products_block = apart ? pack.filters : p.tiles * pack.filters;
-    p.products_size = aligned(pack.positions * p.tiles * w.groups * pack.maps);
+    p.products_position = p.tiles * of_tile / w.groups;
+    p.products_size = aligned(pack.positions * p.tiles * of_tile);
     p.maps_size = aligned(2 * pack.tile_width * p.tiles * all_maps + maps_margin);
     return p;
   }

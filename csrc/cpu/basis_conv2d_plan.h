@@ -81,8 +81,11 @@ struct CpuPlan {
   int64_t tiles;         // winograd: tiles in a pass; amx: tiles of 16 pixels that go through a stage together
   int64_t tile_columns;  // winograd: tiles in a row
   // winograd: products [group][position][filter block][tile][filter], or [group][position][tile][map] with several
-  // lanes: values between tiles and between filter blocks.
-  int64_t products_stride, products_block;
+  // lanes: values between tiles, between filter blocks and between positions.
+  int64_t products_stride, products_block, products_position;
+  // winograd: one register of filters with several lanes: products are kept lane by lane,
+  // [group][position][tile][width], and the lanes of a filter added up behind the output transform.
+  bool sums_later;
   // winograd: while the first pixels of a filter block are multiplied, the next block is fetched towards the core, or
   // the lines that the result will fill and the residual fills, and of the input what the next pass reads first.
   bool fetches_filters, fetches_output, fetches_input;

@@ -124,7 +124,7 @@ struct Winograd {
     s.z_stride = plan.products_stride;
     s.times = positions;
     s.next_pixels = plan.chunk * s.plane;
-    s.next_z = plan.tiles * pack.maps;
+    s.next_z = plan.products_position;
     s.next_partial = plan.partial_size ? plan.tiles * pack.vectors * kWidth : s.next_z;
     return s;
   }
@@ -133,7 +133,7 @@ struct Winograd {
     const int64_t rest = plan.pack.channel_blocks - begin;
     s.blocks = rest < plan.chunk ? rest : plan.chunk;
     s.first = begin == 0;
-    s.last = s.blocks == rest;
+    s.last = s.blocks == rest && !plan.sums_later;  // else sums wait as they are, lane by lane
     s.next_weights = s.blocks * s.block_weights + (plan.from_taps ? kRowFiltersApart : 0);
   }
 
@@ -256,13 +256,17 @@ struct Winograd {
         const Piece piece = piece_at(at, t, tiles);
         for (; t < piece.last; t++) {
           const int64_t x = W * (t - piece.first);
-          const float* from = products + group * pack.positions * plan.tiles * pack.maps + t * plan.products_stride;
-          float* to = z + (filled + x) * all_maps + group * pack.maps;
-          for (int64_t q = 0; q < pack.maps; q += kWidth) {
+          const float* from = products + group * pack.positions * plan.products_position + t * plan.products_stride;
+          TileOutput to{z + (filled + x) * all_maps + group * pack.maps, all_maps, piece.columns * all_maps, piece.rows,
+                        piece.columns - x};
+          if (plan.sums_later) {
+            store_output_sums<F>(pack.lanes, from, plan.products_position, to);
+            continue;
+          }
+          for (int64_t q = 0; q < pack.maps; q += kWidth, to.z += kWidth) {
             const int64_t n = pack.maps - q < kWidth ? pack.maps - q : kWidth;
-            transform_output<F>(from + q / pack.filters * plan.products_block + q % pack.filters,
-                                plan.tiles * pack.maps, to + q, all_maps, piece.columns * all_maps, piece.rows,
-                                piece.columns - x, n);
+            store_output<F>(from + q / pack.filters * plan.products_block + q % pack.filters, plan.products_position,
+                            to, n);
           }
         }
         filled += piece.rows * piece.columns;

@@ -65,10 +65,10 @@ static inline void transform_input(const InputRows& in, int64_t x, int64_t tiles
   }
 }
 
-// AT m D for `n` <= width maps of one tile: up to 2xW pixels of z.
-template <typename F>
-static BASISCONV_INLINE void transform_output(const float* m, int64_t position_stride, float* z, int64_t z_pixel,
-                                              int64_t z_row, int64_t rows, int64_t columns, int64_t n) {
+// AT m D for `n` <= width values of one tile: calls store(row, its pixels) for up to two rows of W pixels.
+template <typename F, typename Store>
+static BASISCONV_INLINE void transform_output(const float* m, int64_t position_stride, int64_t rows, int64_t n,
+                                              const Store& store) {
   Vec::Reg e[2][F::kColumns];
   const bool full = n == kWidth;
   BASISCONV_UNROLL for (int j = 0; j < F::kColumns; j++) {
@@ -83,15 +83,56 @@ static BASISCONV_INLINE void transform_output(const float* m, int64_t position_s
     if (i >= rows) break;
     Vec::Reg pixel[F::kOutputs];
     transform_products_across<F>(e[i], pixel);
-    float* to = z + i * z_row;
+    store(i, pixel);
+  }
+}
+
+// Where z of a tile goes: its first pixel, floats between pixels and rows, and how many columns and rows are there.
+struct TileOutput {
+  float* z;
+  int64_t pixel, row, rows, columns;
+};
+
+// z of `n` maps.
+template <typename F>
+static BASISCONV_INLINE void store_output(const float* m, int64_t position_stride, const TileOutput& to, int64_t n) {
+  transform_output<F>(m, position_stride, to.rows, n, [&](int i, const Vec::Reg* pixel) BASISCONV_LAMBDA {
+    float* z = to.z + i * to.row;
     BASISCONV_UNROLL for (int j = 0; j < F::kOutputs; j++) {
-      if (j >= columns) break;
-      if (full) {
-        Vec::store(to + j * z_pixel, pixel[j]);
+      if (j >= to.columns) break;
+      if (n == kWidth) {
+        Vec::store(z + j * to.pixel, pixel[j]);
       } else {
-        Vec::store_n(to + j * z_pixel, pixel[j], n);
+        Vec::store_n(z + j * to.pixel, pixel[j], n);
       }
     }
+  });
+}
+
+// z of width/L maps whose L lanes have not been added up: once for each of W pixels, not for each position.
+template <typename F, int L>
+static BASISCONV_INLINE void store_output_sums(const float* m, int64_t position_stride, const TileOutput& to) {
+  transform_output<F>(m, position_stride, to.rows, kWidth, [&](int i, const Vec::Reg* pixel) BASISCONV_LAMBDA {
+    float* z = to.z + i * to.row;
+    BASISCONV_UNROLL for (int j = 0; j < F::kOutputs; j += 2) {
+      if (j >= to.columns) break;
+      if (j + 1 < to.columns && to.pixel == kWidth / L) {
+        Vec::store_sums<L>(z + j * to.pixel, pixel[j], pixel[j + 1]);
+      } else {
+        Vec::store_sums<L>(z + j * to.pixel, pixel[j]);
+        if (j + 1 < to.columns) Vec::store_sums<L>(z + (j + 1) * to.pixel, pixel[j + 1]);
+      }
+    }
+  });
+}
+
+template <typename F>
+static BASISCONV_INLINE void store_output_sums(int lanes, const float* m, int64_t position_stride,
+                                               const TileOutput& to) {
+  if constexpr (kWidth == 16) {  // the plan offers it to no other
+    if (lanes == 2) store_output_sums<F, 2>(m, position_stride, to);
+    if (lanes == 4) store_output_sums<F, 4>(m, position_stride, to);
+    if (lanes == 8) store_output_sums<F, 8>(m, position_stride, to);
   }
 }
 
