@@ -26,7 +26,7 @@ from basisconv_kernels.reference.stacked_binary_conv2d_problem import StackedBin
 OP = "stacked_binary_conv2d"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 POPCOUNTS_A_PICK = 4
-FORMAT = 1  # of packed filters, kStackedPackVersion of csrc/cpu/stacked_binary_conv2d_plan.h
+FORMAT = 2  # of packed filters, kStackedPackVersion of csrc/cpu/stacked_binary_conv2d_plan.h
 # A constant, because graphs are traced through the functions that ask; a library of before this op has none.
 PRESENT = extension.load() is None and hasattr(torch.ops.basisconv, "stacked_binary_conv2d_pack")
 

@@ -9,7 +9,9 @@ namespace {
 
 constexpr int64_t kMapsFloats = 8 * 1024;  // maps between two merges stay in the first-level cache
 constexpr int64_t kMatrixMapsFloats = 16 * 1024;
-constexpr int64_t kExpandedTiles = 16;       // so many tiles of filters, 1 KiB each, stay expanded
+constexpr int64_t kExpandedTiles = 16;  // so many tiles of filters, 1 KiB each, stay expanded
+// Pixels of a map, fewer of which leave a tile mostly empty and taps mostly outside: 3x3 took as long either way.
+constexpr int64_t kLeastMatrixPixels = 9;
 constexpr int64_t kBandFloats = 128 * 1024;  // terms of a pass, in the second
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -115,15 +117,19 @@ void pack_rows(const StackedBinaryWeights& w, const StackedPack& pack, const int
 StackedPack matrix_pack(const StackedBinaryWeights& w, int64_t tile_words) { return matrix_form(w, true, tile_words); }
 
 StackedPack stacked_pack(const StackedBinaryWeights& w, Isa isa) {
-  StackedPack best = form(w, isa, true);
-  const auto offer = [&](const StackedPack& other) {
-    if (cost(w, other) < cost(w, best)) best = other;
-  };
-  offer(form(w, isa, false));
-  if (isa < Isa::amx) return best;
-  offer(matrix_form(w, true, kTilePlaces));
-  offer(matrix_form(w, false, kTilePlaces));
-  return best;
+  const StackedPack stacked = form(w, isa, false), expanded = form(w, isa, true);
+  return cost(w, expanded) <= cost(w, stacked) ? expanded : stacked;
+}
+
+StackedPack stacked_matrix_pack(const StackedBinaryWeights& w, Isa isa) {
+  if (isa < Isa::amx) return {};
+  const StackedPack stacked = matrix_form(w, false, kTilePlaces), expanded = matrix_form(w, true, kTilePlaces);
+  const StackedPack best = cost(w, expanded) <= cost(w, stacked) ? expanded : stacked;
+  return cost(w, best) < cost(w, stacked_pack(w, isa)) ? best : StackedPack{};
+}
+
+bool stacked_multiplies(const StackedBinaryConv2dParams& params, const StackedPack& matrix) {
+  return matrix.matrix && params.OH * params.OW >= kLeastMatrixPixels;
 }
 
 namespace {
@@ -182,7 +188,7 @@ StackedPackHeader stacked_pack_header(const StackedBinaryWeights& w, Isa isa) {
   StackedPackHeader h{};
   std::memcpy(h.magic, "stackedb", 8);
   h.version = kStackedPackVersion;
-  h.isa = static_cast<int64_t>(stacked_pack(w, isa).matrix ? Isa::amx : std::min(isa, Isa::avx512));
+  h.isa = static_cast<int64_t>(stacked_matrix_pack(w, isa).matrix ? Isa::amx : std::min(isa, Isa::avx512));
   const int64_t sizes[] = {w.C, w.K, w.n, w.splits, w.groups, w.R, w.S};
   std::memcpy(h.sizes, sizes, sizeof(sizes));
   return h;
@@ -191,8 +197,7 @@ StackedPackHeader stacked_pack_header(const StackedBinaryWeights& w, Isa isa) {
 int64_t stacked_packed_bytes(const StackedBinaryWeights& w) {
   int64_t most = 0;
   for (Isa isa : {Isa::base, Isa::avx2, Isa::avx512, Isa::amx}) {
-    const StackedPack p = stacked_pack(w, isa);
-    most = std::max(most, p.words_size + p.rows_size);
+    most = std::max(most, stacked_pack(w, isa).size() + stacked_matrix_pack(w, isa).size());
   }
   return kStackedHeaderBytes + 4 * most;
 }

@@ -41,6 +41,7 @@ struct StackedPack {
   int64_t blocks;      // of filters in a set
   int64_t slots;       // maps of one slice, padded: blocks * vectors * width
   int64_t set_size, words_size, rows_size;  // 32-bit words
+  int64_t size() const { return words_size + rows_size; }
 };
 
 constexpr int64_t kMatrixDepth = 32;      // channels of a channel block
@@ -72,7 +73,11 @@ void pack_rows(const StackedBinaryWeights& weights, const StackedPack& pack, con
 // Full filters for the matrix unit, tiles of so many words.
 StackedPack matrix_pack(const StackedBinaryWeights& weights, int64_t tile_words);
 
+// For tables; and behind that for the matrix unit where there is one and it is quicker, else one of no words. Maps are
+// multiplied unless they are tiny.
 StackedPack stacked_pack(const StackedBinaryWeights& weights, Isa isa);
+StackedPack stacked_matrix_pack(const StackedBinaryWeights& weights, Isa isa);
+bool stacked_multiplies(const StackedBinaryConv2dParams& params, const StackedPack& matrix);
 StackedPlan stacked_plan(const StackedBinaryConv2dParams& params, const StackedPack& pack);
 
 // The packed tensor starts with this header; the words follow at kStackedHeaderBytes.
@@ -83,7 +88,7 @@ struct StackedPackHeader {
   int64_t sizes[7];  // C K n splits groups R S
 };
 constexpr int64_t kStackedHeaderBytes = 128;
-constexpr int64_t kStackedPackVersion = 1;
+constexpr int64_t kStackedPackVersion = 2;
 static_assert(sizeof(StackedPackHeader) <= kStackedHeaderBytes, "the header must fit in front of the words");
 
 StackedPackHeader stacked_pack_header(const StackedBinaryWeights& weights, Isa isa);

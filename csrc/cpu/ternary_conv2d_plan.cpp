@@ -59,7 +59,7 @@ TernaryPack ternary_pack(const TernaryConv2dWeights& w) {
   pack.starts_at = kHeaderBytes;
   pack.tiles_at = pack.starts_at + (pack.lists + 1) * 4;
   if (channels >= kLeastTileChannels) pack.tiles = matrix_pack(stacked_weights(w), kTernaryTileWords);
-  pack.entries_at = pack.tiles_at + (pack.tiles.words_size + pack.tiles.rows_size) * 4;
+  pack.entries_at = pack.tiles_at + pack.tiles.size() * 4;
   return pack;
 }
 

@@ -105,8 +105,11 @@ Tensor pack(const Tensor& bank, const Tensor& index, int64_t groups, int64_t for
   std::memset(bytes, 0, packed.numel());
   const StackedPackHeader header = stacked_pack_header(w, isa_in_use());
   std::memcpy(bytes, &header, sizeof(header));
-  const StackedPack layout = stacked_pack(w, isa_in_use());
-  kernels(layout).pack(w, layout, values, places, reinterpret_cast<uint32_t*>(bytes + kStackedHeaderBytes));
+  uint32_t* words = reinterpret_cast<uint32_t*>(bytes + kStackedHeaderBytes);
+  for (const StackedPack& layout : {stacked_pack(w, isa_in_use()), stacked_matrix_pack(w, isa_in_use())}) {
+    if (layout.size() > 0) kernels(layout).pack(w, layout, values, places, words);
+    words += layout.size();
+  }
   return packed;
 }
 
@@ -116,7 +119,9 @@ int64_t packed_bytes(const std::vector<int64_t>& bank_shape, const std::vector<i
 
 // Whether the native kernel runs full filters instead of stacking maps, on the instruction set in use.
 bool expanded(const std::vector<int64_t>& bank_shape, const std::vector<int64_t>& index_shape, int64_t groups) {
-  return stacked_pack(describe(settings_of(bank_shape, index_shape, groups)), isa_in_use()).expanded;
+  const StackedBinaryWeights w = describe(settings_of(bank_shape, index_shape, groups));
+  const StackedPack matrix = stacked_matrix_pack(w, isa_in_use());
+  return (matrix.matrix ? matrix : stacked_pack(w, isa_in_use())).expanded;
 }
 
 StackedMode mode_of(const std::string& mode) {
@@ -245,7 +250,13 @@ Tensor run(const Tensor& input, const Tensor& packed, const std::optional<Tensor
   p.packed = bytes + kStackedHeaderBytes;
   if (p.N == 0) return output;
 
-  const StackedPlan plan = stacked_plan(p, stacked_pack(w, isa_in_use()));
+  StackedPack layout = stacked_pack(w, isa_in_use());
+  const StackedPack matrix = stacked_matrix_pack(w, isa_in_use());
+  if (stacked_multiplies(p, matrix)) {
+    p.packed = static_cast<const uint32_t*>(p.packed) + layout.size();
+    layout = matrix;
+  }
+  const StackedPlan plan = stacked_plan(p, layout);
   const int64_t filters = plan.pack.slices * plan.pack.filters;
   const int64_t wanted = p.N * p.OH * p.OW * filters * plan.pack.low * w.R * w.S / kAddsWorthAThread;
   const int64_t most = static_cast<int64_t>(torch::stable::get_num_threads()), units = p.N * p.OH;

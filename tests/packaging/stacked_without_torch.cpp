@@ -187,7 +187,7 @@ bool check(Geometry& g, Random& r, Isa isa) {
   p.input_stride_w = last ? w.C : 1;
   p.scale = g.scale.data();
   p.bias = g.bias.data();
-  const StackedPack pack = stacked_pack(w, isa);
+  const StackedPack matrix = stacked_matrix_pack(w, isa), pack = matrix.matrix ? matrix : stacked_pack(w, isa);
   const CpuStackedBinaryConv2d kernels = kernels_of(isa, pack);
   std::vector<uint32_t> packed(pack.words_size + pack.rows_size);
   kernels.pack(w, pack, g.bank.data(), g.index.data(), packed.data());
