@@ -80,18 +80,19 @@ def test_every_bit_is_that_of_plain_loops(
     assert done.stdout.split() == [instruction_set, str(count), "geometries"]
 
 
-@pytest.mark.parametrize(
-    ("file", "right", "wrong"),
-    [
-        pytest.param("_amx.cpp", "i > 1; i--", "i > 2; i--", id="a term forgotten"),
-        pytest.param("_amx.cpp", "_tile_dpbf16ps(2, 5, 6);", "_tile_dpbf16ps(2, 4, 6);", id="another tile of pixels"),
-        pytest.param("_amx.cpp", "c % kDepth / kTilePlaces;", "c % kDepth % 2;", id="channels in another order"),
-        pytest.param("_outputs.h", "upper, low, high", "0 * upper, low, high", id="a register of maps forgotten"),
-    ],
-)  # fmt: skip
-def test_a_planted_fault_is_found(objects: dict[str, Path], tmp_path: Path, file: str, right: str, wrong: str) -> None:
+PLANTED = {
+    "a term forgotten": ("sign_products.h", "i > 1; i--", "i > 2; i--"),
+    "another tile of pixels": ("sign_products.h", "_tile_dpbf16ps(2, 5, 6);", "_tile_dpbf16ps(2, 4, 6);"),
+    "channels in another order": ("stacked_binary_conv2d_amx.cpp", "c % kDepth / kTilePlaces;", "c % kDepth % 2;"),
+    "a register of maps forgotten": ("stacked_binary_conv2d_outputs.h", "upper, low, high", "0 * upper, low, high"),
+}
+
+
+@pytest.mark.parametrize("fault", PLANTED)
+def test_a_planted_fault_is_found(objects: dict[str, Path], tmp_path: Path, fault: str) -> None:
+    file, right, wrong = PLANTED[fault]
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    source = tmp_path / "csrc" / "cpu" / f"stacked_binary_conv2d{file}"
+    source = tmp_path / "csrc" / "cpu" / file
     text = source.read_text(encoding="utf-8")
     assert text.count(right) == 1
     source.write_text(text.replace(right, wrong), encoding="utf-8")
