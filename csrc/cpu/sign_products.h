@@ -6,9 +6,10 @@
 // expanded once for all terms of two or four tiles of pixels, while the unit multiplies by the one before. Terms below
 // 2^-126 count as zero.
 //
-// Which values the bits stand for is told by `Signs`: kWords words of a tile of 16 filters and 32 channels, and expand,
-// which makes a tile of them. Row i holds channels i and 16 + i of the block for filter 0, 1, ...: the order in which
-// two registers of floats become one of bfloat16.
+// Bits lie as [sets][blocks of 16 filters][planes][channel blocks][taps][16 rows]; in a row bit 2j is channel i of the
+// block, bit 2j+1 channel 16 + i, of filter j: the order in which two registers of floats become one of bfloat16. What
+// they stand for is told by `Signs`: kPlanes, and expand, which makes a tile of the rows at `words`, those of the next
+// plane `plane` words on. What becomes of the maps is told by `Outputs`.
 #pragma once
 #include "stacked_binary_conv2d_outputs.h"
 #include "stacked_binary_conv2d_stage.h"
@@ -29,7 +30,7 @@ struct Factors {
   int64_t term, terms;    // values between terms, and how many there are
   const int64_t* steps;   // to the pixels of a channel block and tap
   int64_t count;          // of steps
-  const uint32_t* words;  // bits of the filters: [blocks][steps] tiles
+  const uint32_t* words;  // bits of the filters: [blocks][planes][steps][16 rows]
   const bf16* expanded;   // the same, expanded already, or null
 };
 
@@ -43,8 +44,10 @@ BASISCONV_NOINLINE void multiply(const Factors& factors, float* maps, int64_t ma
   // One step ahead of the products: stores must have reached the cache when a tile is loaded.
   const auto expand_for = [&](int64_t i) BASISCONV_LAMBDA {
     if (factors.expanded != nullptr || i == factors.count) return;
-    for (int f = 0; f < FILTERS; f++)
-      Signs::expand(factors.words + (f * factors.count + i) * Signs::kWords, buffer[i % 2][f]);
+    const int64_t plane = factors.count * kTilePlaces;
+    for (int f = 0; f < FILTERS; f++) {
+      Signs::expand(factors.words + f * Signs::kPlanes * plane + i * kTilePlaces, plane, buffer[i % 2][f]);
+    }
   };
   const auto filters = [&](int64_t i, int f) BASISCONV_LAMBDA {
     return factors.expanded != nullptr ? factors.expanded + (f * factors.count + i) * kTile : buffer[i % 2][f];
@@ -205,7 +208,7 @@ class InputTerms {
   int64_t filled_ = 0;  // input rows that are there
 };
 
-template <typename T, typename Signs>
+template <typename T, typename Signs, typename Outputs>
 struct SignProducts {
   const StackedBinaryConv2dParams& params;
   const StackedPlan& plan;
@@ -213,7 +216,7 @@ struct SignProducts {
   const int64_t* steps;
   const bf16* expanded;  // few filters are, once
   float* maps;
-  Finish<T> outputs;
+  Outputs outputs;
 
   // Output rows oy ... oy+rows-1 of an image.
   void pass(int64_t image, int64_t oy, int64_t rows) {
@@ -251,7 +254,8 @@ struct SignProducts {
     const StackedPack& pack = plan.pack;
     const int64_t count = pack.count * params.weights.R * params.weights.S;
     const uint32_t* words = static_cast<const uint32_t*>(params.packed) + (pack.sets > 1 ? slice * pack.set_size : 0);
-    Factors factors{{}, input.term(), plan.terms, steps, count, words + b * count * Signs::kWords, nullptr};
+    Factors factors{{},     input.term(), plan.terms, steps, count, words + b * Signs::kPlanes * count * kTilePlaces,
+                    nullptr};
     if (plan.filters_size > 0) factors.expanded = expanded + b * count * kTile;
     for (int64_t i = 0; i < tiles; i++) factors.pixels[i] = input.pixels(slice, at[t + i].start);
     using Function = decltype(&multiply<Signs, 1, 1>);
@@ -273,23 +277,23 @@ struct SignProducts {
   }
 };
 
-template <typename T, typename Signs>
-void run_as(const StackedBinaryConv2dParams& params, const StackedPlan& plan, float* scratch, int64_t begin,
-            int64_t end) {
+template <typename T, typename Signs, typename Outputs>
+void run_as(const StackedBinaryConv2dParams& params, const StackedPlan& plan, const Outputs& outputs, float* scratch,
+            int64_t begin, int64_t end) {
   const StackedBinaryWeights& w = params.weights;
   float* staged = scratch + plan.ring_size;
   bf16* expanded = reinterpret_cast<bf16*>(staged + plan.staged_size);
   float* maps = staged + plan.staged_size + plan.filters_size;
-  for (int64_t i = 0; i < plan.filters_size * 2 / kTile; i++) {
-    Signs::expand(static_cast<const uint32_t*>(params.packed) + i * Signs::kWords, expanded + i * kTile);
-  }
   const InputTerms<T> input(params, plan, scratch, staged);
-  const int64_t taps = w.R * w.S;
-  int64_t* steps = new int64_t[plan.pack.count * taps];
-  for (int64_t i = 0; i < plan.pack.count * taps; i++) steps[i] = input.tap(i / taps, i / w.S % w.R, i % w.S);
+  const int64_t taps = w.R * w.S, count = plan.pack.count * taps, plane = count * kTilePlaces;
+  for (int64_t i = 0; i < plan.filters_size * 2 / kTile; i++) {
+    const uint32_t* of_block = static_cast<const uint32_t*>(params.packed) + i / count * Signs::kPlanes * plane;
+    Signs::expand(of_block + i % count * kTilePlaces, plane, expanded + i * kTile);
+  }
+  int64_t* steps = new int64_t[count];
+  for (int64_t i = 0; i < count; i++) steps[i] = input.tap(i / taps, i / w.S % w.R, i % w.S);
   const TileRegisters registers;
-  SignProducts<T, Signs> run{
-      params, plan, input, steps, expanded, maps, Finish<T>(params, plan, maps + plan.maps_size)};
+  SignProducts<T, Signs, Outputs> run{params, plan, input, steps, expanded, maps, outputs};
   for (int64_t unit = begin; unit < end;) {
     const int64_t image = unit / params.OH, oy = unit % params.OH;
     const int64_t last = end - unit < params.OH - oy ? oy + end - unit : params.OH;
@@ -299,17 +303,18 @@ void run_as(const StackedBinaryConv2dParams& params, const StackedPlan& plan, fl
   delete[] steps;
 }
 
-// Output rows [begin, end) over the batch.
-template <typename Signs>
+// Output rows [begin, end) over the batch. Outputs<T> is made of params, plan, its part of the scratch and `more`.
+template <typename Signs, template <typename> typename Outputs, typename... More>
 void run_products(const StackedBinaryConv2dParams& params, const StackedPlan& plan, float* scratch, int64_t begin,
-                  int64_t end) {
+                  int64_t end, More... more) {
+  float* own = scratch + plan.scratch() - plan.stacking_size;
   switch (params.dtype) {
     case DType::f32:
-      return run_as<float, Signs>(params, plan, scratch, begin, end);
+      return run_as<float, Signs>(params, plan, Outputs<float>(params, plan, own, more...), scratch, begin, end);
     case DType::bf16:
-      return run_as<bf16, Signs>(params, plan, scratch, begin, end);
+      return run_as<bf16, Signs>(params, plan, Outputs<bf16>(params, plan, own, more...), scratch, begin, end);
     case DType::f16:
-      return run_as<f16, Signs>(params, plan, scratch, begin, end);
+      return run_as<f16, Signs>(params, plan, Outputs<f16>(params, plan, own, more...), scratch, begin, end);
   }
 }
 

@@ -8,10 +8,10 @@ namespace basisconv {
 namespace BASISCONV_ISA {
 namespace {
 
-// In the word of a row bit 2j is channel i of the block, bit 2j+1 channel 16 + i, of filter j.
+// +1 or -1.
 struct OneBit {
-  static constexpr int64_t kWords = kTilePlaces;
-  static BASISCONV_INLINE void expand(const uint32_t* words, bf16* to) {
+  static constexpr int64_t kPlanes = 1;
+  static BASISCONV_INLINE void expand(const uint32_t* words, int64_t, bf16* to) {
     const __m512i plus = _mm512_set1_epi16(0x3f80), minus = _mm512_set1_epi16(static_cast<int16_t>(0xbf80));
     BASISCONV_UNROLL for (int i = 0; i < kTilePlaces; i++) {
       _mm512_storeu_si512(to + i * kDepth, _mm512_mask_blend_epi16(static_cast<__mmask32>(words[i]), minus, plus));
@@ -31,7 +31,7 @@ void pack(const StackedBinaryWeights& w, const StackedPack& pack, const float* b
         const int64_t bit = f % kTilePlaces * 2 + c % kDepth / kTilePlaces;
         for (int64_t t = 0; t < taps; t++) {
           const bool positive = bank[(j * bank_low + c % bank_low) * taps + t] > 0.0f;
-          uint32_t* words = packed + set * pack.set_size + (block * taps + t) * OneBit::kWords;
+          uint32_t* words = packed + set * pack.set_size + (block * taps + t) * kTilePlaces;
           words[c % kTilePlaces] |= static_cast<uint32_t>(positive) << bit;
         }
       }
@@ -44,7 +44,7 @@ void pack(const StackedBinaryWeights& w, const StackedPack& pack, const float* b
 }  // namespace BASISCONV_ISA
 
 CpuStackedBinaryConv2d cpu_stacked_binary_conv2d_amx() {
-  return {BASISCONV_ISA::pack, BASISCONV_ISA::run_products<BASISCONV_ISA::OneBit>};
+  return {BASISCONV_ISA::pack, BASISCONV_ISA::run_products<BASISCONV_ISA::OneBit, BASISCONV_ISA::Finish>};
 }
 
 }  // namespace basisconv

@@ -15,8 +15,8 @@ CpuTernaryConv2d cpu_ternary_conv2d_base();
 CpuTernaryConv2d cpu_ternary_conv2d_avx2();
 CpuTernaryConv2d cpu_ternary_conv2d_avx512();
 
-// With a matrix unit, of the tiles: output rows [begin, end) over the batch.
-void cpu_ternary_conv2d_amx(const StackedBinaryConv2dParams& params, const StackedPlan& plan, float* scratch,
-                            int64_t begin, int64_t end);
+// With a matrix unit, of the tiles: output rows [begin, end) over the batch. negative_scale as in TernaryConv2dParams.
+void cpu_ternary_conv2d_amx(const StackedBinaryConv2dParams& params, const StackedPlan& plan,
+                            const float* negative_scale, float* scratch, int64_t begin, int64_t end);
 
 }  // namespace basisconv

@@ -28,17 +28,17 @@ constexpr int64_t kLeastTileChannels = 8;
 void pack_tiles(const TernaryConv2dWeights& w, const StackedPack& tiles, const int32_t* planes, uint32_t* packed) {
   const int64_t taps = w.R * w.S, words = ceil_div(tiles.low, 32);
   std::memset(packed, 0, tiles.words_size * sizeof(uint32_t));
+  const int64_t plane = tiles.count * taps * kTilePlaces;
   for (int64_t k = 0; k < w.K; k++) {
-    const int64_t f = k % tiles.filters;
-    uint32_t* of_block =
-        packed + k / tiles.filters * tiles.set_size + f / kTilePlaces * tiles.count * taps * kTernaryTileWords;
+    const int64_t f = k % tiles.filters, bit = f % kTilePlaces * 2;
+    uint32_t* of_block = packed + k / tiles.filters * tiles.set_size + f / kTilePlaces * 2 * plane;
     for (int64_t sign = 0; sign < 2; sign++) {
       for (int64_t t = 0; t < taps; t++) {
-        const int32_t* plane = planes + ((k * 2 + sign) * taps + t) * words;
+        const int32_t* from = planes + ((k * 2 + sign) * taps + t) * words;
         for (int64_t c = 0; c < tiles.low; c++) {
-          const uint32_t set = static_cast<uint32_t>(plane[c / 32]) >> (c % 32) & 1u;
-          uint32_t* rows = of_block + (c / kMatrixDepth * taps + t) * kTernaryTileWords + sign * kTilePlaces;
-          rows[c % kTilePlaces] |= set << (f % kTilePlaces * 2 + c % kMatrixDepth / kTilePlaces);
+          const uint32_t set = static_cast<uint32_t>(from[c / 32]) >> (c % 32) & 1u;
+          uint32_t* rows = of_block + sign * plane + (c / kMatrixDepth * taps + t) * kTilePlaces;
+          rows[c % kTilePlaces] |= set << (bit + c % kMatrixDepth / kTilePlaces);
         }
       }
     }
@@ -163,13 +163,24 @@ StackedBinaryConv2dParams ternary_as_stacked(const TernaryConv2dParams& p, const
   return s;
 }
 
+StackedPlan ternary_tiles_plan(const TernaryConv2dParams& p, const TernaryPack& pack) {
+  StackedPack tiles = pack.tiles;
+  if (p.negative_scale != nullptr) {  // the planes as filters of their own
+    tiles.tile_words = kTilePlaces;
+    tiles.blocks *= 2;
+    tiles.slots *= 2;
+  }
+  return stacked_plan(ternary_as_stacked(p, pack), tiles);
+}
+
 bool ternary_multiplies(const TernaryConv2dParams& p, const TernaryPack& pack) {
-  if (pack.tiles.words_size == 0 || p.negative_scale != nullptr) return false;
+  if (pack.tiles.words_size == 0) return false;
   TernaryPackHeader header;
   std::memcpy(&header, p.packed, sizeof(header));
   // Nanoseconds a pixel, measured on an Intel Xeon with AMX.
   const double terms = p.words != nullptr || p.dtype == DType::bf16 ? 1 : p.dtype == DType::f16 ? 2 : 3;
-  const double tiles = static_cast<double>(pack.tiles.words_size) / kTernaryTileWords;
+  const double tiles =
+      static_cast<double>(pack.tiles.words_size) / (p.negative_scale == nullptr ? kTernaryTileWords : kTilePlaces);
   const double lists = static_cast<double>(header.entries) * (p.words != nullptr ? kShortEntry : kFloatEntry);
   return tiles * (terms * kTileTerm + kTileBits) < lists;
 }

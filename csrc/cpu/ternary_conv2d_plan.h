@@ -11,7 +11,7 @@
 namespace basisconv {
 
 constexpr int64_t kTernaryPackVersion = 2;
-constexpr int64_t kTernaryTileWords = 2 * kTilePlaces;  // the bits of +1, then those of -1
+constexpr int64_t kTernaryTileWords = 2 * kTilePlaces;  // a plane of +1, then one of -1
 constexpr int64_t kTernaryMostVectors = 8;  // registers of sums; more gave nothing where loads are the limit
 
 struct TernaryPackHeader {
@@ -64,9 +64,10 @@ struct TernaryPlan {
   int64_t scratch() const { return input_floats + sum_floats; }
 };
 
-// The same call for the kernel that multiplies tiles, and whether that is the quicker one where there is a matrix unit:
-// it has one scale for both signs, and multiplies by weights of 0 too.
+// The same call for the kernel that multiplies tiles, with its plan, and whether that is the quicker one where there is
+// a matrix unit: it multiplies by weights of 0 too, and with two scales by both planes.
 StackedBinaryConv2dParams ternary_as_stacked(const TernaryConv2dParams& params, const TernaryPack& pack);
+StackedPlan ternary_tiles_plan(const TernaryConv2dParams& params, const TernaryPack& pack);
 bool ternary_multiplies(const TernaryConv2dParams& params, const TernaryPack& pack);
 
 // Whether the sums of packed activations fit 16 bits, with every weight there and every activation the largest.

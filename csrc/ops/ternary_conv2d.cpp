@@ -157,10 +157,11 @@ bool multiplied(const TernaryConv2dParams& p, int64_t threads) {
     if (isa_in_use() < Isa::amx || !ternary_multiplies(p, pack)) return false;
     check_packed(ternary_tiles_fit(p.weights, p.packed));
     const StackedBinaryConv2dParams stacked = ternary_as_stacked(p, pack);
-    const StackedPlan plan = stacked_plan(stacked, pack.tiles);
+    const StackedPlan plan = ternary_tiles_plan(p, pack);
     const int64_t units = p.N * p.OH;
     torch::stable::parallel_for(0, units, (units + threads - 1) / threads, [&](int64_t begin, int64_t end) {
-      cpu_ternary_conv2d_amx(stacked, plan, static_cast<float*>(thread_memory(plan.scratch() * 4)), begin, end);
+      cpu_ternary_conv2d_amx(stacked, plan, p.negative_scale, static_cast<float*>(thread_memory(plan.scratch() * 4)),
+                             begin, end);
     });
     return true;
   }

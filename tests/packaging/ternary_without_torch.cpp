@@ -64,14 +64,15 @@ struct Random {
 };
 
 // On the matrix unit, two halves as two threads would run them.
-void multiply([[maybe_unused]] const StackedBinaryConv2dParams& p, [[maybe_unused]] const StackedPack& tiles,
+void multiply([[maybe_unused]] const TernaryConv2dParams& p, [[maybe_unused]] const TernaryPack& pack,
               [[maybe_unused]] bool behind) {
 #if defined(TERNARY_AMX)
-  const StackedPlan plan = stacked_plan(p, tiles);
+  const StackedBinaryConv2dParams stacked = ternary_as_stacked(p, pack);
+  const StackedPlan plan = ternary_tiles_plan(p, pack);
   const Fenced scratch((plan.scratch() * 4 + 63) / 64 * 64, behind);
   const int64_t units = p.N * p.OH;
-  cpu_ternary_conv2d_amx(p, plan, scratch.as<float>(), units / 2, units);
-  cpu_ternary_conv2d_amx(p, plan, scratch.as<float>(), 0, units / 2);
+  cpu_ternary_conv2d_amx(stacked, plan, p.negative_scale, scratch.as<float>(), units / 2, units);
+  cpu_ternary_conv2d_amx(stacked, plan, p.negative_scale, scratch.as<float>(), 0, units / 2);
 #endif
 }
 
@@ -199,8 +200,8 @@ bool agrees(Random& random, const CpuTernaryConv2d& kernels, DType dtype, bool p
   std::vector<int32_t> distances(plan.pack.chunk_taps);
   ternary_offsets(p, plan, distances.data());
   const Fenced scratch((plan.scratch() * 4 + 63) / 64 * 64, behind);
-  if (kernels.run == nullptr && plan.pack.tiles.words_size > 0 && !two) {
-    multiply(ternary_as_stacked(p, plan.pack), plan.pack.tiles, behind);
+  if (kernels.run == nullptr && plan.pack.tiles.words_size > 0) {
+    multiply(p, plan.pack, behind);
   } else {
     const auto run = kernels.run == nullptr ? cpu_ternary_conv2d_base().run : kernels.run;
     const int64_t half = plan.units / 2;
