@@ -159,23 +159,29 @@ class InputTerms {
   void fill(int64_t row, int64_t y) const {
     const int64_t width = plan_.band.columns * params_.stride_w, left = params_.pad_left;
     if (y < 0 || y >= params_.H) return zero(row, 0, width);
-    const float* from = staged_;
-    int64_t pixel = params_.weights.C;
-    if (plan_.in_place) {
-      from = static_cast<const float*>(params_.input) + image_ * params_.input_stride_n + y * params_.input_stride_h;
-      pixel = params_.input_stride_w;
-    } else if (params_.planes > 0) {
-      stage_packed(params_, image_, y, staged_);
-    } else {
-      stage_real<T>(params_, image_, y, staged_);
-    }
     zero(row, 0, left);
-    for (int64_t x = 0; x < params_.W; x++, from += pixel) split(from, line(row, left + x));
+    if (plan_.in_place) {
+      const T* image = static_cast<const T*>(params_.input) + image_ * params_.input_stride_n;
+      split_row(image + y * params_.input_stride_h, params_.input_stride_w, row);
+    } else {
+      if (params_.planes > 0) {
+        stage_packed(params_, image_, y, staged_);
+      } else {
+        stage_real<T>(params_, image_, y, staged_);
+      }
+      split_row(staged_, params_.weights.C, row);
+    }
     zero(row, left + params_.W, width);
   }
 
+  template <typename From>
+  void split_row(const From* from, int64_t pixel, int64_t row) const {
+    for (int64_t x = 0; x < params_.W; x++, from += pixel) split(from, line(row, params_.pad_left + x));
+  }
+
   // The channels of a pixel become lines of terms.
-  void split(const float* from, bf16* to) const {
+  template <typename From>
+  void split(const From* from, bf16* to) const {
     for (int64_t slice = 0; slice < pack_.slices; slice++, from += pack_.low) {
       for (int64_t c = 0; c < pack_.low; c += kDepth, to += plane_) {
         const int64_t left = pack_.low - c;

@@ -65,10 +65,6 @@ StackedPack matrix_form(const StackedBinaryWeights& w, bool expanded, int64_t ti
   return p;
 }
 
-bool reads_in_place(const StackedBinaryConv2dParams& params) {
-  return params.mode == StackedMode::real && params.dtype == DType::f32 && params.input_stride_c == 1;
-}
-
 // Sixteen channels are read at a time.
 int64_t staged_floats(const StackedBinaryConv2dParams& params, bool in_place) {
   return in_place ? 0 : aligned(params.W * params.weights.C + 16);
@@ -140,7 +136,7 @@ StackedPlan matrix_plan(const StackedBinaryConv2dParams& params, const StackedPa
   p.pack = pack;
   const bool real = params.mode == StackedMode::real;
   p.terms = !real || params.dtype == DType::bf16 ? 1 : params.dtype == DType::f16 ? 2 : 3;
-  p.in_place = reads_in_place(params);
+  p.in_place = real && params.input_stride_c == 1;
   p.band = {
       params.OH,         params.OW,      params.W,       w.R, w.S, params.stride_h, params.stride_w, params.dilation_h,
       params.dilation_w, params.pad_top, params.pad_left};
@@ -176,7 +172,7 @@ StackedPlan stacked_plan(const StackedBinaryConv2dParams& params, const StackedP
       std::max(params.W + params.pad_left, (params.OW - 1) * params.stride_w + (w.S - 1) * params.dilation_w + 1);
   p.ring_rows = (w.R - 1) * params.dilation_h + 1;
   p.ring_row = p.columns * pack.slices * pack.count * pack.tables.entry;
-  p.in_place = reads_in_place(params);
+  p.in_place = params.mode == StackedMode::real && params.dtype == DType::f32 && params.input_stride_c == 1;
   p.ring_size = aligned(p.ring_rows * p.ring_row);
   p.staged_size = staged_floats(params, p.in_place);
   p.maps_size = aligned(ceil_div(p.chunk, pack.tables.width) * pack.tables.width * a_pixel);
