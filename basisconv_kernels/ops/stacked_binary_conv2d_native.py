@@ -203,7 +203,10 @@ def stacked_binary_conv2d_pack(
 
 
 def stacked_binary_conv2d_form(bank_shape: Sequence[int], index_shape: Sequence[int], groups: int = 1) -> str:
-    """What the native kernel runs for such a bank and index: ``"stacked"`` maps or ``"expanded"`` filters; see docs."""
+    """What the native kernel runs for such a bank and index: ``"stacked"`` maps or ``"expanded"`` filters; see docs.
+
+    On a processor with a matrix unit that of maps which it multiplies, from nine pixels on.
+    """
     if not PRESENT:
         return "stacked"
     shapes = (list(bank_shape), list(index_shape))

@@ -85,7 +85,8 @@ def ternary_conv2d_pack(planes: Tensor, channels: int, *, groups: int = 1) -> Te
     """Rearrange planes once for the native kernel, for the ``packed`` argument of ``ternary_conv2d``.
 
     The kernel works through lists of the weights that are not 0, two bytes each, and eight bytes a filter and chunk of
-    channels; from 8 channels a group on, two bits a weight follow, for processors with a matrix unit.
+    channels. Where tiles of 16 filters and 32 channels can be filled well enough, those follow, two bits a place, for
+    processors with a matrix unit.
 
     Args:
         planes (Tensor[K, 2, R, S, words]): as for ``ternary_conv2d``.

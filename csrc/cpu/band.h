@@ -11,6 +11,9 @@
 #include <algorithm>
 #include <cstdint>
 
+// Always inline: no copy of one instruction set may serve another.
+#define BASISCONV_BAND inline __attribute__((always_inline))
+
 namespace basisconv {
 
 constexpr int64_t kTilePlaces = 16;
@@ -23,9 +26,9 @@ struct PixelTile {
   uint32_t valid;  // bit i: place i is an output pixel
 };
 
-// So many tiles at most share each load of filters when `count` tiles are cut into the fewest equal parts: 3 and 3 are
-// nearly as quick as 4 and 2 are slow, as a sum is added to again before it is there.
-inline int64_t even_share(int64_t count, int64_t most) {
+// Tiles of a part when `count` tiles are cut into the fewest equal parts of at most `most`, which share each load of
+// filters: of 6 tiles 3 and 3, as a part of 2 would wait for each sum before it adds to it again.
+BASISCONV_BAND int64_t even_share(int64_t count, int64_t most) {
   const int64_t parts = (count + most - 1) / most;
   return parts == 0 ? 0 : (count + parts - 1) / parts;
 }
@@ -52,28 +55,28 @@ struct Band {
   }
 
   // Input rows of one phase that so many rows of outputs read.
-  int64_t rows_for(int64_t outputs) const {
+  BASISCONV_BAND int64_t rows_for(int64_t outputs) const {
     return ((outputs - 1) * stride_h + (R - 1) * dilation_h + stride_h) / stride_h;
   }
 
   // Places of one phase, with those that tiles reach beyond the last row, and of a channel block.
-  int64_t phase() const { return rows * columns + kTilePlaces; }
-  int64_t plane() const { return stride_h * stride_w * phase(); }
+  BASISCONV_BAND int64_t phase() const { return rows * columns + kTilePlaces; }
+  BASISCONV_BAND int64_t plane() const { return stride_h * stride_w * phase(); }
 
   // Padded row and column of the band, from the begin of a channel block; and tap (r, s) of an output from its place.
-  int64_t place(int64_t row, int64_t column) const {
+  BASISCONV_BAND int64_t place(int64_t row, int64_t column) const {
     return (row % stride_h * stride_w + column % stride_w) * phase() + row / stride_h * columns + column / stride_w;
   }
-  int64_t tap(int64_t r, int64_t s) const { return place(r * dilation_h, s * dilation_w); }
+  BASISCONV_BAND int64_t tap(int64_t r, int64_t s) const { return place(r * dilation_h, s * dilation_w); }
 
   // Of a pass over so many rows of outputs.
-  int64_t tiles(int64_t outputs) const {
+  BASISCONV_BAND int64_t tiles(int64_t outputs) const {
     if (row_tiles > 0) return outputs * row_tiles;
     return ((outputs - 1) * columns + OW + kTilePlaces - 1) / kTilePlaces;
   }
 
   // Tile `index` of a pass over output rows oy ... oy+outputs-1.
-  PixelTile tile(int64_t index, int64_t oy, int64_t outputs) const {
+  BASISCONV_BAND PixelTile tile(int64_t index, int64_t oy, int64_t outputs) const {
     const int64_t start =
         row_tiles > 0 ? index / row_tiles * columns + index % row_tiles * kTilePlaces : index * kTilePlaces;
     int64_t y = start / columns, x = start % columns;
@@ -90,11 +93,11 @@ struct Band {
   }
 
   // Input rows, padded ones counted, that outputs up to row `row` of a pass read.
-  int64_t input_rows(int64_t row) const { return row * stride_h + (R - 1) * dilation_h + 1; }
+  BASISCONV_BAND int64_t input_rows(int64_t row) const { return row * stride_h + (R - 1) * dilation_h + 1; }
 
   // Calls run(oy, outputs) for passes over output rows [begin, end) of one image: as equal as can be.
   template <typename Run>
-  void each_pass(int64_t begin, int64_t end, const Run& run) const {
+  BASISCONV_BAND void each_pass(int64_t begin, int64_t end, const Run& run) const {
     while (begin < end) {
       const int64_t passes = (end - begin + output_rows - 1) / output_rows, rows = (end - begin + passes - 1) / passes;
       run(begin, rows);

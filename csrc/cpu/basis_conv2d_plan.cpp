@@ -208,7 +208,8 @@ CpuPlan cpu_plan(const BasisConv2dParams& params, const CpuPack& pack, int64_t t
     p.tile_columns = ceil_div(params.OW, pack.tile_width);
     p.units = params.N * ceil_div(params.OH, 2);
     const int64_t mine = std::max<int64_t>(ceil_div(p.units, threads), 1) * p.tile_columns;
-    p.sums_later = pack.width == 16 && pack.lanes > 1 && pack.vectors == 1 && pack.filter_blocks == 1;
+    p.sums_later = pack.width == 16 && pack.lanes > 1 && pack.vectors == 1 && pack.filter_blocks == 1 &&
+                   w.groups * pack.width * pack.positions * kTilePixels <= kProductsFloats;
     const int64_t of_tile = p.sums_later ? w.groups * pack.width : all_maps;  // products at a position
     const int64_t fitting = std::max<int64_t>(kProductsFloats / (pack.positions * of_tile), 6);
     // Sums over the channels so far do not have the size of products.

@@ -132,7 +132,6 @@ static BASISCONV_INLINE void store_output_sums(int lanes, const float* m, int64_
   if constexpr (kWidth == 16) {  // the plan offers it to no other
     if (lanes == 2) store_output_sums<F, 2>(m, position_stride, to);
     if (lanes == 4) store_output_sums<F, 4>(m, position_stride, to);
-    if (lanes == 8) store_output_sums<F, 8>(m, position_stride, to);
   }
 }
 

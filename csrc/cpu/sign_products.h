@@ -3,8 +3,8 @@
 // A float is the exact sum of three bfloat16 terms of 8 bits each, its upper, middle and lower bits; a float16 is one
 // of two; signs and packed numbers are bfloat16 themselves. A product by +1 or -1 is exact, so that products of all
 // terms, added up in float, are what a float convolution gives. Filters stay bits in memory: each tile of them is
-// expanded once for all terms of two or four tiles of pixels, while the unit multiplies by the one before. Terms below
-// 2^-126 count as zero.
+// expanded once for all terms of up to four tiles of pixels, while the unit multiplies by the one before, or, where
+// there are few, once a run. Terms below 2^-126 count as zero.
 //
 // Bits lie as [sets][blocks of 16 filters][planes][channel blocks][taps][16 rows]; in a row bit 2j is channel i of the
 // block, bit 2j+1 channel 16 + i, of filter j: the order in which two registers of floats become one of bfloat16. What

@@ -110,7 +110,16 @@ void pack_rows(const StackedBinaryWeights& w, const StackedPack& pack, const int
   }
 }
 
-StackedPack matrix_pack(const StackedBinaryWeights& w, int64_t tile_words) { return matrix_form(w, true, tile_words); }
+bool rows_fit(const StackedBinaryWeights& w, const StackedPack& pack, const void* packed) {
+  const int32_t* rows = static_cast<const int32_t*>(packed) + pack.words_size;
+  bool right = true;
+  for (int64_t i = 0; i < w.K * pack.splits; i++) right &= rows[i] >= 0 && rows[i] < pack.slices * pack.slots;
+  return right;
+}
+
+StackedPack expanded_matrix_pack(const StackedBinaryWeights& w, int64_t tile_words) {
+  return matrix_form(w, true, tile_words);
+}
 
 StackedPack stacked_pack(const StackedBinaryWeights& w, Isa isa) {
   const StackedPack stacked = form(w, isa, false), expanded = form(w, isa, true);

@@ -21,7 +21,7 @@ struct StackedTables {
 // Layout of the packed words: [sets][blocks][R*S][words][vectors * width], then int32 rows [K][splits].
 //
 // Stacked: one set, the bank, runs over all slices of the channels (groups * splits of them), and output k adds up the
-// maps rows[k][0..splits). On the matrix unit: [sets][blocks][channel blocks][R*S][tile words]. Expanded: where
+// maps rows[k][0..splits). On the matrix unit: see sign_products.h. Expanded: where
 // stacking the filters costs less than stacking maps, each group is one slice with a set of its own, its K/groups full
 // filters, and one map is one output.
 struct StackedPack {
@@ -69,9 +69,11 @@ int64_t filter_of_channel(const StackedBinaryWeights& weights, const StackedPack
                           int64_t set, int64_t f, int64_t c);
 // The int32 rows behind the words.
 void pack_rows(const StackedBinaryWeights& weights, const StackedPack& pack, const int64_t* index, uint32_t* packed);
+// Whether they point nowhere else: a damaged packing must not be read with.
+bool rows_fit(const StackedBinaryWeights& weights, const StackedPack& pack, const void* packed);
 
 // Full filters for the matrix unit, tiles of so many words.
-StackedPack matrix_pack(const StackedBinaryWeights& weights, int64_t tile_words);
+StackedPack expanded_matrix_pack(const StackedBinaryWeights& weights, int64_t tile_words);
 
 // For tables; and behind that for the matrix unit where there is one and it is quicker, else one of no words. Maps are
 // multiplied unless they are tiny.

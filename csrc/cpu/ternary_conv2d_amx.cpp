@@ -19,8 +19,9 @@ struct TwoBits {
   static BASISCONV_INLINE void expand(const uint32_t* words, int64_t plane, bf16* to) {
     const __m512i minus = _mm512_set1_epi16(static_cast<int16_t>(0xbf80));
     BASISCONV_UNROLL for (int i = 0; i < kTilePlaces; i++) {
-      const __mmask32 negative = static_cast<__mmask32>(words[plane + i]);
-      _mm512_storeu_si512(to + i * kDepth, _mm512_mask_blend_epi16(negative, ones(words[i]), minus));
+      const uint32_t positive = words[i], negative = words[plane + i];  // both: +1 and -1 are 0
+      const __mmask32 other = static_cast<__mmask32>(negative & ~positive);
+      _mm512_storeu_si512(to + i * kDepth, _mm512_mask_blend_epi16(other, ones(positive & ~negative), minus));
     }
   }
 };

@@ -22,7 +22,12 @@ StackedBinaryWeights stacked_weights(const TernaryConv2dWeights& w) {
   return {w.C, w.K, w.K / w.groups, 1, w.groups, w.R, w.S};
 }
 
-constexpr int64_t kLeastTileChannels = 8;
+// Whether filters without a zero would be quicker as tiles, with inputs of one term: a tile is 16 filters by 32
+// channels, whatever there is of them.
+bool worth_tiles(const TernaryConv2dWeights& w, const StackedPack& tiles) {
+  const double weights = static_cast<double>(w.K * tiles.low * w.R * w.S);
+  return static_cast<double>(tiles.words_size) / kTernaryTileWords * (kTileTerm + kTileBits) < weights * kFloatEntry;
+}
 
 // The weights as tiles: see sign_products.h.
 void pack_tiles(const TernaryConv2dWeights& w, const StackedPack& tiles, const int32_t* planes, uint32_t* packed) {
@@ -58,7 +63,8 @@ TernaryPack ternary_pack(const TernaryConv2dWeights& w) {
   pack.lists = pack.chunks * w.K * 2;
   pack.starts_at = kHeaderBytes;
   pack.tiles_at = pack.starts_at + (pack.lists + 1) * 4;
-  if (channels >= kLeastTileChannels) pack.tiles = matrix_pack(stacked_weights(w), kTernaryTileWords);
+  pack.tiles = expanded_matrix_pack(stacked_weights(w), kTernaryTileWords);
+  if (!worth_tiles(w, pack.tiles)) pack.tiles = {};
   pack.entries_at = pack.tiles_at + pack.tiles.size() * 4;
   return pack;
 }
@@ -71,7 +77,7 @@ int64_t ternary_most_packed_bytes(const TernaryConv2dWeights& w) {
   return ternary_pack(w).bytes(w.K * (w.C / w.groups) * w.R * w.S);
 }
 
-int64_t ternary_pack_planes(const TernaryConv2dWeights& w, const int32_t* planes, char* packed) {
+int64_t ternary_pack_planes(const TernaryConv2dWeights& w, const int32_t* planes, char* packed, bool tiles) {
   const TernaryPack pack = ternary_pack(w);
   const int64_t channels = w.C / w.groups, words = ceil_div(channels, 32);
   uint32_t* starts = reinterpret_cast<uint32_t*>(packed + pack.starts_at);
@@ -93,7 +99,8 @@ int64_t ternary_pack_planes(const TernaryConv2dWeights& w, const int32_t* planes
     }
   }
   *starts = static_cast<uint32_t>(count);
-  if (pack.tiles.words_size > 0) pack_tiles(w, pack.tiles, planes, reinterpret_cast<uint32_t*>(packed + pack.tiles_at));
+  if (tiles && pack.tiles.words_size > 0)
+    pack_tiles(w, pack.tiles, planes, reinterpret_cast<uint32_t*>(packed + pack.tiles_at));
   const TernaryPackHeader header = ternary_pack_header(w, count);
   std::memcpy(packed, &header, sizeof(header));
   return count;
@@ -124,12 +131,7 @@ bool ternary_lists_fit(const TernaryConv2dWeights& w, const char* packed) {
 
 bool ternary_tiles_fit(const TernaryConv2dWeights& w, const char* packed) {
   const TernaryPack pack = ternary_pack(w);
-  if (pack.tiles.words_size == 0) return true;
-  const int32_t* rows = reinterpret_cast<const int32_t*>(packed + pack.tiles_at) + pack.tiles.words_size;
-  bool right = true;
-  for (int64_t k = 0; k < w.K; k++)
-    right &= rows[k] == k / pack.tiles.filters * pack.tiles.slots + k % pack.tiles.filters;
-  return right;
+  return rows_fit(stacked_weights(w), pack.tiles, packed + pack.tiles_at);
 }
 
 StackedBinaryConv2dParams ternary_as_stacked(const TernaryConv2dParams& p, const TernaryPack& pack) {
@@ -170,7 +172,9 @@ StackedPlan ternary_tiles_plan(const TernaryConv2dParams& p, const TernaryPack& 
     tiles.blocks *= 2;
     tiles.slots *= 2;
   }
-  return stacked_plan(ternary_as_stacked(p, pack), tiles);
+  StackedPlan plan = stacked_plan(ternary_as_stacked(p, pack), tiles);
+  if (p.negative_scale != nullptr) plan.stacking_size = 0;
+  return plan;
 }
 
 bool ternary_multiplies(const TernaryConv2dParams& p, const TernaryPack& pack) {

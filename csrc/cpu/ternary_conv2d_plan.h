@@ -2,8 +2,8 @@
 //
 // A filter is the list of its taps with weight +1 and the list of those with weight -1. A tap is a number within its
 // chunk of channels, (c * R + r) * S + s, in 16 bits; a table made for each call turns it into a distance in memory.
-// Where there are channels enough the weights are packed as tiles for a matrix unit, too, two bits each: those are
-// filters of stacked_binary_conv2d with a third value. The packed bytes are the same for all instruction sets.
+// Where tiles of a matrix unit can pay the weights are packed as such, too, two bits a place: those are filters of
+// stacked_binary_conv2d with a third value. The packed bytes are the same for all instruction sets.
 #pragma once
 #include "../ops/ternary_conv2d.h"
 #include "stacked_binary_conv2d_plan.h"
@@ -26,7 +26,7 @@ struct TernaryPack {
   int64_t chunk, chunks;
   int64_t chunk_taps;  // entries are below it
   int64_t lists;
-  StackedPack tiles;                        // of no words where channels are few
+  StackedPack tiles;                        // of no words where they cannot pay
   int64_t starts_at, tiles_at, entries_at;  // bytes
 
   int64_t bytes(int64_t entries) const { return entries_at + entries * 2; }
@@ -36,8 +36,10 @@ TernaryPack ternary_pack(const TernaryConv2dWeights& weights);
 TernaryPackHeader ternary_pack_header(const TernaryConv2dWeights& weights, int64_t entries);
 // Bytes that suffice for any planes: no weight is 0.
 int64_t ternary_most_packed_bytes(const TernaryConv2dWeights& weights);
-// planes [K, 2, R, S, words] → packed; returns the number of entries. Bits past the channels are not looked at.
-int64_t ternary_pack_planes(const TernaryConv2dWeights& weights, const int32_t* planes, char* packed);
+// planes [K, 2, R, S, words] → packed; returns the number of entries. Bits past the channels are not looked at. Without
+// `tiles` their place is left as it is.
+int64_t ternary_pack_planes(const TernaryConv2dWeights& weights, const int32_t* planes, char* packed,
+                            bool tiles = true);
 // Whether packed, of so many bytes, was made for these weights; and if so, whether the lists, or the rows behind the
 // tiles, point nowhere else: a damaged packing must not be read with.
 bool ternary_packed_fits(const TernaryConv2dWeights& weights, const char* packed, int64_t bytes);

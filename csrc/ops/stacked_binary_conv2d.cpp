@@ -256,6 +256,8 @@ Tensor run(const Tensor& input, const Tensor& packed, const std::optional<Tensor
     p.packed = static_cast<const uint32_t*>(p.packed) + layout.size();
     layout = matrix;
   }
+  STD_TORCH_CHECK(rows_fit(w, layout, p.packed),
+                  "stacked_binary_conv2d: packed is damaged; call stacked_binary_conv2d_pack again");
   const StackedPlan plan = stacked_plan(p, layout);
   const int64_t filters = plan.pack.slices * plan.pack.filters;
   const int64_t wanted = p.N * p.OH * p.OW * filters * plan.pack.low * w.R * w.S / kAddsWorthAThread;

@@ -57,18 +57,19 @@ TernaryConv2dWeights describe_planes(const Tensor& planes, int64_t channels, int
   return describe({planes.size(0), planes.size(1), planes.size(2), planes.size(3), planes.size(4)}, channels, groups);
 }
 
-std::vector<char> packed_lists(const TernaryConv2dWeights& w, const Tensor& planes) {
+std::vector<char> packed_lists(const TernaryConv2dWeights& w, const Tensor& planes, bool tiles) {
   const Tensor dense = torch::stable::contiguous(planes);
   std::vector<char> bytes(ternary_most_packed_bytes(w));
-  const int64_t entries = ternary_pack_planes(w, static_cast<const int32_t*>(dense.const_data_ptr()), bytes.data());
+  const int32_t* bits = static_cast<const int32_t*>(dense.const_data_ptr());
+  const int64_t entries = ternary_pack_planes(w, bits, bytes.data(), tiles);
   bytes.resize(ternary_pack(w).bytes(entries));
   return bytes;
 }
 
 Tensor ternary_pack_op(const Tensor& planes, int64_t channels, int64_t groups) {
-  const std::vector<char> bytes = packed_lists(describe_planes(planes, channels, groups), planes);
+  const std::vector<char> bytes = packed_lists(describe_planes(planes, channels, groups), planes, true);
   Tensor packed = torch::stable::empty({static_cast<int64_t>(bytes.size())}, ScalarType::Byte);
-  std::memcpy(packed.mutable_data_ptr(), bytes.data(), bytes.size());
+  std::memcpy(packed.mutable_data_ptr(), bytes.data(), packed.numel());
   return packed;
 }
 
@@ -146,8 +147,8 @@ struct TernaryOperands {
 };
 
 void check_packed(bool right) {
-  STD_TORCH_CHECK(right,
-                  "ternary_conv2d: packed was made for other planes, or is damaged; call ternary_conv2d_pack again");
+  const char* text = "ternary_conv2d: packed was made for other planes, or is damaged; call ternary_conv2d_pack again";
+  STD_TORCH_CHECK(right, text);
 }
 
 // On the matrix unit, where there is one and it is the quicker way.
@@ -213,7 +214,7 @@ Tensor run(TernaryConv2dParams p, const Tensor& input, ScalarType dtype, bool ch
     p.packed = static_cast<const char*>(packed->const_data_ptr());
     check_packed(ternary_packed_fits(w, p.packed, packed->numel()));
   } else {
-    own = packed_lists(w, planes);
+    own = packed_lists(w, planes, isa_in_use() >= Isa::amx);
     p.packed = own.data();
   }
   const int64_t macs = p.N * p.OH * p.OW * w.K * (w.C / w.groups) * w.R * w.S;
@@ -236,12 +237,6 @@ Tensor run(TernaryConv2dParams p, const Tensor& input, ScalarType dtype, bool ch
 
 const Tensor* address(const std::optional<Tensor>& t) { return t ? &*t : nullptr; }
 
-void take_size(TernaryConv2dParams& p, int64_t N, int64_t H, int64_t W) {
-  p.N = N;
-  p.H = H;
-  p.W = W;
-}
-
 Tensor of_numbers(const Tensor& input, const TernaryOperands& operands, const Tensor* packed,
                   const TernarySettings& settings, Memory memory) {
   const int64_t groups = settings.groups;
@@ -262,7 +257,9 @@ Tensor of_numbers(const Tensor& input, const TernaryOperands& operands, const Te
     default:
       STD_TORCH_CHECK(false, "ternary_conv2d: input must be float32, bfloat16 or float16 in the native op");
   }
-  take_size(p, input.size(0), input.size(2), input.size(3));
+  p.N = input.size(0);
+  p.H = input.size(2);
+  p.W = input.size(3);
   p.input = input.const_data_ptr();
   p.input_stride_n = input.stride(0);
   p.input_stride_c = input.stride(1);
@@ -343,7 +340,9 @@ Tensor ternary_forward_bits(const Tensor& words, int64_t channels, bool signs, c
   p.signs = signs;
   STD_TORCH_CHECK(p.bit_planes >= 1 && p.bit_planes <= (signs ? 1 : 4) && ternary_sums_fit(p),
                   "ternary_conv2d: the sums of these packed activations do not fit 16 bits");
-  take_size(p, words.size(0), words.size(2), words.size(3));
+  p.N = words.size(0);
+  p.H = words.size(2);
+  p.W = words.size(3);
   return run(p, words, ScalarType::Float, true, {planes, scale, negative_scale, bias}, address(packed),
              settings_of(stride, padding, dilation, groups, activation), Memory::by_torch);
 }

@@ -143,6 +143,17 @@ def test_every_bit_of_a_number_counts(kernel):
         assert torch.equal(kernel.run(*inputs.tensors, **case.arguments()), expected), number
 
 
+@pytest.mark.skipif(not native.PRESENT, reason="no native kernel")
+@pytest.mark.parametrize("name", ["four_splits", "full_vectors"])
+def test_a_damaged_packing_is_refused(name):
+    """Its rows are places in memory: of tables, and of tiles behind them."""
+    inputs = testing.make_stacked_inputs(testing.stacked_case(name))
+    packed = native.stacked_binary_conv2d_pack(inputs.bank, inputs.index)
+    packed[128:] = 255
+    with pytest.raises(RuntimeError, match="packed is damaged; call stacked_binary_conv2d_pack again"):
+        stacked_binary_conv2d(inputs.input, inputs.bank, inputs.index, padding=1, packed=packed, backend="cpu")
+
+
 BITS = [case for case in testing.STACKED_CASES if case.problem.mode != "real"]
 
 

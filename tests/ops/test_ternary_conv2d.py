@@ -235,17 +235,16 @@ def test_packed_planes_change_nothing(name):
 @native
 @pytest.mark.parametrize("wrong", ["too short", "another type", "zeros", "other planes", "beyond", "out of order"])
 def test_what_is_no_packing_of_these_planes_is_refused(wrong):
-    inputs = ternary.make_inputs(BY_NAME["odd_sizes"])
-    packed = ternary_conv2d_pack(inputs.planes, 7)
+    inputs = ternary.make_inputs(BY_NAME["sparse"])  # few weights: lists are read, where there is a matrix unit too
+    packed = ternary_conv2d_pack(inputs.planes, 20)
     beyond, shuffled = packed.clone(), packed.clone()
     beyond[-2:] = 255  # an entry that names no tap
-    shuffled[64:72] = packed[68:76]  # lists that begin behind the next one
-    shuffled[68:72] = 0
+    shuffled[64] = 255  # a list that begins behind the next one
     made = {
         "too short": packed[:-2],
         "another type": packed.float(),
         "zeros": torch.zeros_like(packed),
-        "other planes": ternary_conv2d_pack(inputs.planes[1:], 7),
+        "other planes": ternary_conv2d_pack(inputs.planes[1:], 20),
         "beyond": beyond,
         "out of order": shuffled,
     }[wrong]

@@ -76,6 +76,21 @@ void multiply([[maybe_unused]] const TernaryConv2dParams& p, [[maybe_unused]] co
 #endif
 }
 
+// A row behind the tiles that points elsewhere, and a list that begins behind its end.
+bool damage_is_missed(const TernaryConv2dWeights& w, const std::vector<char>& good) {
+  const TernaryPack pack = ternary_pack(w);
+  std::vector<char> bad = good;
+  const int32_t nowhere = static_cast<int32_t>(pack.tiles.slices * pack.tiles.slots);
+  if (pack.tiles.rows_size > 0) {
+    std::memcpy(bad.data() + pack.tiles_at + (pack.tiles.size() - 1) * 4, &nowhere, 4);
+  }
+  std::memset(bad.data() + pack.starts_at, 0x7f, 4);
+  const bool missed =
+      ternary_lists_fit(w, bad.data()) || (pack.tiles.rows_size > 0 && ternary_tiles_fit(w, bad.data()));
+  if (missed) std::cerr << "damage was not seen: " << current;
+  return missed;
+}
+
 template <typename T>
 bool agrees(Random& random, const CpuTernaryConv2d& kernels, DType dtype, bool packed_input = false) {
   constexpr int64_t kChannels[] = {1, 2, 3, 8, 17, 33, 70};
@@ -186,6 +201,7 @@ bool agrees(Random& random, const CpuTernaryConv2d& kernels, DType dtype, bool p
     std::cerr << "packed lists do not fit: " << current;
     return false;
   }
+  if (damage_is_missed(w, lists)) return false;
   const Fenced packed((lists.size() + 7) / 8 * 8, behind);
   std::memcpy(packed.as<char>(), lists.data(), lists.size());
 

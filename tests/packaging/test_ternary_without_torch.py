@@ -89,7 +89,7 @@ PLANTED = {
     ),
     "a write past the row": ("base", "s.columns - x);\n      }", "static_cast<int64_t>(kWidth));\n      }", ""),
     "a read past the image": ("base", "(size - first + step - 1) / step", "(size - first + step) / step", ""),
-    "the bits of another sign": ("amx", "words[plane + i]", "words[0 * plane + i]", "got"),
+    "the bits of another sign": ("amx", "negative = words[plane + i]", "negative = words[0 * plane + i]", "got"),
 }
 
 
