@@ -189,11 +189,11 @@ StackedPlan stacked_plan(const StackedBinaryConv2dParams& params, const StackedP
   return p;
 }
 
-StackedPackHeader stacked_pack_header(const StackedBinaryWeights& w, Isa isa) {
+StackedPackHeader stacked_pack_header(const StackedBinaryWeights& w, const StackedPack& matrix, Isa isa) {
   StackedPackHeader h{};
   std::memcpy(h.magic, "stackedb", 8);
   h.version = kStackedPackVersion;
-  h.isa = static_cast<int64_t>(stacked_matrix_pack(w, isa).matrix ? Isa::amx : std::min(isa, Isa::avx512));
+  h.isa = static_cast<int64_t>(matrix.matrix ? Isa::amx : std::min(isa, Isa::avx512));
   const int64_t sizes[] = {w.C, w.K, w.n, w.splits, w.groups, w.R, w.S};
   std::memcpy(h.sizes, sizes, sizeof(sizes));
   return h;

@@ -93,7 +93,8 @@ constexpr int64_t kStackedHeaderBytes = 128;
 constexpr int64_t kStackedPackVersion = 2;
 static_assert(sizeof(StackedPackHeader) <= kStackedHeaderBytes, "the header must fit in front of the words");
 
-StackedPackHeader stacked_pack_header(const StackedBinaryWeights& weights, Isa isa);
+// matrix: as stacked_matrix_pack gives it.
+StackedPackHeader stacked_pack_header(const StackedBinaryWeights& weights, const StackedPack& matrix, Isa isa);
 
 // Bytes of the packed tensor: the most that any instruction set needs, so that a traced graph keeps its sizes.
 int64_t stacked_packed_bytes(const StackedBinaryWeights& weights);

@@ -103,13 +103,12 @@ Tensor pack(const Tensor& bank, const Tensor& index, int64_t groups, int64_t for
   Tensor packed = torch::stable::empty({stacked_packed_bytes(w)}, ScalarType::Byte);
   char* bytes = static_cast<char*>(packed.mutable_data_ptr());
   std::memset(bytes, 0, packed.numel());
-  const StackedPackHeader header = stacked_pack_header(w, isa_in_use());
+  const StackedPack tables = stacked_pack(w, isa_in_use()), matrix = stacked_matrix_pack(w, isa_in_use());
+  const StackedPackHeader header = stacked_pack_header(w, matrix, isa_in_use());
   std::memcpy(bytes, &header, sizeof(header));
   uint32_t* words = reinterpret_cast<uint32_t*>(bytes + kStackedHeaderBytes);
-  for (const StackedPack& layout : {stacked_pack(w, isa_in_use()), stacked_matrix_pack(w, isa_in_use())}) {
-    if (layout.size() > 0) kernels(layout).pack(w, layout, values, places, words);
-    words += layout.size();
-  }
+  kernels(tables).pack(w, tables, values, places, words);
+  if (matrix.matrix) kernels(matrix).pack(w, matrix, values, places, words + tables.size());
   return packed;
 }
 
@@ -238,20 +237,20 @@ Tensor run(const Tensor& input, const Tensor& packed, const std::optional<Tensor
   const PerOutput factors(scale, w.K, 1.0f, "scale"), offsets(bias, w.K, 0.0f, "bias");
   p.scale = factors.values;
   p.bias = offsets.values;
+  StackedPack layout = stacked_pack(w, isa_in_use());
+  const StackedPack matrix = stacked_matrix_pack(w, isa_in_use());
   STD_TORCH_CHECK(
       packed.is_cpu() && packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() &&
-          packed.numel() == stacked_packed_bytes(w),
+          packed.numel() >= kStackedHeaderBytes + 4 * (layout.size() + matrix.size()),
       "stacked_binary_conv2d: packed must be what stacked_binary_conv2d_pack gives for this bank and index");
   const char* bytes = static_cast<const char*>(packed.const_data_ptr());
-  const StackedPackHeader expected = stacked_pack_header(w, isa_in_use());
+  const StackedPackHeader expected = stacked_pack_header(w, matrix, isa_in_use());
   STD_TORCH_CHECK(std::memcmp(bytes, &expected, sizeof(expected)) == 0,
                   "stacked_binary_conv2d: packed was made for another bank or index, another version or another "
                   "instruction set; call stacked_binary_conv2d_pack again");
   p.packed = bytes + kStackedHeaderBytes;
   if (p.N == 0) return output;
 
-  StackedPack layout = stacked_pack(w, isa_in_use());
-  const StackedPack matrix = stacked_matrix_pack(w, isa_in_use());
   if (stacked_multiplies(p, matrix)) {
     p.packed = static_cast<const uint32_t*>(p.packed) + layout.size();
     layout = matrix;
