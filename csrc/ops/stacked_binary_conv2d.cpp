@@ -241,7 +241,7 @@ Tensor run(const Tensor& input, const Tensor& packed, const std::optional<Tensor
   const StackedPack matrix = stacked_matrix_pack(w, isa_in_use());
   STD_TORCH_CHECK(
       packed.is_cpu() && packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() &&
-          packed.numel() >= kStackedHeaderBytes + 4 * (layout.size() + matrix.size()),
+          packed.numel() == stacked_packed_bytes(w),
       "stacked_binary_conv2d: packed must be what stacked_binary_conv2d_pack gives for this bank and index");
   const char* bytes = static_cast<const char*>(packed.const_data_ptr());
   const StackedPackHeader expected = stacked_pack_header(w, matrix, isa_in_use());
