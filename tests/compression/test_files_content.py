@@ -194,8 +194,8 @@ class Doubled(nn.Module):
     def __init__(self, inputs: int, outputs: int, rank: int, **kind: Any) -> None:
         super().__init__()
         self.sizes = (inputs, outputs, rank)
-        self.down = nn.Parameter(torch.empty(rank, inputs, **kind))
-        self.up = nn.Parameter(torch.empty(outputs, rank, **kind))
+        self.down = nn.Parameter(torch.randn(rank, inputs, **kind))
+        self.up = nn.Parameter(torch.randn(outputs, rank, **kind))
         self.also = nn.Conv2d(1, 1, 1, **kind)  # described by nobody but the layer
 
     def forward(self, x: Tensor) -> Tensor:
