@@ -26,8 +26,8 @@ struct PixelTile {
   uint32_t valid;  // bit i: place i is an output pixel
 };
 
-// Tiles of a part when `count` tiles are cut into the fewest equal parts of at most `most`, which share each load of
-// filters: of 6 tiles 3 and 3, as a part of 2 would wait for each sum before it adds to it again.
+// The size of a part when `count` is cut into the fewest equal parts of at most `most`. Of 6 tiles that share each load
+// of filters 3 and 3: a part of 2 would wait for each sum before it adds to it again.
 BASISCONV_BAND int64_t even_share(int64_t count, int64_t most) {
   const int64_t parts = (count + most - 1) / most;
   return parts == 0 ? 0 : (count + parts - 1) / parts;
@@ -95,13 +95,15 @@ struct Band {
   // Input rows, padded ones counted, that outputs up to row `row` of a pass read.
   BASISCONV_BAND int64_t input_rows(int64_t row) const { return row * stride_h + (R - 1) * dilation_h + 1; }
 
-  // Calls run(oy, outputs) for passes over output rows [begin, end) of one image: as equal as can be.
+  // Calls run(image, oy, outputs) for passes over output rows [begin, end) of the batch: those of an image as equal as
+  // can be.
   template <typename Run>
   BASISCONV_BAND void each_pass(int64_t begin, int64_t end, const Run& run) const {
     while (begin < end) {
-      const int64_t passes = (end - begin + output_rows - 1) / output_rows, rows = (end - begin + passes - 1) / passes;
-      run(begin, rows);
-      begin += rows;
+      const int64_t image = begin / OH, oy = begin % OH, left = std::min(end - begin, OH - oy);
+      const int64_t outputs = even_share(left, output_rows);
+      run(image, oy, outputs);
+      begin += outputs;
     }
   }
 };

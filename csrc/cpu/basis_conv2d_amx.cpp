@@ -236,12 +236,7 @@ struct Amx {
   bf16* maps_of(int64_t tile) const { return maps + tile * kSide * all_maps; }
 
   void run(int64_t begin, int64_t end) {
-    for (int64_t unit = begin; unit < end;) {
-      const int64_t image = unit / params.OH, oy = unit % params.OH;
-      const int64_t last = end - unit < params.OH - oy ? oy + end - unit : params.OH;
-      plan.band.each_pass(oy, last, [&](int64_t first, int64_t rows) { pass(image, first, rows); });
-      unit += last - oy;
-    }
+    plan.band.each_pass(begin, end, [&](int64_t image, int64_t oy, int64_t rows) { pass(image, oy, rows); });
   }
 };
 

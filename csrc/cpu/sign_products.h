@@ -300,12 +300,7 @@ void run_as(const StackedBinaryConv2dParams& params, const StackedPlan& plan, co
   for (int64_t i = 0; i < count; i++) steps[i] = input.tap(i / taps, i / w.S % w.R, i % w.S);
   const TileRegisters registers;
   SignProducts<T, Signs, Outputs> run{params, plan, input, steps, expanded, maps, outputs};
-  for (int64_t unit = begin; unit < end;) {
-    const int64_t image = unit / params.OH, oy = unit % params.OH;
-    const int64_t last = end - unit < params.OH - oy ? oy + end - unit : params.OH;
-    plan.band.each_pass(oy, last, [&](int64_t first, int64_t rows) { run.pass(image, first, rows); });
-    unit += last - oy;
-  }
+  plan.band.each_pass(begin, end, [&](int64_t image, int64_t oy, int64_t rows) { run.pass(image, oy, rows); });
   delete[] steps;
 }
 

@@ -2,9 +2,9 @@
 // Python; compiled by test_stacked_without_torch.py, once with the instructions of AVX-512 and AMX emulated.
 //
 // All values are whole numbers, small or few of them, so that float sums are exact in any order and every bit is
-// compared. Arrays are
-// as long as the contract says: a sanitizer sees what is read beside them. Usage: program ISA SEED GEOMETRIES. Exit
-// status 1 and a line on stderr at the first difference, 3 where the processor lacks the instruction set.
+// compared. Arrays are as long as the contract says: a sanitizer sees what is read beside them. Usage: program ISA SEED
+// GEOMETRIES. Exit status 1 and a line on stderr at the first difference, 3 where the processor lacks the instruction
+// set.
 #include <cstdlib>
 #include <cstring>
 #include <iostream>
