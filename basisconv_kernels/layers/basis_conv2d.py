@@ -11,6 +11,7 @@ from torch.compiler import is_dynamo_compiling
 
 from basisconv_kernels.core import checks
 from basisconv_kernels.core.checks import Pair, Quad
+from basisconv_kernels.core.layout import conv2d
 from basisconv_kernels.layers import bases, folding
 from basisconv_kernels.layers.basis_conv2d_conversion import NAME, Convertible
 from basisconv_kernels.layers.conversion import PADDING_MODES
@@ -221,7 +222,7 @@ class BasisConv2d(Convertible):
         if (top, left) != (bottom, right):
             padded = F.pad(padded, (left, right, top, bottom))
             top = left = 0
-        return F.conv2d(padded, self.basis_weight, None, self.stride, (top, left), self.dilation, self.groups)
+        return conv2d(padded, self.basis_weight, None, self.stride, (top, left), self.dilation, self.groups)
 
     def _pad(self, input: Tensor) -> tuple[Tensor, Quad]:
         """Explicit padding where the op has none: reflect, replicate, circular. Exact, since it comes first."""

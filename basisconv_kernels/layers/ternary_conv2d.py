@@ -11,7 +11,7 @@ from torch.compiler import is_dynamo_compiling
 
 from basisconv_kernels.core import checks
 from basisconv_kernels.core.checks import Pair, Quad
-from basisconv_kernels.core.layout import laid_out, memory_format
+from basisconv_kernels.core.layout import conv2d, laid_out, memory_format
 from basisconv_kernels.layers import conversion, folding
 from basisconv_kernels.layers.packing import held
 from basisconv_kernels.layers.ternary import SOURCES, TernaryLayer
@@ -258,7 +258,7 @@ class TernaryConv2d(TernaryLayer):
             input = F.pad(input, (left, right, top, bottom))
             top = left = 0
         weight = self.dense_weight()
-        out = F.conv2d(input, weight, self.bias, self.stride, (top, left), self.dilation, self.groups)
+        out = conv2d(input, weight, self.bias, self.stride, (top, left), self.dilation, self.groups)
         if self.activation is None:
             return out
         return F.relu(out) if self.activation == "relu" else F.relu6(out)

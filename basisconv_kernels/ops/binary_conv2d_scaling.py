@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from basisconv_kernels.core import checks
 from basisconv_kernels.core.checks import Pair, Quad
-from basisconv_kernels.core.layout import symmetric
+from basisconv_kernels.core.layout import conv2d, symmetric
 
 
 def filter_scale(weight: Tensor, scale_group: Tensor | None = None, groups: int | None = None) -> Tensor:
@@ -58,4 +57,4 @@ def magnitude_map(
     spread = checks.pair("magnitude_map", "dilation", dilation, at_least=1)
     around = checks.padding4("magnitude_map", padding, (R, S), steps, spread)
     padded, pad = symmetric(input.abs().mean(1, keepdim=True), around)
-    return F.conv2d(padded, input.new_full((1, 1, R, S), 1 / (R * S)), None, steps, pad, spread)
+    return conv2d(padded, input.new_full((1, 1, R, S), 1 / (R * S)), None, steps, pad, spread, 1)

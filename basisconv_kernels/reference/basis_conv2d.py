@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from basisconv_kernels.core.checks import Pair, Quad
-from basisconv_kernels.core.layout import cast
+from basisconv_kernels.core.layout import cast, conv2d
 from basisconv_kernels.core.layout import laid_out as laid_out
 from basisconv_kernels.core.layout import memory_format as memory_format
 from basisconv_kernels.core.layout import symmetric as symmetric
@@ -41,7 +41,7 @@ def basis_maps(input: Tensor, basis_weight: Tensor, stride: Pair, padding: Quad,
     padded, pad = symmetric(input, padding)
     if input.dtype in HALF:
         padded, basis_weight = padded.float(), basis_weight.float()
-    return F.conv2d(padded, basis_weight, None, stride, pad, dilation, groups)
+    return conv2d(padded, basis_weight, None, stride, pad, dilation, groups)
 
 
 def forward(
@@ -160,7 +160,7 @@ def backward(
         if maps is None:
             # Z itself enters d coefficients alone; a frozen recombination needs only its shape.
             maps = (
-                F.conv2d(padded, basis_weight, None, stride, pad, dilation, groups)
+                conv2d(padded, basis_weight, None, stride, pad, dilation, groups)
                 if wanted[2]
                 else grad_output.new_empty(grad_output.shape[0], basis_weight.shape[0], *grad_output.shape[2:])
             )

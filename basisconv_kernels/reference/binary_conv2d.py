@@ -17,7 +17,7 @@ from basisconv_kernels.core.estimators import ESTIMATORS as ESTIMATORS
 from basisconv_kernels.core.estimators import estimated as estimated
 from basisconv_kernels.core.estimators import signs as signs
 from basisconv_kernels.core.estimators import slope as slope
-from basisconv_kernels.core.layout import laid_out, memory_format, symmetric
+from basisconv_kernels.core.layout import conv2d, laid_out, memory_format, symmetric
 from basisconv_kernels.core.packed import Threshold, pack_planes, unpack_planes
 
 
@@ -90,13 +90,9 @@ def padded_values(values: Tensor, padding: Quad, padding_value: int) -> tuple[Te
 def integer_sums(values: Tensor, filters: Tensor, settings: Settings) -> Tensor:
     """Convolve whole numbers: v [N, K, OH, OW] (int32). float32 is exact below 2^24, float64 beyond."""
     padded, pad = padded_values(values, settings.padding, settings.padding_value)
-    if padded.shape[1] == 1:
-        # The same memory with the strides of NCHW: one channel in channels_last, several images, a horizontal stride
-        # and one output a row give wrong sums in PyTorch 2.13 (oneDNN on AVX-512).
-        padded, filters = (t.flatten(1).unflatten(1, t.shape[1:]) for t in (padded, filters))
     largest = 15 if settings.encoding == "unsigned" else 1
     dtype = torch.float32 if largest * math.prod(filters.shape[1:]) <= 2**24 else torch.float64
-    sums = F.conv2d(padded.to(dtype), filters.to(dtype), None, settings.stride, pad, settings.dilation, settings.groups)
+    sums = conv2d(padded.to(dtype), filters.to(dtype), None, settings.stride, pad, settings.dilation, settings.groups)
     return sums.round().to(torch.int32)
 
 

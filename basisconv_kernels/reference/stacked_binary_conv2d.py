@@ -20,7 +20,7 @@ from torch import Tensor
 
 from basisconv_kernels.core.checks import Pair, Quad
 from basisconv_kernels.core.estimators import estimated, signs
-from basisconv_kernels.core.layout import cast, laid_out, memory_format, symmetric
+from basisconv_kernels.core.layout import cast, conv2d, laid_out, memory_format, symmetric
 from basisconv_kernels.core.packed import unpack_planes
 
 ROUTES = ("filters", "splits")
@@ -95,7 +95,7 @@ def split_maps(values: Tensor, bank: Tensor, pad: Pair, settings: Settings) -> T
     N, C, H, W = values.shape
     n, low = bank.shape[:2]
     folded = values.reshape(N * (C // low), low, H, W)
-    maps = F.conv2d(folded, bank, None, settings.stride, pad, settings.dilation)
+    maps = conv2d(folded, bank, None, settings.stride, pad, settings.dilation, 1)
     return maps.view(N, C // low, n, *maps.shape[2:])
 
 
@@ -113,7 +113,7 @@ def stacked_maps(values: Tensor, bank: Tensor, index: Tensor, settings: Settings
     n, K, splits = bank.shape[0], *index.shape
     if (route or cheaper_forward(n, K, settings.groups)) == "filters":
         filters = stacked_filters(bank, index)
-        return F.conv2d(padded, filters, None, settings.stride, pad, settings.dilation, settings.groups)
+        return conv2d(padded, filters, None, settings.stride, pad, settings.dilation, settings.groups)
     maps = split_maps(padded, bank, pad, settings).flatten(1, 2)
     rows = map_rows(index, n, settings.groups)
     total = maps.index_select(1, rows[:, 0])

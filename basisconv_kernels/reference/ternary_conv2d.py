@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from basisconv_kernels.core.checks import Pair, Quad
-from basisconv_kernels.core.layout import cast, laid_out, memory_format, symmetric
+from basisconv_kernels.core.layout import cast, conv2d, laid_out, memory_format, symmetric
 from basisconv_kernels.core.packed import WORD_BITS
 from basisconv_kernels.core.packed import pack_planes as pack_bits
 from basisconv_kernels.core.packed import unpack_planes as unpack_bits
@@ -100,7 +100,7 @@ def forward(
     plus, minus = unpack_planes(planes, input.shape[1] // groups, wide)
 
     def summed(weight: Tensor, factor: Tensor | None) -> Tensor:
-        maps = F.conv2d(padded, weight, None, stride, pad, dilation, groups)
+        maps = conv2d(padded, weight, None, stride, pad, dilation, groups)
         return maps if factor is None else maps * factor.to(wide)[:, None, None]
 
     one = negative_scale is None

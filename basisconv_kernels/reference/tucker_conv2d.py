@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from basisconv_kernels.core.checks import Pair, Quad
-from basisconv_kernels.core.layout import cast, laid_out, memory_format, symmetric
+from basisconv_kernels.core.layout import cast, conv2d, laid_out, memory_format, symmetric
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -99,7 +99,7 @@ def _stages(
     if half and not precise:
         reduced = reduced.to(input.dtype).float()
     padded, pad = symmetric(reduced, padding)
-    maps = F.conv2d(padded, core.to(padded.dtype), None, stride, pad, dilation)
+    maps = conv2d(padded, core.to(padded.dtype), None, stride, pad, dilation, 1)
     if half and not precise:
         maps = maps.to(input.dtype).float()
     return Stages(reduced, maps)

@@ -1,0 +1,36 @@
+"""Memory formats that all references share, and the convolution of PyTorch behind them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from basisconv_kernels.core.layout import conv2d, memory_format
+
+
+def channels_last(*size, dtype):
+    """Random numbers whose strides say channels_last for one channel, too."""
+    C, H, W = size[1:]
+    return torch.empty_strided(size, (C * H * W, 1, C * W, C), dtype=dtype).copy_(torch.randn(size, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("stride", [(1, 1), (1, 2), (1, 3), (2, 2)])
+@pytest.mark.parametrize("taps", [(3, 3), (2, 2), (1, 2)])
+@pytest.mark.parametrize("C", [1, 3])
+@pytest.mark.parametrize("width", [3, 4, 9])
+def test_a_convolution_is_that_of_its_formula(C, width, taps, stride, dtype):
+    """One channel, one output a row and a horizontal stride go wrong in PyTorch 2.13 itself (oneDNN on AVX-512)."""
+    x, weight = channels_last(3, C, 6, width, dtype=dtype), channels_last(5, C, *taps, dtype=dtype)
+    x.requires_grad_(), weight.requires_grad_()
+    out = conv2d(x, weight, None, stride, (1, 0), (1, 1), 1)
+    assert memory_format(out) == torch.channels_last
+
+    plain = [t.detach().double().contiguous().requires_grad_() for t in (x, weight)]
+    patches = F.unfold(plain[0], taps, padding=(1, 0), stride=stride)
+    expected = (plain[1].flatten(1) @ patches).view_as(out)
+    upstream = torch.randn_like(expected)
+    got = [out, *torch.autograd.grad(out, [x, weight], upstream.to(dtype))]
+    for one, same in zip(got, [expected, *torch.autograd.grad(expected, plain, upstream)], strict=True):
+        assert torch.allclose(one.double(), same, rtol=1e-4, atol=1e-4)
