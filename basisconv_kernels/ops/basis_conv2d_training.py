@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from basisconv_kernels.ops.basis_conv2d import Settings
 
 OP = "basis_conv2d"
-# Fewer pixels of a float32 batch than these do not earn back, in one forward, the packing that new weights need.
+# What earns back, in one step of float32, the packing that new weights need and the Python in our backward: pixels of a
+# batch, or fewer of them that take so many multiply-accumulates with the basis.
 PIXELS_WORTH_PACKING = 1024
+FEW_PIXELS, MACS_WORTH_PACKING = 192, 48_000_000
 
 Step = Callable[..., Tensor]
 
@@ -53,7 +55,8 @@ def decide(settings: Settings, problem: Conv2dProblem, input: Tensor, basis_weig
             for ways in (tuning.WAYS, ("graph",))
         ]
     else:
-        plainly = [settings.backend == "cpu" and not _packing_pays(settings, input, basis_weight)] * 2
+        pays = packing_pays(input, basis_weight, settings.stride, settings.dilation, settings.precise)
+        plainly = [settings.backend == "cpu" and not pays] * 2
     if not any(plainly):
         return OURS
     step = two_convolutions(settings, input, basis_weight, mixing)
@@ -61,12 +64,15 @@ def decide(settings: Settings, problem: Conv2dProblem, input: Tensor, basis_weig
     return Training(eager, captured)
 
 
-def _packing_pays(settings: Settings, input: Tensor, basis_weight: Tensor) -> bool:
+def packing_pays(input: Tensor, filters: Tensor, stride: checks.Pair, dilation: checks.Pair, precise: bool) -> bool:
+    """Whether our kernels pay on a processor where ``filters`` [Q, C, R, S] change from call to call."""
     if input.dtype != torch.float32:
         return True
-    winograd = basis_weight.shape[2:] == (3, 3) and settings.stride == settings.dilation == (1, 1)
+    if precise or filters.shape[2:] != (3, 3) or not stride == dilation == (1, 1):
+        return False
     pixels = input.shape[0] * input.shape[2] * input.shape[3]
-    return not settings.precise and winograd and pixels >= PIXELS_WORTH_PACKING
+    enough = pixels >= FEW_PIXELS and pixels * filters.numel() >= MACS_WORTH_PACKING
+    return pixels >= PIXELS_WORTH_PACKING or enough
 
 
 def two_convolutions(settings: tuple[Any, ...], input: Tensor, basis_weight: Tensor, coefficients: Tensor) -> Step:
@@ -87,7 +93,8 @@ def two_convolutions(settings: tuple[Any, ...], input: Tensor, basis_weight: Ten
     Q, _, R, S = basis_weight.shape
     H, W = input.shape[2:]
     widened = input.dtype in reference.HALF and (precise or input.device.type != "cuda")
-    if widened or not min(H, W):
+    one_channel = input.shape[1] == 1 and stride[1] > 1  # see core.layout.conv2d
+    if widened or one_channel or not min(H, W):
         return lambda *tensors: reference.forward(*tensors, *settings[:-1])
     top, bottom, left, right = padding
     even = (top, left) == (bottom, right)

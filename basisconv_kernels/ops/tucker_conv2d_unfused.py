@@ -11,14 +11,11 @@ from torch import Tensor
 from basisconv_kernels.core import registry
 from basisconv_kernels.core.layout import laid_out, memory_format
 from basisconv_kernels.ops import basis_conv2d_unfused as basis
-from basisconv_kernels.ops.basis_conv2d_training import two_convolutions
+from basisconv_kernels.ops.basis_conv2d_training import packing_pays, two_convolutions
 from basisconv_kernels.reference import tucker_conv2d as reference
 
 if TYPE_CHECKING:
     from basisconv_kernels.ops.tucker_conv2d import Forward, Settings
-
-# As in ``basis_conv2d``: fewer pixels of a float32 batch do not earn back the packing that new weights need.
-PIXELS_WORTH_PACKING = 1024
 
 
 def forward(
@@ -77,9 +74,7 @@ def trains_faster(settings: Settings, input: Tensor, core: Tensor) -> bool:
         return True
     if settings.backend != "cpu" or input.dtype != torch.float32:
         return False
-    winograd = core.shape[2:] == (3, 3) and settings.stride == settings.dilation == (1, 1)
-    pixels = input.shape[0] * input.shape[2] * input.shape[3]
-    return settings.precise or not winograd or pixels < PIXELS_WORTH_PACKING
+    return not packing_pays(input, core, settings.stride, settings.dilation, settings.precise)
 
 
 def run(tensors: tuple[Any, ...], settings: Settings) -> Tensor:

@@ -7,6 +7,7 @@
 #include "basis_conv2d.h"
 
 #include "basis_conv2d_direct.h"
+#include "basis_conv2d_filters.h"
 #if !defined(BASISCONV_PAIRS)
 #include "basis_conv2d_winograd.h"
 #endif
@@ -37,41 +38,54 @@ static bool transform([[maybe_unused]] const CpuPack& pack, [[maybe_unused]] con
 
 // One register of packed filters at a time: its lanes' taps side by side, transformed if need be, then stored by
 // position; and as taps, for those who transform them when they are used.
-static void pack_filters(const BasisConv2dWeights& w, const CpuPack& pack, const float* filters, Slots::Value* packed,
-                         Slots::Value* packed_taps) {
-  const int64_t group_channels = w.C / w.groups, group_filters = w.Q / w.groups, taps = w.R * w.S;
+static void pack_filters(const BasisConv2dWeights& w, const CpuPack& pack, const BasisFilters& filters,
+                         Slots::Value* packed, Slots::Value* packed_taps) {
+  const int64_t taps = w.R * w.S;
   const int64_t per_register = kWidth / pack.lanes, steps = pack.block / pack.lanes / Slots::kValues;
   const int64_t block_weights = steps * pack.vectors * kRegisterValues;  // one position of one channel block
+  FilterBlock block(w, pack, filters);
+  int64_t places[kRegisterValues];  // of what lies in the first register of a block
+  for (int64_t at = 0; at < kRegisterValues; at++) {
+    const int64_t lane = at / Slots::kValues;
+    places[at] = block.place(lane / pack.lanes, 0, lane % pack.lanes * Slots::kValues + at % Slots::kValues);
+  }
   float* side_by_side = new float[taps * kRegisterValues];
   float transformed[25 * kRegisterValues];
+  const bool winograd = pack.variant == CpuVariant::winograd;
+  const int64_t columns = winograd ? pack.position_columns : pack.positions;
   const auto store = [&](Slots::Value* to, const float* from) BASISCONV_LAMBDA {
     for (int64_t j = 0; j < kRegisterValues; j += kWidth) Vec::store(to + j, Vec::load(from + j));
   };
   for (int64_t group = 0; group < w.groups; group++) {
     for (int64_t f = 0; f < pack.filter_blocks; f++) {
       for (int64_t b = 0; b < pack.channel_blocks; b++) {
+        block.read(group, f, b);
+        const auto of_position = [&](int64_t p) BASISCONV_LAMBDA {
+          return group * pack.group_size + (winograd
+                                                ? winograd_filters_at(pack, p, f, b)
+                                                : ((f * pack.channel_blocks + b) * pack.positions + p) * block_weights);
+        };
+        const int64_t first = of_position(0), next_row = of_position(columns) - first;
+        const int64_t next_column = of_position(1) - first;
+        const int64_t first_tap = group * pack.taps_group_size + winograd_taps_at(pack, f, b);
         for (int64_t i = 0; i < steps * pack.vectors; i++) {
           const int64_t step = i / pack.vectors, v = i % pack.vectors;
-          for (int64_t at = 0; at < kRegisterValues; at++) {
-            const int64_t lane = at / Slots::kValues;
-            const int64_t q = f * pack.filters + v * per_register + lane / pack.lanes;
-            const int64_t slot = step * pack.lanes + lane % pack.lanes;
-            const int64_t c = b * pack.block + slot * Slots::kValues + at % Slots::kValues;
-            const bool real = q < group_filters && c < group_channels;
-            const float* g = filters + ((group * group_filters + q) * group_channels + c) * taps;
-            for (int64_t t = 0; t < taps; t++) side_by_side[t * kRegisterValues + at] = real ? g[t] : 0.0f;
-          }
-          const bool winograd = transform(pack, side_by_side, transformed);
-          const float* from = winograd ? transformed : side_by_side;
-          for (int64_t p = 0; p < pack.positions; p++) {
-            const int64_t at = winograd ? winograd_filters_at(pack, p, f, b)
-                                        : ((f * pack.channel_blocks + b) * pack.positions + p) * block_weights;
-            store(packed + group * pack.group_size + at + i * kRegisterValues, from + p * kRegisterValues);
-          }
-          if (pack.taps_size == 0) continue;
-          Slots::Value* to = packed_taps + group * pack.taps_group_size + winograd_taps_at(pack, f, b);
           for (int64_t t = 0; t < taps; t++) {
-            store(to + (i * taps + t) * kRegisterValues, side_by_side + t * kRegisterValues);
+            const float* g = block.at(block.place(v * per_register, t, step * pack.lanes * Slots::kValues));
+            for (int64_t at = 0; at < kRegisterValues; at++) side_by_side[t * kRegisterValues + at] = g[places[at]];
+          }
+          if (pack.filters_size > 0) {
+            const float* from = transform(pack, side_by_side, transformed) ? transformed : side_by_side;
+            for (int64_t row = 0; row < pack.positions / columns; row++) {
+              for (int64_t column = 0; column < columns; column++, from += kRegisterValues) {
+                store(packed + first + row * next_row + column * next_column + i * kRegisterValues, from);
+              }
+            }
+          }
+          if (pack.taps_size > 0) {
+            for (int64_t t = 0; t < taps; t++) {
+              store(packed_taps + first_tap + (i * taps + t) * kRegisterValues, side_by_side + t * kRegisterValues);
+            }
           }
         }
       }
@@ -86,27 +100,36 @@ static void pack_coefficients(const BasisConv2dWeights& w, const CpuPack& pack, 
   const int64_t group_filters = w.Q / w.groups, mixed = w.Q / w.mixing_groups, outputs = w.K / w.mixing_groups;
   for (int64_t group = 0; group < w.mixing_groups; group++) {
     for (int64_t p = 0; p < panels; p++) {
+      const int64_t count = outputs - p * rows < rows ? outputs - p * rows : rows;
       for (int64_t slot = 0; slot < pack.slots; slot++) {
-        for (int64_t i = 0; i < rows * Slots::kValues; i++) {
-          // A value is a map of one convolution group, or padding behind that group's maps.
-          const int64_t map = slot * Slots::kValues + i % Slots::kValues, k = p * rows + i / Slots::kValues;
-          const int64_t within = map % pack.maps, q = map / pack.maps * group_filters + within;
-          const bool real = within < group_filters && k < outputs;
-          from_float(real ? coefficients[(group * outputs + k) * mixed + q] : 0.0f, packed++);
+        const float* of_map[Slots::kValues];  // the panel's first coefficient; none of padding behind a group's maps
+        for (int64_t v = 0; v < Slots::kValues; v++) {
+          const int64_t map = slot * Slots::kValues + v, within = map % pack.maps;
+          const int64_t q = map / pack.maps * group_filters + within;
+          of_map[v] = within < group_filters ? coefficients + (group * outputs + p * rows) * mixed + q : nullptr;
+        }
+        for (int64_t k = 0; k < rows; k++) {
+          for (int64_t v = 0; v < Slots::kValues; v++) {
+            from_float(of_map[v] && k < count ? of_map[v][k * mixed] : 0.0f, packed++);
+          }
         }
       }
     }
   }
 }
 
-static void pack(const BasisConv2dWeights& w, const CpuPack& pack, const float* filters, const float* coefficients,
-                 float* packed) {
+static void pack(const BasisConv2dWeights& w, const CpuPack& pack, const BasisFilters& filters,
+                 const float* coefficients, float* packed) {
   Slots::Value* of_filters = reinterpret_cast<Slots::Value*>(packed);
   Slots::Value* mixing = of_filters + Slots::kValues * pack.filters_size;
   Slots::Value* planar = mixing + Slots::kValues * pack.coefficients_size;
   pack_filters(w, pack, filters, of_filters, planar + Slots::kValues * pack.planar_size);
-  pack_coefficients(w, pack, coefficients, pack.panels, pack.output_vectors * static_cast<int64_t>(kWidth), mixing);
-  pack_coefficients(w, pack, coefficients, pack.planar_panels, pack.planar_rows, planar);
+  if (pack.coefficients_size > 0) {
+    pack_coefficients(w, pack, coefficients, pack.panels, pack.output_vectors * static_cast<int64_t>(kWidth), mixing);
+  }
+  if (pack.planar_size > 0) {
+    pack_coefficients(w, pack, coefficients, pack.planar_panels, pack.planar_rows, planar);
+  }
 }
 
 #if defined(BASISCONV_PAIRS)

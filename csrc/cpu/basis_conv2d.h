@@ -4,10 +4,16 @@
 
 namespace basisconv {
 
+// [Q, C/groups, R, S] as float, in this order or with the channels innermost: how far neighbours lie from each other.
+struct BasisFilters {
+  const float* values;
+  int64_t filter_stride, channel_stride, tap_stride;
+};
+
 struct CpuBasisConv2d {
-  // filters [Q, C/groups, R, S] and coefficients [K, Q or Q/groups] as float, dense → the packed floats.
-  void (*pack)(const BasisConv2dWeights& weights, const CpuPack& pack, const float* filters, const float* coefficients,
-               float* packed);
+  // filters and coefficients [K, Q or Q/groups], dense → the packed floats, those parts of `pack` that have a size.
+  void (*pack)(const BasisConv2dWeights& weights, const CpuPack& pack, const BasisFilters& filters,
+               const float* coefficients, float* packed);
   // Units [begin, end) of the plan; scratch is 64-byte aligned, plan.scratch() floats, with any content.
   void (*run)(const BasisConv2dParams& params, const CpuPlan& plan, float* scratch, int64_t begin, int64_t end);
 };

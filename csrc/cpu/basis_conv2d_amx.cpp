@@ -8,6 +8,7 @@
 #include "basis_conv2d.h"
 #include "basis_conv2d_amx_band.h"
 #include "basis_conv2d_amx_store.h"
+#include "basis_conv2d_filters.h"
 
 namespace basisconv {
 namespace BASISCONV_ISA {
@@ -272,25 +273,27 @@ static void run(const BasisConv2dParams& params, const CpuPlan& plan, float* scr
   delete[] taps;
 }
 
-static void pack(const BasisConv2dWeights& w, const CpuPack& pack, const float* filters, const float* coefficients,
-                 float* packed) {
-  const int64_t group_channels = w.C / w.groups, group_filters = w.Q / w.groups, taps = w.R * w.S;
+static void pack(const BasisConv2dWeights& w, const CpuPack& pack, const BasisFilters& filters,
+                 const float* coefficients, float* packed) {
+  const int64_t group_filters = w.Q / w.groups, taps = w.R * w.S;
   const int64_t outputs = w.K / w.mixing_groups, mixed = w.Q / w.mixing_groups;
   bf16* to = reinterpret_cast<bf16*>(packed);
+  FilterBlock filter_block(w, pack, filters);
   for (int64_t group = 0; group < w.groups; group++) {
     for (int64_t f = 0; f < pack.filter_blocks; f++) {
       for (int64_t b = 0; b < pack.channel_blocks; b++) {
+        filter_block.read(group, f, b);
         for (int64_t tap = 0; tap < taps; tap++) {
           for (int64_t i = 0; i < kTile; i++) {  // [pair][filter][channel of the pair]
-            const int64_t q = f * kSide + i / 2 % kSide, c = b * kDepth + i / kDepth * 2 + i % 2;
-            const bool real = q < group_filters && c < group_channels;
-            from_float(real ? filters[((group * group_filters + q) * group_channels + c) * taps + tap] : 0.0f, to++);
+            const int64_t place = filter_block.place(i / 2 % kSide, tap, i / kDepth * 2 + i % 2);
+            from_float(*filter_block.at(place), to++);
           }
         }
       }
     }
   }
   for (int planar = 0; planar < 2; planar++) {
+    if ((planar ? pack.planar_size : pack.coefficients_size) == 0) continue;
     for (int64_t group = 0; group < w.mixing_groups; group++) {
       for (int64_t block = 0; block < pack.panels; block++) {
         for (int64_t d = 0; d < pack.slots / kDepth; d++) {

@@ -190,7 +190,7 @@ Isa isa_for(const BasisConv2dWeights& w, Isa isa) {
 
 CpuPack cpu_pack(const BasisConv2dWeights& w, Isa isa) { return pack_for(w, isa_for(w, isa)); }
 
-CpuPlan cpu_plan(const BasisConv2dParams& params, const CpuPack& pack, int64_t threads) {
+static CpuPlan plan_for(const BasisConv2dParams& params, const CpuPack& pack, int64_t threads, Packing packing) {
   const BasisConv2dWeights& w = params.weights;
   if (pack.variant == CpuVariant::amx) return amx_plan(params, pack);
   CpuPlan p{};
@@ -215,9 +215,12 @@ CpuPlan cpu_plan(const BasisConv2dParams& params, const CpuPack& pack, int64_t t
     // Sums over the channels so far do not have the size of products.
     const bool apart = pack.lanes > 1 && !p.sums_later;
     // Few tiles are one pass that reads the filters once: then taps take less time to read than their transform costs.
-    p.from_taps = pack.taps_size > 0 && mine * (apart ? 1 + pack.lanes : 1) <= fitting;
+    // Filters that would first have to be transformed and written are worth more passes.
+    const int64_t passes = ceil_div(mine * (apart ? 1 + pack.lanes : 1), fitting);
+    const int64_t worth = packing == Packing::before ? 1 : pack.group_size > 4 * cache_floats(pack.width) ? 4 : 2;
+    p.from_taps = pack.taps_size > 0 && passes <= worth;
     p.chunk = p.from_taps ? 1 : pack.chunk;
-    const int64_t most = p.from_taps  ? mine
+    const int64_t most = p.from_taps  ? ceil_div(mine, passes)
                          : mine <= 16 ? 16
                                       : std::min(pass_sizes(pack.width, pack.group_size).tiles, fitting);
     p.tiles = tiles_in_pass(mine, p.tile_columns, most);
@@ -288,6 +291,23 @@ CpuPlan cpu_plan(const BasisConv2dParams& params, const CpuPack& pack, int64_t t
   return p;
 }
 
+CpuPlan cpu_plan(const BasisConv2dParams& params, const CpuPack& pack, int64_t threads, Packing packing) {
+  CpuPlan p = plan_for(params, pack, threads, packing);
+  if (packing == Packing::within) {
+    if (p.from_taps) {
+      p.pack.filters_size = 0;
+    } else {
+      p.pack.taps_size = 0;
+    }
+    if (params.channels_last) {
+      p.pack.planar_size = 0;
+    } else {
+      p.pack.coefficients_size = 0;
+    }
+  }
+  return p;
+}
+
 CpuPackHeader cpu_pack_header(const BasisConv2dWeights& w, Isa isa) {
   CpuPackHeader h{};
   std::memcpy(h.magic, "basisc2d", 8);
@@ -310,9 +330,7 @@ CpuPackHeader cpu_pack_header(const BasisConv2dWeights& w, Isa isa) {
   return h;
 }
 
-int64_t cpu_packed_bytes(const CpuPack& p) {
-  return kCpuPackHeaderBytes + 4 * (p.filters_size + p.coefficients_size + p.planar_size + p.taps_size);
-}
+int64_t cpu_packed_bytes(const CpuPack& p) { return kCpuPackHeaderBytes + 4 * cpu_packed_floats(p); }
 
 int64_t cpu_packed_bytes(const BasisConv2dWeights& w) {
   int64_t most = 0;

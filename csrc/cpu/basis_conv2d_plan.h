@@ -71,6 +71,9 @@ constexpr int64_t kRowFiltersApart = 16;  // floats between positions transforme
 // The amx variant packs tiles of bfloat16 pairs instead: see basis_conv2d_amx.cpp.
 constexpr int64_t kAmxMostTiles = 32;  // CpuPlan::tiles at most
 
+// Whether weights were packed before, all parts for calls of all sizes, or are packed in the call and for it alone.
+enum class Packing { before, within };
+
 // Tile sizes for one batch and map. Scratch is each thread's own.
 struct CpuPlan {
   CpuPack pack;
@@ -108,7 +111,9 @@ struct CpuPlan {
 // The instruction set that these weights run on when `isa` is in use: products of bfloat16 take some of them only.
 Isa isa_for(const BasisConv2dWeights& weights, Isa isa);
 CpuPack cpu_pack(const BasisConv2dWeights& weights, Isa isa);
-CpuPlan cpu_plan(const BasisConv2dParams& params, const CpuPack& pack, int64_t threads);
+// Its `pack` is the one given; with `within` the parts that the call does not read have no size there.
+CpuPlan cpu_plan(const BasisConv2dParams& params, const CpuPack& pack, int64_t threads,
+                 Packing packing = Packing::before);
 
 // The packed tensor starts with this header; the floats follow at kCpuPackHeaderBytes.
 struct CpuPackHeader {
@@ -129,5 +134,10 @@ CpuPackHeader cpu_pack_header(const BasisConv2dWeights& weights, Isa isa);
 // another processor, where the header then makes the op refuse the foreign bytes.
 int64_t cpu_packed_bytes(const BasisConv2dWeights& weights);
 int64_t cpu_packed_bytes(const CpuPack& pack);  // what the kernels read in this layout: at most so many
+
+// The same without the header.
+inline int64_t cpu_packed_floats(const CpuPack& p) {
+  return p.filters_size + p.coefficients_size + p.planar_size + p.taps_size;
+}
 
 }  // namespace basisconv

@@ -41,15 +41,20 @@ CpuBasisConv2d kernels_for(const BasisConv2dWeights& weights) {
   return cpu_basis_conv2d_base();
 }
 
-void pack_into(const BasisConv2dWeights& w, const Tensor& basis_weight, const Tensor& coefficients, char* bytes) {
-  const Isa isa = isa_in_use();
-  const CpuPackHeader header = cpu_pack_header(w, isa);
-  std::memset(bytes, 0, kCpuPackHeaderBytes);
-  std::memcpy(bytes, &header, sizeof(header));
-  const Tensor filters = as_float(basis_weight), mixing = as_float(coefficients);
-  kernels_for(w).pack(w, cpu_pack(w, isa), static_cast<const float*>(filters.const_data_ptr()),
-                      static_cast<const float*>(mixing.const_data_ptr()),
-                      reinterpret_cast<float*>(bytes + kCpuPackHeaderBytes));
+// The parts of `layout` that have a size.
+void pack_into(const BasisConv2dWeights& w, const CpuPack& layout, const Tensor& basis_weight,
+               const Tensor& coefficients, float* packed) {
+  const int64_t channels = w.C / w.groups, taps = w.R * w.S;
+  const auto lie = [&](int64_t channel_stride, int64_t tap_stride) {
+    return basis_weight.scalar_type() == ScalarType::Float && basis_weight.stride(0) == channels * taps &&
+           basis_weight.stride(1) == channel_stride && basis_weight.stride(2) == w.S * tap_stride &&
+           basis_weight.stride(3) == tap_stride;
+  };
+  const bool channels_last = lie(1, channels);
+  const Tensor dense = channels_last ? basis_weight : as_float(basis_weight), mixing = as_float(coefficients);
+  const BasisFilters filters{static_cast<const float*>(dense.const_data_ptr()), channels * taps,
+                             channels_last ? 1 : taps, channels_last ? channels : 1};
+  kernels_for(w).pack(w, layout, filters, static_cast<const float*>(mixing.const_data_ptr()), packed);
 }
 
 Tensor pack(const Tensor& basis_weight, const Tensor& coefficients, const std::vector<int64_t>& stride,
@@ -62,7 +67,10 @@ Tensor pack(const Tensor& basis_weight, const Tensor& coefficients, const std::v
   Tensor packed = torch::stable::empty({cpu_packed_bytes(w)}, ScalarType::Byte);
   char* bytes = static_cast<char*>(packed.mutable_data_ptr());
   std::memset(bytes, 0, packed.numel());
-  pack_into(w, basis_weight, coefficients, bytes);
+  const Isa isa = isa_in_use();
+  const CpuPackHeader header = cpu_pack_header(w, isa);
+  std::memcpy(bytes, &header, sizeof(header));
+  pack_into(w, cpu_pack(w, isa), basis_weight, coefficients, reinterpret_cast<float*>(bytes + kCpuPackHeaderBytes));
   return packed;
 }
 
@@ -110,10 +118,14 @@ FilledBasisConv2d run(const BasisConv2dCall& call, const Tensor* packed, bool ke
     p.bias = zeros.data();
   }
 
+  const int64_t macs = p.N * p.OH * p.OW * (w.Q * (w.C / w.groups) * w.R * w.S + w.K * (w.Q / w.mixing_groups));
+  const int64_t most = static_cast<int64_t>(torch::stable::get_num_threads());
+  const int64_t wanted = macs / kMacsWorthAThread;
+  const int64_t threads = wanted < 1 ? 1 : wanted < most ? wanted : most;
   const Isa isa = isa_in_use();
   const CpuPack layout = cpu_pack(w, isa);
-  std::vector<char> own;
-  const char* bytes;
+  const CpuPlan plan = cpu_plan(p, layout, threads, packed ? Packing::before : Packing::within);
+  std::optional<Tensor> own;
   if (packed) {
     STD_TORCH_CHECK(packed->is_cpu() && packed->scalar_type() == ScalarType::Byte && packed->is_contiguous(),
                     "basis_conv2d: packed must be a contiguous uint8 tensor on the CPU");
@@ -121,23 +133,19 @@ FilledBasisConv2d run(const BasisConv2dCall& call, const Tensor* packed, bool ke
     STD_TORCH_CHECK(packed->numel() == expected_bytes && expected_bytes >= cpu_packed_bytes(layout),
                     "basis_conv2d: packed has ", packed->numel(), " bytes, these weights pack to ",
                     cpu_packed_bytes(w));
-    bytes = static_cast<const char*>(packed->const_data_ptr());
+    const char* bytes = static_cast<const char*>(packed->const_data_ptr());
     const CpuPackHeader expected = cpu_pack_header(w, isa);
     STD_TORCH_CHECK(std::memcmp(bytes, &expected, sizeof(expected)) == 0,
                     "basis_conv2d: packed was made for other weights, another geometry or another instruction set; "
                     "call basis_conv2d_pack again");
+    p.packed = bytes + kCpuPackHeaderBytes;
   } else {
-    own.resize(cpu_packed_bytes(w));
-    pack_into(w, call.basis_weight, call.coefficients, own.data());
-    bytes = own.data();
+    own = torch::stable::empty({cpu_packed_floats(plan.pack)}, ScalarType::Float);
+    float* floats = static_cast<float*>(own->mutable_data_ptr());
+    pack_into(w, plan.pack, call.basis_weight, call.coefficients, floats);
+    p.packed = floats;
   }
-  p.packed = bytes + kCpuPackHeaderBytes;
 
-  const int64_t macs = p.N * p.OH * p.OW * (w.Q * (w.C / w.groups) * w.R * w.S + w.K * (w.Q / w.mixing_groups));
-  const int64_t most = static_cast<int64_t>(torch::stable::get_num_threads());
-  const int64_t wanted = macs / kMacsWorthAThread;
-  const int64_t threads = wanted < 1 ? 1 : wanted < most ? wanted : most;
-  const CpuPlan plan = cpu_plan(p, layout, threads);
   const CpuBasisConv2d kernels = kernels_for(w);
   torch::stable::parallel_for(0, plan.units, (plan.units + threads - 1) / threads, [&](int64_t begin, int64_t end) {
     kernels.run(p, plan, static_cast<float*>(thread_memory(plan.scratch() * 4)), begin, end);

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from basisconv_kernels import basis_conv2d, testing
+from basisconv_kernels import basis_conv2d, basis_conv2d_pack, testing
 from basisconv_kernels.core import extension, registry
 from basisconv_kernels.testing import tolerances
 
@@ -20,7 +20,7 @@ OTHER_SETS = [name for name in CPU.get("built", []) if name != CPU["in_use"]]
 
 PROGRAM = """
 import functools, sys, torch
-from basisconv_kernels import basis_conv2d, testing
+from basisconv_kernels import basis_conv2d, basis_conv2d_pack, testing
 from basisconv_kernels.core import extension
 torch.set_num_threads(1)
 kernel = functools.partial(basis_conv2d, backend="cpu")
@@ -110,13 +110,38 @@ def test_filling_up_registers_makes_no_nan_of_an_infinity(Q, groups, channels_la
 @pytest.mark.parametrize(("stride", "groups"), [(1, 1), (2, 1), (1, 2)])
 @pytest.mark.parametrize("filters", [64, 72])  # a register holds filters alone, or two channels of half as many
 def test_filters_too_large_to_stay_near_give_the_same_bits_alone_and_in_a_batch(filters, stride, groups, dtype):
-    """One image has its filters transformed from their taps, a batch of more tiles than a pass takes has not."""
+    """Tiles of few images have their filters transformed from their taps, in a pass or two, those of a batch not."""
     C, Q = 288 * groups, filters * groups
     x = torch.randn(24, C, 9, 10).to(dtype).to(memory_format=torch.channels_last)
     basis, coefficients = torch.randn(Q, C // groups, 3, 3), torch.randn(40, Q)
     arguments = [basis.to(dtype), coefficients.to(dtype)]
     batch = basis_conv2d(x, *arguments, stride=stride, padding=1, groups=groups, backend="cpu")
-    alone = [basis_conv2d(i, *arguments, stride=stride, padding=1, groups=groups, backend="cpu") for i in x.split(1)]
-    assert torch.equal(torch.cat(alone), batch)
+    packed = basis_conv2d_pack(*arguments, stride=stride, groups=groups)
+    for images in (1, 8):
+        for given in (None, packed):
+            few = [
+                basis_conv2d(i, *arguments, stride=stride, padding=1, groups=groups, backend="cpu", packed=given)
+                for i in x.split(images)
+            ]
+            assert torch.equal(torch.cat(few), batch)
+    assert torch.equal(
+        basis_conv2d(x, *arguments, stride=stride, padding=1, groups=groups, backend="cpu", packed=packed), batch
+    )
     expected = basis_conv2d(x, *arguments, stride=stride, padding=1, groups=groups, backend="reference")
     assert (batch - expected).abs().max() <= tolerances.SAME_LAYER[dtype] * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("shape", [(3, 3), (2, 4), (1, 1)])
+@pytest.mark.parametrize(("C", "Q"), [(3, 4), (19, 24), (40, 70)])
+def test_weights_in_every_layout_pack_to_the_same_bytes(C, Q, shape, groups, dtype):
+    basis, coefficients = torch.randn(groups * Q, C, *shape).to(dtype), torch.randn(20, groups * Q).to(dtype)
+    packed = basis_conv2d_pack(basis, coefficients, groups=groups)
+    wide = torch.zeros(groups * Q, 2 * C, *shape, dtype=dtype)
+    wide[:, ::2] = basis
+    for same in (basis.to(memory_format=torch.channels_last), basis.mT.contiguous().mT, wide[:, ::2]):
+        assert torch.equal(same, basis)
+        assert torch.equal(basis_conv2d_pack(same, coefficients, groups=groups), packed)
+    turned = coefficients.t().contiguous().t()
+    assert torch.equal(basis_conv2d_pack(basis, turned, groups=groups), packed)

@@ -138,7 +138,7 @@ BasisConv2dParams draw(Random& random, int64_t& pad_bottom, int64_t& pad_right) 
   w.dilation_h = common ? 1 : random.between(1, 3);
   w.dilation_w = common ? 1 : random.between(1, 3);
   w.precise = random.between(0, 3) == 0;
-  const int64_t most = far ? 1 : 5, beyond = far ? 3 : 9;
+  const int64_t most = far ? 1 : 5, beyond = !far ? 9 : random.between(0, 3) == 0 ? 14 : 3;
   p.pad_top = random.between(0, most);
   p.pad_left = random.between(0, most);
   pad_bottom = random.between(0, most);
@@ -164,6 +164,18 @@ BasisConv2dParams draw(Random& random, int64_t& pad_bottom, int64_t& pad_right) 
     p.input_stride_n = w.C * p.input_stride_c;
   }
   return p;
+}
+
+// [Q][C/groups][R][S] → [Q][R][S][C/groups].
+std::vector<float> innermost_channels(const BasisConv2dWeights& w, const std::vector<float>& filters) {
+  const int64_t channels = w.C / w.groups, taps = w.R * w.S;
+  std::vector<float> turned(filters.size());
+  for (int64_t q = 0; q < w.Q; q++) {
+    for (int64_t c = 0; c < channels; c++) {
+      for (int64_t t = 0; t < taps; t++) turned[(q * taps + t) * channels + c] = filters[(q * channels + c) * taps + t];
+    }
+  }
+  return turned;
 }
 
 // Where a result with `channels` maps holds [n, k, y, x].
@@ -254,6 +266,8 @@ bool check(Random random, Isa isa) {
   w.dtype = TypeOf<T>::value;
   const CpuPack pack = cpu_pack(w, isa);
   const int64_t threads = random.between(1, 3);
+  const Packing packing = random.coin() ? Packing::before : Packing::within;
+  const bool filters_last = random.coin();
   std::ostringstream words;
   words << isa_name(isa) << " dtype " << static_cast<int>(w.dtype) << " N" << p.N << " C" << w.C << " H" << p.H << " W"
         << p.W << " Q" << w.Q << " K" << w.K << " " << w.R << "x" << w.S << " stride " << w.stride_h << ","
@@ -261,7 +275,8 @@ bool check(Random random, Isa isa) {
         << pad_bottom << "," << p.pad_left << "," << pad_right << " groups " << w.groups << " mixing_groups "
         << w.mixing_groups << " precise " << w.precise << " channels_last " << p.channels_last << " input strides "
         << p.input_stride_n << "," << p.input_stride_c << "," << p.input_stride_h << "," << p.input_stride_w
-        << " variant " << static_cast<int>(pack.variant) << " threads " << threads << "\n";
+        << " variant " << static_cast<int>(pack.variant) << " threads " << threads << " packing "
+        << static_cast<int>(packing) << " channels of filters innermost " << filters_last << "\n";
   current = words.str();
 
   const int64_t span = (p.N - 1) * p.input_stride_n + (w.C - 1) * p.input_stride_c + (p.H - 1) * p.input_stride_h +
@@ -278,10 +293,12 @@ bool check(Random random, Isa isa) {
   plain_loops(p, input, filters, coefficients, add ? residual.data() : nullptr, expected, expected_maps);
 
   Fenced<T> fenced_input(input, behind), fenced_residual(residual, behind);
-  Fenced<float> fenced_filters(filters, behind), fenced_coefficients(coefficients, behind), fenced_bias(bias, behind);
+  Fenced<float> fenced_filters(filters_last ? innermost_channels(w, filters) : filters, behind);
+  Fenced<float> fenced_coefficients(coefficients, behind), fenced_bias(bias, behind);
   Fenced<T> output(static_cast<int64_t>(expected.size()), behind);
   Fenced<T> maps(static_cast<int64_t>(expected_maps.size()), behind);
-  Fenced<float> packed((cpu_packed_bytes(pack) - kCpuPackHeaderBytes) / 4, behind);
+  const CpuPlan plan = cpu_plan(p, pack, threads, packing);
+  Fenced<float> packed(cpu_packed_floats(plan.pack), behind);
   p.input = fenced_input.data();
   p.bias = fenced_bias.data();
   p.residual = add ? fenced_residual.data() : nullptr;
@@ -290,8 +307,10 @@ bool check(Random random, Isa isa) {
   p.packed = packed.data();
 
   const CpuBasisConv2d kernels = kernels_of(isa_for(w, isa));
-  kernels.pack(w, pack, fenced_filters.data(), fenced_coefficients.data(), packed.data());
-  const CpuPlan plan = cpu_plan(p, pack, threads);
+  const int64_t channels = w.C / w.groups, taps = w.R * w.S;
+  const BasisFilters given{fenced_filters.data(), channels * taps, filters_last ? 1 : taps,
+                           filters_last ? channels : 1};
+  kernels.pack(w, plan.pack, given, fenced_coefficients.data(), packed.data());
   const int64_t share = (plan.units + threads - 1) / threads;
   for (int64_t begin = 0; begin < plan.units; begin += share) {
     Fenced<float> scratch(plan.scratch(), behind);

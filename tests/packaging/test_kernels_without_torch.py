@@ -7,6 +7,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -145,11 +146,11 @@ def test_with_instructions_that_this_processor_may_lack(emulating: Path, instruc
     agrees(emulating, instruction_set, min(geometries, 1_000))
 
 
-MIXED_UP = "k = p * rows + i / Slots::kValues;"
+COEFFICIENT = "from_float(of_map[v] && k < count"
 LOAD_OF_N = "static BASISCONV_INLINE Reg load_n(const T* p, int64_t n) {"
 PLANTED = {
     "an output forgotten": (
-        "basis_conv2d.cpp", MIXED_UP, f"{MIXED_UP} if (k == 30) {{ packed++; continue; }}", "expected",
+        "basis_conv2d.cpp", COEFFICIENT, f"if (p * rows + k == 30) {{ packed++; continue; }} {COEFFICIENT}", "expected",
     ),
     "a read past the end": (
         "simd.h", LOAD_OF_N, f"{LOAD_OF_N} (void)*reinterpret_cast<const volatile char*>(p + kWidth - 1);", "touched",
@@ -165,7 +166,7 @@ PLANTED_FOR_EMULATION = {
     ),
     "pairs beside the map": (
         "avx512_bf16", "basis_conv2d_pair_rows.h", "_mm512_maskz_loadu_epi16(valid, from)", "_mm512_loadu_si512(from)",
-        "expected",
+        "expected|touched",
     ),
     "another tile": ("amx", "basis_conv2d_amx.cpp", "_tile_dpbf16ps(1, 5, 6);", "_tile_dpbf16ps(1, 4, 6);", "expected"),
 }  # fmt: skip
@@ -189,7 +190,7 @@ def test_a_planted_fault_is_found(tmp_path: Path, name: str, right: str, wrong: 
     program = build(tmp_path, "g++", ["base"], "-O1", root=plant(tmp_path, (name, right, wrong)))
     done = run(program, "base", 3_000)
     assert done.returncode == 1
-    assert report in done.stderr
+    assert re.search(report, done.stderr)
 
 
 @pytest.mark.parametrize(
@@ -202,4 +203,4 @@ def test_emulation_finds_a_planted_fault(
     shutil.copytree(emulating.parent, tmp_path / "objects")
     done = run(emulated_program(tmp_path / "objects", root, changed=f"{instruction_set}_"), instruction_set, 500)
     assert done.returncode == 1
-    assert report in done.stderr
+    assert re.search(report, done.stderr)
