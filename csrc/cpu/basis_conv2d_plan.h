@@ -69,7 +69,7 @@ inline int64_t winograd_taps_at(const CpuPack& p, int64_t filter_block, int64_t 
 constexpr int64_t kRowFiltersApart = 16;  // floats between positions transformed from taps: not 4 KiB from each other
 
 // The amx variant packs tiles of bfloat16 pairs instead: see basis_conv2d_amx.cpp.
-constexpr int64_t kAmxMostTiles = 32;  // CpuPlan::tiles at most
+constexpr int64_t kAmxMostTiles = 16;  // CpuPlan::tiles at most
 
 // Whether weights were packed before, all parts for calls of all sizes, or are packed in the call and for it alone.
 enum class Packing { before, within };

@@ -3,7 +3,8 @@
 // A pixel's channel is its sign or code as a byte, the padding value outside the image; a filter's is 1 - 2w, the sign
 // turned round, expanded from the words that the counting kernels read, once a pass, into tiles that stay in the cache.
 // Output pixels are numbered through the padded rows of a pass: 16 of them in a row are one tile load, whichever rows
-// they lie in, and what falls between the rows is not stored. All planes of a code are one product. Wins where a tile
+// they lie in, and what falls between the rows is not stored. All planes of a code are one product. Where the channels
+// do not stay in the first-level cache together, the sums of a pass wait there from chunk to chunk. Wins where a tile
 // has enough to multiply: see binary_plan. Test: tests/packaging/test_binary_without_torch.py. Bench: python -m bench
 // run --suite C5 --suite C6.
 #include "band.h"
@@ -144,8 +145,6 @@ struct Expander {
 struct Tiles {
   const BinaryConv2dParams& p;
   const BinaryPlan& plan;
-  const Product* products;
-  int64_t count;       // of products
   int64_t word_bytes;  // from one word of 16 filters to the next
   uint8_t* expanded;   // [plan.kept] tiles of filters
   int64_t turns;       // to which place a product's tile of filters goes: all bits, or those below plan.kept
@@ -154,13 +153,31 @@ struct Tiles {
 
   uint8_t* place(int64_t product) const { return expanded + (product & turns) * kTileBytes; }
 
-  // raw of T tiles of pixels; kExpand: the filters are expanded on the way, a tile ahead of its use.
+  // Products that are added to the sums of some tiles of pixels in one visit.
+  struct Block {
+    const Product* products;
+    int64_t count;
+    bool first;     // the sums begin with these
+    int32_t* sums;  // [tiles][pixels][16 filters]
+  };
+
+  // T tiles of pixels; kExpand: the filters are expanded on the way, a tile ahead of its use.
   template <int T, bool kExpand>
-  void multiply(const uint8_t* pixels, const uint8_t* filters) {
-    _tile_zero(0);
-    if constexpr (T > 1) _tile_zero(1);
-    if constexpr (T > 2) _tile_zero(2);
-    if constexpr (T > 3) _tile_zero(3);
+  void multiply(const Block& block, const uint8_t* pixels, const uint8_t* filters) {
+    const Product* products = block.products;
+    const int64_t count = block.count;
+    int32_t* sums = block.sums;
+    if (block.first) {
+      _tile_zero(0);
+      if constexpr (T > 1) _tile_zero(1);
+      if constexpr (T > 2) _tile_zero(2);
+      if constexpr (T > 3) _tile_zero(3);
+    } else {
+      _tile_loadd(0, sums, kSide * 4);
+      if constexpr (T > 1) _tile_loadd(1, sums + kSide * kSide, kSide * 4);
+      if constexpr (T > 2) _tile_loadd(2, sums + 2 * kSide * kSide, kSide * 4);
+      if constexpr (T > 3) _tile_loadd(3, sums + 3 * kSide * kSide, kSide * 4);
+    }
     const Expander expander;
     if constexpr (kExpand) expander.tile(filters + products[0].filters, word_bytes, products[0].whole, place(0));
     for (int64_t i = 0; i < count; i++) {
@@ -185,24 +202,24 @@ struct Tiles {
         _tile_dpbssd(3, 5, 6);
       }
     }
-    _tile_stored(0, raw, kSide * 4);
-    if constexpr (T > 1) _tile_stored(1, raw + kSide * kSide, kSide * 4);
-    if constexpr (T > 2) _tile_stored(2, raw + 2 * kSide * kSide, kSide * 4);
-    if constexpr (T > 3) _tile_stored(3, raw + 3 * kSide * kSide, kSide * 4);
+    _tile_stored(0, sums, kSide * 4);
+    if constexpr (T > 1) _tile_stored(1, sums + kSide * kSide, kSide * 4);
+    if constexpr (T > 2) _tile_stored(2, sums + 2 * kSide * kSide, kSide * 4);
+    if constexpr (T > 3) _tile_stored(3, sums + 3 * kSide * kSide, kSide * 4);
   }
 
   // As many tiles as are left, at most T.
   template <int T>
-  void multiply_at_most(int64_t tiles, bool expand, const uint8_t* pixels, const uint8_t* filters) {
+  void multiply_at_most(int64_t tiles, bool expand, const Block& block, const uint8_t* pixels, const uint8_t* filters) {
     if constexpr (T > 1) {
-      if (tiles < T) return multiply_at_most<T - 1>(tiles, expand, pixels, filters);
+      if (tiles < T) return multiply_at_most<T - 1>(tiles, expand, block, pixels, filters);
     }
-    if (expand) return multiply<T, true>(pixels, filters);
-    multiply<T, false>(pixels, filters);
+    if (expand) return multiply<T, true>(block, pixels, filters);
+    multiply<T, false>(block, pixels, filters);
   }
 
   // The numbered pixels [begin, end) of a pass that starts at row `at.y`, as far as they lie in the output.
-  void store(Spot at, int64_t begin, int64_t end, const int32_t* table, int64_t class_size) {
+  void store(Spot at, int64_t begin, int64_t end, const int32_t* sums, const int32_t* table, int64_t class_size) {
     const int64_t first = at.y;
     for (int64_t i = begin; i < end;) {
       at.y = first + i / plan.columns;
@@ -211,7 +228,7 @@ struct Tiles {
       const int64_t pixels = (last < end ? last : end) - i;
       if (pixels > 0) {
         const int32_t* of_row = table + p.row_class[at.y] * p.column_classes * class_size;
-        store_tile(p, at, pixels, raw + (i - begin) * kSide, kSide, of_row, class_size, values);
+        store_tile(p, at, pixels, sums + (i - begin) * kSide, kSide, of_row, class_size, values);
       }
       i = row_end;
     }
@@ -225,12 +242,13 @@ void run(const BinaryConv2dParams& p, const BinaryPlan& plan, uint8_t* scratch, 
   const int64_t word_bytes = pack.block * pack.unit_bytes, tap_bytes = pack.units * word_bytes;
   // The last tile of a pass may reach a few pixels past the band: into the tiles of filters.
   uint8_t* expanded = scratch + plan.band_bytes;
-  Product* products = reinterpret_cast<Product*>(expanded + plan.kept * kTileBytes);
+  int32_t* sums = reinterpret_cast<int32_t*>(expanded + plan.kept * kTileBytes);
+  Product* products = reinterpret_cast<Product*>(expanded + plan.kept * kTileBytes + plan.sums_bytes);
   uint32_t* line = reinterpret_cast<uint32_t*>(products + count);
   const uint8_t* bits = static_cast<const uint8_t*>(p.packed) + pack.counts_bytes;
   const ByteBand band{p, plan, scratch, Lines{p, line, line + p.W * words_for(w.C)}};
   for (int64_t i = 0; i < count; i++) {
-    const int64_t c = i % plan.chunks, s = i / plan.chunks % w.S, r = i / plan.chunks / w.S;
+    const int64_t c = i / (w.R * w.S), s = i % w.S, r = i / w.S % w.R;
     const int64_t y = r * p.dilation_h, x = s * p.dilation_w;
     const int64_t phase = y % p.stride_h * p.stride_w + x % p.stride_w;
     const int64_t pixel = y / p.stride_h * plan.columns + x / p.stride_w;
@@ -239,7 +257,7 @@ void run(const BinaryConv2dParams& p, const BinaryPlan& plan, uint8_t* scratch, 
     products[i].whole = 2 * c + 1 < pack.units;
   }
   const TileRegisters registers;
-  Tiles tiles{p, plan, products, count, word_bytes, expanded, plan.kept == count ? -1 : plan.kept - 1, {}, {}};
+  Tiles tiles{p, plan, word_bytes, expanded, plan.kept == plan.block ? -1 : plan.kept - 1, {}, {}};
 
   for (int64_t unit = begin; unit < end; unit++) {
     Spot at{};
@@ -261,11 +279,16 @@ void run(const BinaryConv2dParams& p, const BinaryPlan& plan, uint8_t* scratch, 
         at.k = g * filters + k;
         at.count = filters - k < kSide ? filters - k : kSide;
         at.flip = p.flip + g * pack.padded + k;
-        for (int64_t i = 0; i < pixels; i += together) {
-          const int64_t left = pixels - i < together ? pixels - i : together;
-          const uint8_t* from = scratch + g * plan.chunks * plan.chunk_bytes + i * kTileChannels;
-          tiles.multiply_at_most<kMostTiles>((left + kSide - 1) / kSide, i == 0, from, of_block);
-          tiles.store(at, i, i + left, p.table + g * pack.padded + k, class_size);
+        for (int64_t done = 0; done < count; done += plan.block) {
+          const int64_t rest = count - done;
+          Tiles::Block block{products + done, rest < plan.block ? rest : plan.block, done == 0, tiles.raw};
+          for (int64_t i = 0; i < pixels; i += together) {
+            const int64_t left = pixels - i < together ? pixels - i : together;
+            const uint8_t* from = scratch + g * plan.chunks * plan.chunk_bytes + i * kTileChannels;
+            if (plan.sums_bytes) block.sums = sums + i * kSide;
+            tiles.multiply_at_most<kMostTiles>((left + kSide - 1) / kSide, i == 0, block, from, of_block);
+            if (rest <= plan.block) tiles.store(at, i, i + left, block.sums, p.table + g * pack.padded + k, class_size);
+          }
         }
       }
     }

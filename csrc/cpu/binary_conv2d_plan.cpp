@@ -15,7 +15,9 @@ constexpr int64_t kRingBytes = 16 << 10;
 // Bytes of a pass on the matrix unit: they come from the second-level cache as fast as they are multiplied.
 constexpr int64_t kBandBytes = 128 << 10;
 constexpr int64_t kFilterTileBytes = 16 * kTileChannels;
-constexpr int64_t kProductBytes = 24;  // where its operands come from
+constexpr int64_t kSumsTileBytes = 16 * 16 * 4;
+constexpr int64_t kNearBytes = 44 << 10;  // of the first-level cache, 48 KiB beside every matrix unit
+constexpr int64_t kProductBytes = 24;     // where its operands come from
 // Tiles of pixels that are multiplied together with one tile of filters.
 constexpr int64_t kTilesTogether = 4;
 // Expanded filters that a pass does not read again take turns in so many places, which the first-level cache holds.
@@ -167,10 +169,15 @@ BinaryPlan binary_products_plan(const BinaryConv2dParams& p, const BinaryPack& p
   plan.phase_bytes = (plan.rows + reach) * plan.columns * kTileChannels;
   plan.chunk_bytes = p.stride_h * p.stride_w * plan.phase_bytes;
   plan.band_bytes = w.groups * plan.chunks * plan.chunk_bytes;
-  plan.kept = pixel_tiles(p, plan) > kTilesTogether ? plan.products : std::min(plan.products, kTurns);
+  // What several visits of a tile of filters read: from the first-level cache, where one chunk of the pass fits there.
+  const int64_t taps = w.R * w.S, tiles = pixel_tiles(p, plan);
+  const bool near = plan.chunk_bytes + taps * kFilterTileBytes + tiles * kSumsTileBytes <= kNearBytes;
+  plan.block = tiles > kTilesTogether && near ? taps : plan.products;
+  plan.sums_bytes = plan.block < plan.products ? tiles * kSumsTileBytes : 0;
+  plan.kept = tiles > kTilesTogether ? plan.block : std::min(plan.products, kTurns);
   plan.line_words = line_words(p);
-  plan.scratch_bytes =
-      aligned(plan.band_bytes + plan.kept * kFilterTileBytes + plan.products * kProductBytes + plan.line_words * 4);
+  plan.scratch_bytes = aligned(plan.band_bytes + plan.kept * kFilterTileBytes + plan.sums_bytes +
+                               plan.products * kProductBytes + plan.line_words * 4);
   return plan;
 }
 

@@ -79,7 +79,9 @@ struct BinaryPlan {
   // Products have rows, passes, units, columns (of one phase), line_words and scratch_bytes of these, and:
   int64_t chunks;       // of 64 channels, in a group
   int64_t products;     // of a tile of pixels with one of filters: taps * chunks
-  int64_t kept;         // expanded tiles of filters: all products of a pass, or a power of two of them in turn
+  int64_t block;        // products added to a tile of sums in one visit: all, or those of one chunk
+  int64_t sums_bytes;   // of all tiles of pixels, where they wait between visits
+  int64_t kept;         // expanded tiles of filters: all of a block, or a power of two of them in turn
   int64_t phase_bytes;  // every stride-th column of every stride-th row of a pass, of one chunk
   int64_t chunk_bytes;  // all phases
   int64_t band_bytes;   // all chunks of all groups

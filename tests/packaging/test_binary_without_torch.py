@@ -121,8 +121,9 @@ PLANTED = {
     "half of the channels": ("amx", "binary_conv2d_amx.cpp", "bytes_left < 8 ? 4 : 8", "4", "expected"),
     "a pixel between two rows": ("amx", "binary_conv2d_amx.cpp", "last = i - at.x + p.OW;",
                                  "last = i - at.x + p.OW + 1;", "output"),
-    "filters overwritten before their use": ("amx", "binary_conv2d_amx.cpp", "plan.kept == count ? -1 : plan.kept - 1",
-                                             "plan.kept == count ? -1 : 0", "expected"),
+    "filters overwritten before their use": ("amx", "binary_conv2d_amx.cpp", "plan.block ? -1 : plan.kept - 1",
+                                             "plan.block ? -1 : 0", "expected"),
+    "sums begun anew": ("amx", "binary_conv2d_amx.cpp", "done == 0, tiles.raw", "true, tiles.raw", "expected"),
     "a code with a sign": ("amx", "binary_conv2d_amx.cpp", "1 << plane", "(plane > 2 ? -1 : 1) << plane", "expected"),
     "a word of filters past the end": ("amx", "binary_conv2d_amx.cpp", "2 * c + 1 < pack.units", "true", "touched"),
 }  # fmt: skip
