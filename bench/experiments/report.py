@@ -11,7 +11,7 @@ from typing import Any
 
 from bench.experiments.experiment import Experiment
 from bench.experiments.long import LONG
-from bench.experiments.table import TABLE
+from bench.experiments.table import BY_NAME, TABLE
 from bench.harness.paths import ROOT
 
 RESULTS = Path(__file__).parent / "results"
@@ -149,6 +149,9 @@ def _recipe(summary: Summary) -> str:
     if "binary_layer_bytes" in row:
         numbers, bits = row["binary_layer_bytes"]
         end += f" Its binary layers take {bits:,} bytes in place of {numbers:,}: ÷ {numbers / bits:.0f}."
+    starts = {row["start_test_accuracy"] for row in summary.rows}
+    if len(starts) > 1 and row["start"] in BY_NAME:
+        end += f" Its seeds begin with networks of {' and '.join(f'{100 * s:.2f}' for s in sorted(starts))} %."
     return "; then ".join(parts) + f", from {row['start']}.{end}"
 
 

@@ -129,6 +129,15 @@ def test_a_batch_and_a_teacher_of_its_own_are_told():
     )
 
 
+def test_the_page_names_the_starts_of_seeds_that_began_differently():
+    row = next(row for row in report.read(report.ROWS) if row["experiment"] == "vgg-quarter")
+    other = row | {"seed": 7, "start_test_accuracy": 0.5}
+    assert "begin with networks" not in report.text([row, row | {"seed": 7}], [])
+    assert f"begin with networks of 50.00 and {100 * row['start_test_accuracy']:.2f} %." in report.text(
+        [row, other], []
+    )
+
+
 def _timeless(value):
     if isinstance(value, dict):
         return {key: _timeless(part) for key, part in value.items() if key != "seconds"}
