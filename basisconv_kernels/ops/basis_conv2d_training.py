@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 OP = "basis_conv2d"
 # What earns back, in one step of float32, the packing that new weights need and the Python in our backward: pixels of a
-# batch, or fewer of them that take so many multiply-accumulates with the basis.
+# batch, or fewer of them that take so many multiply-accumulates with the basis. Fitted to steps of basis_conv2d.
 PIXELS_WORTH_PACKING = 1024
 FEW_PIXELS, MACS_WORTH_PACKING = 192, 48_000_000
 
@@ -93,7 +93,7 @@ def two_convolutions(settings: tuple[Any, ...], input: Tensor, basis_weight: Ten
     Q, _, R, S = basis_weight.shape
     H, W = input.shape[2:]
     widened = input.dtype in reference.HALF and (precise or input.device.type != "cuda")
-    one_channel = input.shape[1] == 1 and stride[1] > 1  # see core.layout.conv2d
+    one_channel = input.device.type == "cpu" and input.shape[1] == 1 and stride[1] > 1  # see core.layout.conv2d
     if widened or one_channel or not min(H, W):
         return lambda *tensors: reference.forward(*tensors, *settings[:-1])
     top, bottom, left, right = padding

@@ -215,12 +215,13 @@ static CpuPlan plan_for(const BasisConv2dParams& params, const CpuPack& pack, in
     // Sums over the channels so far do not have the size of products.
     const bool apart = pack.lanes > 1 && !p.sums_later;
     // Few tiles are one pass that reads the filters once: then taps take less time to read than their transform costs.
-    // Filters that would first have to be transformed and written are worth more passes.
+    // Filters that would first have to be transformed and written are worth a few passes, of whole rows of tiles.
     const int64_t passes = ceil_div(mine * (apart ? 1 + pack.lanes : 1), fitting);
-    const int64_t worth = packing == Packing::before ? 1 : pack.group_size > 4 * cache_floats(pack.width) ? 4 : 2;
+    const int64_t worth = packing == Packing::ahead ? 1 : pack.group_size > 4 * cache_floats(pack.width) ? 4 : 2;
+    const int64_t rows = mine / p.tile_columns;
     p.from_taps = pack.taps_size > 0 && passes <= worth;
     p.chunk = p.from_taps ? 1 : pack.chunk;
-    const int64_t most = p.from_taps  ? ceil_div(mine, passes)
+    const int64_t most = p.from_taps  ? std::max(ceil_div(rows, passes) * p.tile_columns, std::min<int64_t>(mine, 16))
                          : mine <= 16 ? 16
                                       : std::min(pass_sizes(pack.width, pack.group_size).tiles, fitting);
     p.tiles = tiles_in_pass(mine, p.tile_columns, most);
@@ -293,7 +294,7 @@ static CpuPlan plan_for(const BasisConv2dParams& params, const CpuPack& pack, in
 
 CpuPlan cpu_plan(const BasisConv2dParams& params, const CpuPack& pack, int64_t threads, Packing packing) {
   CpuPlan p = plan_for(params, pack, threads, packing);
-  if (packing == Packing::within) {
+  if (packing == Packing::in_call) {
     if (p.from_taps) {
       p.pack.filters_size = 0;
     } else {

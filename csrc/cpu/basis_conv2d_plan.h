@@ -71,8 +71,8 @@ constexpr int64_t kRowFiltersApart = 16;  // floats between positions transforme
 // The amx variant packs tiles of bfloat16 pairs instead: see basis_conv2d_amx.cpp.
 constexpr int64_t kAmxMostTiles = 16;  // CpuPlan::tiles at most
 
-// Whether weights were packed before, all parts for calls of all sizes, or are packed in the call and for it alone.
-enum class Packing { before, within };
+// Whether weights are packed ahead, all parts for calls of all sizes, or in the call and for it alone.
+enum class Packing { ahead, in_call };
 
 // Tile sizes for one batch and map. Scratch is each thread's own.
 struct CpuPlan {
@@ -80,7 +80,7 @@ struct CpuPlan {
   int64_t units;         // rows of work that threads share, over the batch: output rows, or rows of Winograd tiles
   int64_t rows;          // direct: output rows in a pass
   int64_t chunk;         // channel blocks: direct: between two visits of a tile; winograd: a chunk; amx: all
-  bool from_taps;        // winograd: filters are transformed when they are used
+  bool from_taps;        // winograd: filters are transformed when they are used, in each pass
   int64_t tiles;         // winograd: tiles in a pass; amx: tiles of 16 pixels that go through a stage together
   int64_t tile_columns;  // winograd: tiles in a row
   // winograd: products [group][position][filter block][tile][filter], or [group][position][tile][map] with several
@@ -111,9 +111,9 @@ struct CpuPlan {
 // The instruction set that these weights run on when `isa` is in use: products of bfloat16 take some of them only.
 Isa isa_for(const BasisConv2dWeights& weights, Isa isa);
 CpuPack cpu_pack(const BasisConv2dWeights& weights, Isa isa);
-// Its `pack` is the one given; with `within` the parts that the call does not read have no size there.
+// Its `pack` is the one given; packed in the call, the parts that it does not read have no size there.
 CpuPlan cpu_plan(const BasisConv2dParams& params, const CpuPack& pack, int64_t threads,
-                 Packing packing = Packing::before);
+                 Packing packing = Packing::ahead);
 
 // The packed tensor starts with this header; the floats follow at kCpuPackHeaderBytes.
 struct CpuPackHeader {
@@ -135,7 +135,7 @@ CpuPackHeader cpu_pack_header(const BasisConv2dWeights& weights, Isa isa);
 int64_t cpu_packed_bytes(const BasisConv2dWeights& weights);
 int64_t cpu_packed_bytes(const CpuPack& pack);  // what the kernels read in this layout: at most so many
 
-// The same without the header.
+// Floats of all parts: what the kernels read behind the header.
 inline int64_t cpu_packed_floats(const CpuPack& p) {
   return p.filters_size + p.coefficients_size + p.planar_size + p.taps_size;
 }

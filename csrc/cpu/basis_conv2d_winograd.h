@@ -5,7 +5,7 @@
 // tiles there. Tiles are gathered across rows and images until a pass is full, so that the packed weights, 16/9 to 25/9
 // times as large as the filters, are read once for many tiles even on small maps. The rows of BT d C are made one after
 // the other: a row needs one or two rows of d only, and its transformed tiles stay in a nearer cache than all
-// positions. Where filters are large and all tiles fit one pass (CpuPlan::from_taps), filters are read as taps instead
+// positions. Where filters are large and passes few (CpuPlan::from_taps), filters are read as taps instead
 // and transformed beside the products: more work, far less to fetch.
 //
 // NaN spreads as in direct convolution, with F(2x4, 3x3) up to two columns further; Inf may become NaN (Inf - Inf):
@@ -217,7 +217,7 @@ struct Winograd {
     multiply_block(s, group, ROW * kColumns, f, tiles, transformed + ROW * kColumns * s.next_pixels);
   }
 
-  // All positions, from taps: in one pass over the tiles, channel block by channel block.
+  // All positions of the gathered tiles, from taps, channel block by channel block.
   void multiply_from_taps(const TileAt* at, int64_t tiles) const {
     const CpuPack& pack = plan.pack;
     Stage1 s = stage1_at(kColumns);

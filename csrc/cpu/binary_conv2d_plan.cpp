@@ -16,6 +16,7 @@ constexpr int64_t kRingBytes = 16 << 10;
 constexpr int64_t kBandBytes = 128 << 10;
 constexpr int64_t kFilterTileBytes = 16 * kTileChannels;
 constexpr int64_t kSumsTileBytes = 16 * 16 * 4;
+constexpr int64_t kProductsWorthAVisit = 9;
 constexpr int64_t kNearBytes = 44 << 10;  // of the first-level cache, 48 KiB beside every matrix unit
 constexpr int64_t kProductBytes = 24;     // where its operands come from
 // Tiles of pixels that are multiplied together with one tile of filters.
@@ -36,7 +37,8 @@ int64_t pixel_tiles(const BinaryConv2dParams& p, const BinaryPlan& plan) {
 
 // Nanoseconds of one thread, fitted to 486 layers that were run both ways on an Intel Xeon with AMX: 1 to 56 pixels a
 // side, 3 to 512 channels, 8 to 512 filters, groups, strides and codes. Wherever the two differed by more than a
-// seventh, these tell the quicker one.
+// seventh, these tell the quicker one. Layers whose sums wait (BinaryPlan::block) take less by a fifth since: they have
+// so much to multiply that products are chosen anyway.
 double counts_time(const BinaryConv2dParams& p, const BinaryPack& pack) {
   const BinaryConv2dWeights& w = p.weights;
   const double pixels = static_cast<double>(p.N * p.OH * p.OW * p.planes);
@@ -169,10 +171,11 @@ BinaryPlan binary_products_plan(const BinaryConv2dParams& p, const BinaryPack& p
   plan.phase_bytes = (plan.rows + reach) * plan.columns * kTileChannels;
   plan.chunk_bytes = p.stride_h * p.stride_w * plan.phase_bytes;
   plan.band_bytes = w.groups * plan.chunks * plan.chunk_bytes;
-  // What several visits of a tile of filters read: from the first-level cache, where one chunk of the pass fits there.
-  const int64_t taps = w.R * w.S, tiles = pixel_tiles(p, plan);
-  const bool near = plan.chunk_bytes + taps * kFilterTileBytes + tiles * kSumsTileBytes <= kNearBytes;
-  plan.block = tiles > kTilesTogether && near ? taps : plan.products;
+  // Where some chunks of the pass, their filters and all its sums fit the first-level cache, the sums wait there for
+  // the next chunks; they are loaded and stored for so many products at least.
+  const int64_t taps = w.R * w.S, tiles = pixel_tiles(p, plan), chunks = ceil_div(kProductsWorthAVisit, taps);
+  const int64_t visited = chunks * (plan.chunk_bytes + taps * kFilterTileBytes) + tiles * kSumsTileBytes;
+  plan.block = tiles > kTilesTogether && visited <= kNearBytes ? std::min(chunks * taps, plan.products) : plan.products;
   plan.sums_bytes = plan.block < plan.products ? tiles * kSumsTileBytes : 0;
   plan.kept = tiles > kTilesTogether ? plan.block : std::min(plan.products, kTurns);
   plan.line_words = line_words(p);

@@ -61,7 +61,8 @@ constexpr int64_t kTileChannels = 64;  // of a pixel or filter in a tile of the 
 // One batch and map. A unit of work is a pass: `rows` output rows of one image. Scratch is each thread's own: a ring of
 // input rows in the form that the tiles read, and one row of words.
 //
-// Products: a band of bytes in place of the ring, expanded filters, where each product finds its operands, and the row.
+// Products: a band of bytes in place of the ring, expanded filters, sums that wait, where each product finds its
+// operands, and the row.
 struct BinaryPlan {
   BinaryPack pack;
   BinaryRaw raw;        // what a tile sums up
@@ -79,7 +80,7 @@ struct BinaryPlan {
   // Products have rows, passes, units, columns (of one phase), line_words and scratch_bytes of these, and:
   int64_t chunks;       // of 64 channels, in a group
   int64_t products;     // of a tile of pixels with one of filters: taps * chunks
-  int64_t block;        // products added to a tile of sums in one visit: all, or those of one chunk
+  int64_t block;        // products added to a tile of sums in one visit: all, or those of some chunks
   int64_t sums_bytes;   // of all tiles of pixels, where they wait between visits
   int64_t kept;         // expanded tiles of filters: all of a block, or a power of two of them in turn
   int64_t phase_bytes;  // every stride-th column of every stride-th row of a pass, of one chunk

@@ -45,14 +45,11 @@ CpuBasisConv2d kernels_for(const BasisConv2dWeights& weights) {
 void pack_into(const BasisConv2dWeights& w, const CpuPack& layout, const Tensor& basis_weight,
                const Tensor& coefficients, float* packed) {
   const int64_t channels = w.C / w.groups, taps = w.R * w.S;
-  const auto lie = [&](int64_t channel_stride, int64_t tap_stride) {
-    return basis_weight.scalar_type() == ScalarType::Float && basis_weight.stride(0) == channels * taps &&
-           basis_weight.stride(1) == channel_stride && basis_weight.stride(2) == w.S * tap_stride &&
-           basis_weight.stride(3) == tap_stride;
-  };
-  const bool channels_last = lie(1, channels);
-  const Tensor dense = channels_last ? basis_weight : as_float(basis_weight), mixing = as_float(coefficients);
-  const BasisFilters filters{static_cast<const float*>(dense.const_data_ptr()), channels * taps,
+  const Tensor& f = basis_weight;
+  const bool channels_last = f.scalar_type() == ScalarType::Float && f.stride(0) == channels * taps &&
+                             f.stride(1) == 1 && f.stride(2) == w.S * channels && f.stride(3) == channels;
+  const Tensor read = channels_last ? f : as_float(f), mixing = as_float(coefficients);
+  const BasisFilters filters{static_cast<const float*>(read.const_data_ptr()), channels * taps,
                              channels_last ? 1 : taps, channels_last ? channels : 1};
   kernels_for(w).pack(w, layout, filters, static_cast<const float*>(mixing.const_data_ptr()), packed);
 }
@@ -124,7 +121,7 @@ FilledBasisConv2d run(const BasisConv2dCall& call, const Tensor* packed, bool ke
   const int64_t threads = wanted < 1 ? 1 : wanted < most ? wanted : most;
   const Isa isa = isa_in_use();
   const CpuPack layout = cpu_pack(w, isa);
-  const CpuPlan plan = cpu_plan(p, layout, threads, packed ? Packing::before : Packing::within);
+  const CpuPlan plan = cpu_plan(p, layout, threads, packed ? Packing::ahead : Packing::in_call);
   std::optional<Tensor> own;
   if (packed) {
     STD_TORCH_CHECK(packed->is_cpu() && packed->scalar_type() == ScalarType::Byte && packed->is_contiguous(),

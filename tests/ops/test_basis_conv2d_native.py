@@ -110,14 +110,14 @@ def test_filling_up_registers_makes_no_nan_of_an_infinity(Q, groups, channels_la
 @pytest.mark.parametrize(("stride", "groups"), [(1, 1), (2, 1), (1, 2)])
 @pytest.mark.parametrize("filters", [64, 72])  # a register holds filters alone, or two channels of half as many
 def test_filters_too_large_to_stay_near_give_the_same_bits_alone_and_in_a_batch(filters, stride, groups, dtype):
-    """Tiles of few images have their filters transformed from their taps, in a pass or two, those of a batch not."""
-    C, Q = 288 * groups, filters * groups
+    """Tiles of few images have their filters transformed from their taps, in one pass to four, those of a batch not."""
+    C, Q = 352 * groups, filters * groups
     x = torch.randn(24, C, 9, 10).to(dtype).to(memory_format=torch.channels_last)
     basis, coefficients = torch.randn(Q, C // groups, 3, 3), torch.randn(40, Q)
     arguments = [basis.to(dtype), coefficients.to(dtype)]
     batch = basis_conv2d(x, *arguments, stride=stride, padding=1, groups=groups, backend="cpu")
     packed = basis_conv2d_pack(*arguments, stride=stride, groups=groups)
-    for images in (1, 8):
+    for images in (1, 3, 8):
         for given in (None, packed):
             few = [
                 basis_conv2d(i, *arguments, stride=stride, padding=1, groups=groups, backend="cpu", packed=given)

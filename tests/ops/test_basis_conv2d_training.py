@@ -125,3 +125,23 @@ def test_every_geometry(case):
     expected = basis_conv2d(*inputs.tensors[:4], residual=inputs.tensors[4], backend="reference", **arguments)
     assert found.stride() == expected.stride()
     torch.testing.assert_close(found, expected)
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("size", "filters", "ours"),
+    {
+        "many pixels": ((1, 64, 32, 32), (16, 64, 3, 3), True),
+        "few pixels, much to multiply": ((8, 512, 7, 7), (128, 512, 3, 3), True),
+        "few pixels, little to multiply": ((8, 64, 7, 7), (16, 64, 3, 3), False),
+        "one image, much to multiply": ((1, 1024, 7, 7), (512, 1024, 3, 3), False),
+        "no Winograd arithmetic": ((1, 64, 32, 32), (16, 64, 5, 5), False),
+    }.values(),
+)
+def test_a_step_on_a_processor_runs_on_the_kernel_where_that_pays(size, filters, ours):
+    x = torch.randn(size).to(memory_format=torch.channels_last)
+    basis, coefficients = torch.randn(filters, requires_grad=True), torch.randn(24, filters[0])
+    with Asked() as asked:
+        basis_conv2d(x, basis, coefficients, padding=1)
+    assert ("basis_conv2d_maps" in asked.names or "basis_conv2d" in asked.names) == ours
+    assert ("convolution" in asked.names) != ours

@@ -266,7 +266,7 @@ bool check(Random random, Isa isa) {
   w.dtype = TypeOf<T>::value;
   const CpuPack pack = cpu_pack(w, isa);
   const int64_t threads = random.between(1, 3);
-  const Packing packing = random.coin() ? Packing::before : Packing::within;
+  const Packing packing = random.coin() ? Packing::ahead : Packing::in_call;
   const bool filters_last = random.coin();
   std::ostringstream words;
   words << isa_name(isa) << " dtype " << static_cast<int>(w.dtype) << " N" << p.N << " C" << w.C << " H" << p.H << " W"
