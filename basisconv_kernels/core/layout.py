@@ -8,6 +8,8 @@ from torch import Tensor
 
 from basisconv_kernels.core.checks import Pair, Quad
 
+SMALL = 8  # pixels of a map's shorter side, see convolution_backward
+
 
 def memory_format(input: Tensor) -> torch.memory_format:
     """The layout that the strides of ``input`` [N, C, H, W] state, and that the result gets: channels_last or NCHW.
@@ -57,6 +59,41 @@ def conv2d(
             input = F.pad(input, (padding[1], padding[1] - unread))
             stride, padding = (stride[0], 1), (padding[0], 0)
     return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+
+
+def convolution_backward(
+    grad_output: Tensor | None,
+    input: Tensor,
+    weight: Tensor,
+    bias_size: list[int] | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``aten.convolution_backward``, kept away from faults of it: d input, d weight and d bias, as far as wanted.
+
+    16-bit tensors on a processor: where maps are small and a stride, a dilation or a filter reaches far in them,
+    PyTorch 2.13 (oneDNN on AMX) gives wrong gradients of the weight, or touches memory beside its own. These are
+    computed in float32 and rounded.
+    """
+    half = input.dtype in (torch.bfloat16, torch.float16) and input.device.type == "cpu"
+    if half and _reaches_far(input, weight, stride, dilation):
+        wide = (None if t is None else t.float() for t in (grad_output, input, weight))
+        found = torch.ops.aten.convolution_backward(
+            *wide, bias_size, stride, padding, dilation, False, [0, 0], groups, wanted
+        )
+        narrow = (None if t is None else t.to(input.dtype) for t in found)
+        return tuple(narrow)  # type: ignore[return-value]
+    return torch.ops.aten.convolution_backward(
+        grad_output, input, weight, bias_size, stride, padding, dilation, False, [0, 0], groups, wanted
+    )
+
+
+def _reaches_far(input: Tensor, weight: Tensor, stride: Pair, dilation: Pair) -> bool:
+    far = (*stride, *dilation) != (1, 1, 1, 1) or input.shape[2] < weight.shape[2] or input.shape[3] < weight.shape[3]
+    return far and min(input.shape[2:]) < SMALL
 
 
 def symmetric(input: Tensor, padding: Quad) -> tuple[Tensor, Pair]:

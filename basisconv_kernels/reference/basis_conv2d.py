@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from basisconv_kernels.core.checks import Pair, Quad
-from basisconv_kernels.core.layout import cast, conv2d
+from basisconv_kernels.core.layout import cast, conv2d, convolution_backward
 from basisconv_kernels.core.layout import laid_out as laid_out
 from basisconv_kernels.core.layout import memory_format as memory_format
 from basisconv_kernels.core.layout import symmetric as symmetric
@@ -153,7 +153,6 @@ def backward(
     mixing = coefficients.view(*coefficients.shape, 1, 1)
     mixing_groups = coefficient_groups(coefficients, basis_weight.shape[0], groups)
     padded, pad = symmetric(input, padding)
-    conv_backward = torch.ops.aten.convolution_backward.default
 
     d_maps = d_input = d_basis = d_coefficients = d_bias = None
     if wanted[2] or wanted[0] or wanted[1]:
@@ -165,16 +164,15 @@ def backward(
                 else grad_output.new_empty(grad_output.shape[0], basis_weight.shape[0], *grad_output.shape[2:])
             )
         with_bias = wanted[2] and wanted[3]  # one pass over grad_output for both
-        d_maps, d_mixing, d_bias = conv_backward(
-            grad_output, maps, mixing, [mixing.shape[0]] if with_bias else None,
-            [1, 1], [0, 0], [1, 1], False, [0, 0], mixing_groups, [wanted[0] or wanted[1], wanted[2], with_bias],
+        d_maps, d_mixing, d_bias = convolution_backward(
+            grad_output, maps, mixing, [mixing.shape[0]] if with_bias else None, (1, 1), (0, 0), (1, 1), mixing_groups,
+            [wanted[0] or wanted[1], wanted[2], with_bias],
         )  # fmt: skip
         d_coefficients = d_mixing.flatten(1) if wanted[2] else None
     if wanted[0] or wanted[1]:
-        d_padded, d_basis, _ = conv_backward(
-            d_maps, padded, basis_weight, None, stride, pad, dilation, False, [0, 0], groups,
-            [wanted[0], wanted[1], False],
-        )  # fmt: skip
+        d_padded, d_basis, _ = convolution_backward(
+            d_maps, padded, basis_weight, None, stride, pad, dilation, groups, [wanted[0], wanted[1], False]
+        )
         d_input = d_padded
         if wanted[0] and padded is not input:
             top, _, left, _ = padding

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from basisconv_kernels.core.checks import Pair, Quad
-from basisconv_kernels.core.layout import cast, conv2d, laid_out, memory_format, symmetric
+from basisconv_kernels.core.layout import cast, conv2d, convolution_backward, laid_out, memory_format, symmetric
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -204,7 +204,7 @@ def _convolution_backward(
     dilation: Pair = (1, 1),
 ) -> tuple[Tensor | None, Tensor | None]:
     """(d input, d weight) of one convolution, by PyTorch's own kernels."""
-    d_input, d_weight, _ = torch.ops.aten.convolution_backward(
-        grad_output, input, weight, None, stride, padding, dilation, False, [0, 0], 1, [*wanted, False]
+    d_input, d_weight, _ = convolution_backward(
+        grad_output, input, weight, None, stride, padding, dilation, 1, [*wanted, False]
     )
     return d_input if wanted[0] else None, d_weight if wanted[1] else None

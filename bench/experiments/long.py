@@ -15,7 +15,7 @@ TAUGHT: Any = {"orthogonality": 1e-3, "distill": 0.9}
 BITS: Any = {"epochs": 15, "lr": 1e-3, "warm_up": 0.05, "optimizer": "adam"}
 
 
-def _at(macs: float, seeds: tuple[int, ...]) -> tuple[Experiment, ...]:
+def _at(macs: float) -> tuple[Experiment, ...]:
     """Pruning, Tucker and the two together at one share of the MACs: whose accuracies are equal tells the gain."""
     share = f"{100 * macs:.0f}"
     prune, tucker = Stage(PruneConfig(macs=macs), **AGAIN), Stage(TuckerConfig(macs=macs), **AGAIN)
@@ -30,7 +30,6 @@ def _at(macs: float, seeds: tuple[int, ...]) -> tuple[Experiment, ...]:
             "small-vgg",
             "vgg-cycle",
             stages,
-            seeds=seeds,
             twin="vgg-cycle-more",
         )
         for name, stages in (("prune", (prune,)), ("tucker", (tucker,)), ("prune-tucker", both))
@@ -149,7 +148,7 @@ LONG = (
         "wide-cycle",
         (Stage(BinaryConfig(), **BITS),),
     ),
-    *_at(0.25, (0, 1, 2)),
-    *_at(0.4, (0,)),
-    *_at(0.15, (0,)),
+    *_at(0.25),
+    *_at(0.4),
+    *_at(0.15),
 )
