@@ -1,4 +1,4 @@
-"""Memory formats and padding of feature maps [N, C, H, W]: what the references of all convolutions share."""
+"""Memory formats, padding and PyTorch's convolution of maps [N, C, H, W]: what all references share."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from basisconv_kernels.core.checks import Pair, Quad
 
+HALF = (torch.bfloat16, torch.float16)
 SMALL = 8  # pixels of a map's shorter side, see convolution_backward
 
 
@@ -78,7 +79,7 @@ def convolution_backward(
     PyTorch 2.13 (oneDNN on AMX) gives wrong gradients of the weight, or touches memory beside its own. These are
     computed in float32 and rounded.
     """
-    half = input.dtype in (torch.bfloat16, torch.float16) and input.device.type == "cpu"
+    half = input.dtype in HALF and input.device.type == "cpu"
     if half and _reaches_far(input, weight, stride, dilation):
         wide = (None if t is None else t.float() for t in (grad_output, input, weight))
         found = torch.ops.aten.convolution_backward(

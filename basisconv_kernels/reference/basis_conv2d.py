@@ -13,12 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from basisconv_kernels.core.checks import Pair, Quad
+from basisconv_kernels.core.layout import HALF as HALF
 from basisconv_kernels.core.layout import cast, conv2d, convolution_backward
 from basisconv_kernels.core.layout import laid_out as laid_out
 from basisconv_kernels.core.layout import memory_format as memory_format
 from basisconv_kernels.core.layout import symmetric as symmetric
-
-HALF = (torch.bfloat16, torch.float16)
 
 
 class Gradients(NamedTuple):

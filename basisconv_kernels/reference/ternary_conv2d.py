@@ -17,12 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from basisconv_kernels.core.checks import Pair, Quad
+from basisconv_kernels.core.layout import HALF as HALF
 from basisconv_kernels.core.layout import cast, conv2d, laid_out, memory_format, symmetric
 from basisconv_kernels.core.packed import WORD_BITS
 from basisconv_kernels.core.packed import pack_planes as pack_bits
 from basisconv_kernels.core.packed import unpack_planes as unpack_bits
-
-HALF = (torch.bfloat16, torch.float16)
 
 
 class Gradients(NamedTuple):

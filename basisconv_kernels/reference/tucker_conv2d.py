@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from basisconv_kernels.core.checks import Pair, Quad
+from basisconv_kernels.core.layout import HALF as HALF
 from basisconv_kernels.core.layout import cast, conv2d, convolution_backward, laid_out, memory_format, symmetric
-
-HALF = (torch.bfloat16, torch.float16)
 
 
 class Gradients(NamedTuple):

@@ -18,22 +18,18 @@
 namespace basisconv {
 namespace BASISCONV_ISA {
 
-// Whether these weights are transformed, and if so one register of taps of them: that is done to floats only.
-static bool transform([[maybe_unused]] const CpuPack& pack, [[maybe_unused]] const float* taps,
+// One register of taps to the positions of Winograd's form; only floats are ever transformed.
+static void transform([[maybe_unused]] const CpuPack& pack, [[maybe_unused]] const float* taps,
                       [[maybe_unused]] float* transformed) {
 #if !defined(BASISCONV_PAIRS)
-  if (pack.variant == CpuVariant::winograd) {
-    if (pack.position_rows == 5) {
-      transform_filter<Form<2, 2>>(taps, transformed);
-    } else if (pack.tile_width == 4) {
-      transform_filter<Form<1, 4>>(taps, transformed);
-    } else {
-      transform_filter<Form<1, 2>>(taps, transformed);
-    }
-    return true;
+  if (pack.position_rows == 5) {
+    transform_filter<Form<2, 2>>(taps, transformed);
+  } else if (pack.tile_width == 4) {
+    transform_filter<Form<1, 4>>(taps, transformed);
+  } else {
+    transform_filter<Form<1, 2>>(taps, transformed);
   }
 #endif
-  return false;
 }
 
 // One register of packed filters at a time: its lanes' taps side by side, transformed if need be, then stored by
@@ -75,7 +71,8 @@ static void pack_filters(const BasisConv2dWeights& w, const CpuPack& pack, const
             for (int64_t at = 0; at < kRegisterValues; at++) side_by_side[t * kRegisterValues + at] = g[places[at]];
           }
           if (pack.filters_size > 0) {
-            const float* from = transform(pack, side_by_side, transformed) ? transformed : side_by_side;
+            if (winograd) transform(pack, side_by_side, transformed);
+            const float* from = winograd ? transformed : side_by_side;
             for (int64_t row = 0; row < pack.positions / columns; row++) {
               for (int64_t column = 0; column < columns; column++, from += kRegisterValues) {
                 store(packed + first + row * next_row + column * next_column + i * kRegisterValues, from);

@@ -37,8 +37,8 @@ int64_t pixel_tiles(const BinaryConv2dParams& p, const BinaryPlan& plan) {
 
 // Nanoseconds of one thread, fitted to 486 layers that were run both ways on an Intel Xeon with AMX: 1 to 56 pixels a
 // side, 3 to 512 channels, 8 to 512 filters, groups, strides and codes. Wherever the two differed by more than a
-// seventh, these tell the quicker one. Layers whose sums wait (BinaryPlan::block) take less by a fifth since: they have
-// so much to multiply that products are chosen anyway.
+// seventh, these tell the quicker one. Layers whose sums wait (BinaryPlan::block) take a fifth less than
+// products_time says.
 double counts_time(const BinaryConv2dParams& p, const BinaryPack& pack) {
   const BinaryConv2dWeights& w = p.weights;
   const double pixels = static_cast<double>(p.N * p.OH * p.OW * p.planes);

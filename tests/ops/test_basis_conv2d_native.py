@@ -20,7 +20,7 @@ OTHER_SETS = [name for name in CPU.get("built", []) if name != CPU["in_use"]]
 
 PROGRAM = """
 import functools, sys, torch
-from basisconv_kernels import basis_conv2d, basis_conv2d_pack, testing
+from basisconv_kernels import basis_conv2d, testing
 from basisconv_kernels.core import extension
 torch.set_num_threads(1)
 kernel = functools.partial(basis_conv2d, backend="cpu")
