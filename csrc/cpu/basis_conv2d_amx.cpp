@@ -1,185 +1,109 @@
 // basis_conv2d for bfloat16 on the matrix unit of x86 (AMX): both stages as products of 16x32 by 32x16 tiles.
 //
-// Four tiles of pixels at a time go through both stages: a tile of filters, or of coefficients, is loaded once for the
-// four, which keeps the loads, from the second-level cache too, under the 16 cycles that each product takes. Sums are
-// kept in float; z is rounded to bfloat16 once, which is also the operand of stage 2. `precise` and very few channels
-// run on the vector kernels instead. Test: tests/ops/test_basis_conv2d.py with BASISCONV_CPU_ISA=amx. Bench: python -m
-// bench run --suite C3.
+// Up to six tiles of pixels at a time go through a stage: a tile of filters, or of coefficients, is loaded once for all
+// of them, which keeps the loads, from the second-level cache too, under the 16 cycles that each product takes. Sums
+// are kept in float; z is rounded to bfloat16 once, which is also the operand of stage 2. Input rows are copied into a
+// band, or read where they lie (basis_conv2d_amx_columns.h). `precise` and very few channels run on the vector kernels
+// instead. Test: tests/ops/test_basis_conv2d.py with BASISCONV_CPU_ISA=amx. Bench: python -m bench run --suite C3.
 #include "basis_conv2d.h"
 #include "basis_conv2d_amx_band.h"
+#include "basis_conv2d_amx_columns.h"
+#include "basis_conv2d_amx_products.h"
 #include "basis_conv2d_amx_store.h"
 #include "basis_conv2d_filters.h"
 
 namespace basisconv {
 namespace BASISCONV_ISA {
 
-// The rows of a product are those of its first factor: pixels (channels_last, and stage 1), or outputs (NCHW).
-enum class Rows { pixels, outputs };
-
-// Accumulator 0, and so on. The intrinsics take numbers of tiles as they are written only, no template's.
-template <Rows ROWS>
-static BASISCONV_INLINE void product0() {
-  if constexpr (ROWS == Rows::pixels) {
-    _tile_dpbf16ps(0, 4, 6);
-  } else {
-    _tile_dpbf16ps(0, 6, 4);
-  }
-}
-template <Rows ROWS>
-static BASISCONV_INLINE void product1() {
-  if constexpr (ROWS == Rows::pixels) {
-    _tile_dpbf16ps(1, 5, 6);
-  } else {
-    _tile_dpbf16ps(1, 6, 5);
-  }
-}
-template <Rows ROWS>
-static BASISCONV_INLINE void product2() {
-  if constexpr (ROWS == Rows::pixels) {
-    _tile_dpbf16ps(2, 4, 6);
-  } else {
-    _tile_dpbf16ps(2, 6, 4);
-  }
-}
-template <Rows ROWS>
-static BASISCONV_INLINE void product3() {
-  if constexpr (ROWS == Rows::pixels) {
-    _tile_dpbf16ps(3, 5, 6);
-  } else {
-    _tile_dpbf16ps(3, 6, 5);
-  }
-}
-
-// Tile t of sums, kBlock floats after the one before, its rows kOutputs apart = sum over i of the pixels at
-// pixels[t] + steps[i] times tile i of the weights.
-template <int TILES, Rows ROWS>
-static void multiply(const bf16* const* pixels, int64_t pixel_row, const int64_t* steps, int64_t count,
-                     const bf16* weights, float* sums) {
-  static_assert(1 <= TILES && TILES <= kTogether);
-  _tile_zero(0);
-  if constexpr (TILES > 1) _tile_zero(1);
-  if constexpr (TILES > 2) _tile_zero(2);
-  if constexpr (TILES > 3) _tile_zero(3);
-  for (int64_t i = 0; i < count; i++, weights += kTile) {
-    const int64_t at = steps[i];
-    _tile_loadd(6, weights, kTileRow);
-    _tile_loadd(4, pixels[0] + at, pixel_row);
-    product0<ROWS>();
-    if constexpr (TILES > 1) {
-      _tile_loadd(5, pixels[1] + at, pixel_row);
-      product1<ROWS>();
-    }
-    if constexpr (TILES > 2) {
-      _tile_loadd(4, pixels[2] + at, pixel_row);
-      product2<ROWS>();
-    }
-    if constexpr (TILES > 3) {
-      _tile_loadd(5, pixels[3] + at, pixel_row);
-      product3<ROWS>();
-    }
-  }
-  _tile_stored(0, sums, kOutputs * 4);
-  if constexpr (TILES > 1) _tile_stored(1, sums + kBlock, kOutputs * 4);
-  if constexpr (TILES > 2) _tile_stored(2, sums + 2 * kBlock, kOutputs * 4);
-  if constexpr (TILES > 3) _tile_stored(3, sums + 3 * kBlock, kOutputs * 4);
-}
-
-template <Rows ROWS>
-static void multiply(int64_t tiles, const bf16* const* pixels, int64_t pixel_row, const int64_t* steps, int64_t count,
-                     const bf16* weights, float* sums) {
-  switch (tiles) {
-    case 1:
-      return multiply<1, ROWS>(pixels, pixel_row, steps, count, weights, sums);
-    case 2:
-      return multiply<2, ROWS>(pixels, pixel_row, steps, count, weights, sums);
-    case 3:
-      return multiply<3, ROWS>(pixels, pixel_row, steps, count, weights, sums);
-    default:
-      return multiply<4, ROWS>(pixels, pixel_row, steps, count, weights, sums);
-  }
-}
-
 struct Amx {
   const BasisConv2dParams& params;
   const CpuPlan& plan;
   InputBand band;
+  Columns columns;
   const bf16* filters;
   const bf16* coefficients;  // [mixing groups][K/16][slots/32] tiles [pairs][16 outputs][2]   (channels_last)
   const bf16* planar;        // [mixing groups][K/16][slots/32] tiles [16 outputs][32 maps]    (NCHW)
   Store store;
-  bf16* maps;             // z, rounded: [plan.tiles][16][all maps]
-  bf16* turned;           // NCHW, z of a mixing group: [kTogether][slots/32] tiles [pairs][16 pixels][2]
-  float* sums;            // of two filter blocks, then of a block of outputs, the one before beside it
-  const int64_t* taps;    // for stage 1
-  const int64_t* places;  // of maps for stage 2
+  bf16* maps;          // z, rounded: [tiles][16][all maps]
+  bf16* turned;        // NCHW, z of a mixing group: [kTogether][slots/32] tiles [pairs][16 pixels][2]
+  float* sums;         // of two filter blocks, then of a block of outputs, the one before beside it
+  const Step* taps;    // for stage 1 from the band
+  const Step* places;  // of maps for stage 2
   int64_t all_maps;
 
-  // z of `count` tiles, at most kTogether.
+  // Sums of block `index`, beside those of the block before; from a column of 16 on.
+  float* sums_of(int64_t index) const { return sums + index % 2 * kTogether * kBlock; }
+  Sums into(int64_t index, int64_t column, int64_t count) const {
+    Sums to{{}, kOutputs * 4};
+    for (int64_t t = 0; t < count; t++) to.tiles[t] = sums_of(index) + t * kBlock + column;
+    return to;
+  }
+
+  // z of `count` tiles of the band, at most kTogether.
   void stage1(const PixelTile* tiles, int64_t count, bf16* to) const {
     const BasisConv2dWeights& w = params.weights;
     const CpuPack& pack = plan.pack;
     const int64_t steps = pack.channel_blocks * w.R * w.S;
-    const bf16* pixels[kTogether];
+    Pixels pixels{{}, count, kTileRow};
     for (int64_t group = 0; group < w.groups; group++) {
       for (int64_t t = 0; t < count; t++) {
-        pixels[t] = band.pixels(group * pack.channel_blocks) + tiles[t].start * kDepth;
+        pixels.tiles[t] = band.pixels(group * pack.channel_blocks) + tiles[t].start * kDepth;
       }
       const bf16* weights = filters + group * pack.group_size;
-      for (int64_t f = 0; f < pack.filter_blocks; f += 2) {
-        float* now = sums + f / 2 % 2 * kTogether * kBlock;
-        multiply<Rows::pixels>(count, pixels, kTileRow, taps, steps, weights + f * steps * kTile, now);
-        if (f + 1 < pack.filter_blocks) {
-          multiply<Rows::pixels>(count, pixels, kTileRow, taps, steps, weights + (f + 1) * steps * kTile, now + kSide);
-        }
-        if (f > 0) round(sums + (f / 2 - 1) % 2 * kTogether * kBlock, count, group, f - 2, to);
+      for (int64_t f = 0; f < pack.filter_blocks; f++, weights += steps * kTile) {
+        multiply<Rows::pixels>(pixels, taps, steps, weights, into(f / 2, f % 2 * kSide, count));
+        // While the matrix unit works at two filter blocks, the vector units round the two before.
+        const bool both = f % 2 == 1 || f + 1 == pack.filter_blocks;
+        if (both && f > 1) round(f / 2 - 1, count, group, to);
       }
-      const int64_t last = (pack.filter_blocks - 1) / 2;
-      round(sums + last % 2 * kTogether * kBlock, count, group, 2 * last, to);
+      round((pack.filter_blocks - 1) / 2, count, group, to);
     }
   }
 
   // Two filter blocks. Maps that only fill up a tile are zeros: an infinite input times a filter of zeros is NaN.
-  void round(const float* of, int64_t count, int64_t group, int64_t filter_block, bf16* to) const {
-    const int64_t rest = params.weights.Q / params.weights.groups - filter_block * kSide;
+  void round(int64_t pair, int64_t count, int64_t group, bf16* to) const {
+    const float* of = sums_of(pair);
+    const int64_t rest = params.weights.Q / params.weights.groups - pair * kDepth;
     const __mmask32 real = rest < kDepth ? (__mmask32{1} << rest) - 1 : ~__mmask32{0};
-    to += group * plan.pack.maps + filter_block * kSide;
+    to += group * plan.pack.maps + pair * kDepth;
     for (int64_t i = 0; i < count * kSide; i++, of += kOutputs, to += all_maps) {
       const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(Vec::load(of + kSide), Vec::load(of));
       _mm512_storeu_si512(to, _mm512_maskz_mov_epi16(real, both));
     }
   }
 
-  void stage2(const PixelTile* tiles, int64_t count, const bf16* from) const {
+  void stage2(const PixelTile* tiles, int64_t count, int64_t image, const bf16* from) const {
     const BasisConv2dWeights& w = params.weights;
     const CpuPack& pack = plan.pack;
     const int64_t outputs = w.K / w.mixing_groups, depth = pack.slots / kDepth;
     const int64_t width = params.channels_last ? kOutputs : kSide;
-    const bf16* pixels[kTogether];
+    Pixels pixels{{}, count, params.channels_last ? all_maps * 2 : kTileRow};
     for (int64_t group = 0; group < w.mixing_groups; group++) {
       const bf16* source = from + group * (w.groups / w.mixing_groups) * pack.maps;
       for (int64_t t = 0; t < count; t++) {
-        pixels[t] = source + t * kSide * all_maps;
-        if (!params.channels_last) pixels[t] = turn(pixels[t], turned + t * depth * kTile, depth);
+        pixels.tiles[t] = source + t * kSide * all_maps;
+        if (!params.channels_last) pixels.tiles[t] = turn(pixels.tiles[t], turned + t * depth * kTile, depth);
       }
       stores_before_tile_loads();
-      Block before{};
+      const auto finish = [&](int64_t k) BASISCONV_LAMBDA {
+        const int64_t of_block = outputs - k < width ? outputs - k : width;
+        store(params, {sums_of(k / width), tiles, count, image, group * outputs + k, of_block});
+      };
       for (int64_t k = 0; k < outputs; k += width) {
         const int64_t tile = (group * pack.panels + k / kSide) * depth * kTile;
-        float* now = sums + k / width % 2 * kTogether * kBlock;
         if (params.channels_last) {
-          multiply<Rows::pixels>(count, pixels, all_maps * 2, places, depth, coefficients + tile, now);
+          const bf16* weights = coefficients + tile;
+          multiply<Rows::pixels>(pixels, places, depth, weights, into(k / width, 0, count));
           if (k + kSide < outputs) {
-            multiply<Rows::pixels>(count, pixels, all_maps * 2, places, depth, coefficients + tile + depth * kTile,
-                                   now + kSide);
+            multiply<Rows::pixels>(pixels, places, depth, weights + depth * kTile, into(k / width, kSide, count));
           }
         } else {
-          multiply<Rows::outputs>(count, pixels, kTileRow, places, depth, planar + tile, now);
+          multiply<Rows::outputs>(pixels, places, depth, planar + tile, into(k / width, 0, count));
         }
         // While the matrix unit works at one block, the vector units finish the one before.
-        if (k > 0) store(params, before);
-        before = {now, tiles, count, band.image(), group * outputs + k, outputs - k < width ? outputs - k : width};
+        if (k > 0) finish(k - width);
       }
-      store(params, before);
+      finish((outputs - 1) / width * width);
     }
   }
 
@@ -195,9 +119,9 @@ struct Amx {
   }
 
   // z for the backward.
-  void keep_maps(const PixelTile* tiles, int64_t count) const {
+  void keep_maps(const PixelTile* tiles, int64_t count, int64_t image) const {
     const BasisConv2dWeights& w = params.weights;
-    const int64_t group_maps = w.Q / w.groups, plane = params.OH * params.OW, image = band.image();
+    const int64_t group_maps = w.Q / w.groups, plane = params.OH * params.OW;
     bf16* const to = static_cast<bf16*>(params.maps);
     for (int64_t t = 0; t < count; t++) {
       int64_t pixel = tiles[t].output;
@@ -227,17 +151,46 @@ struct Amx {
       for (int64_t t = 0; t < count; t++) at[t] = plan.band.tile(done + t, oy, rows);
       band.fill_for(at[count - 1].row);
       stores_before_tile_loads();
-      const int64_t share = even_share(count, kTogether);
-      const auto together = [&](int64_t t) BASISCONV_LAMBDA { return count - t < share ? count - t : share; };
-      for (int64_t t = 0; t < count; t += share) stage1(at + t, together(t), maps_of(t));
-      if (params.maps) keep_maps(at, count);
-      for (int64_t t = 0; t < count; t += share) stage2(at + t, together(t), maps_of(t));
+      in_shares(count, [&](int64_t t, int64_t together) { stage1(at + t, together, maps_of(t)); });
+      rest(at, count, image);
     }
+  }
+
+  // The same where the input lies.
+  void pass(const Part& part) const {
+    const int64_t pixels = part.rows * params.OW, count = (pixels + kSide - 1) / kSide;
+    PixelTile at[kAmxMostTiles];
+    for (int64_t t = 0; t < count; t++) {
+      const int64_t left = pixels - t * kSide;
+      at[t] = {0, part.oy * params.OW + t * kSide, 0, left < kSide ? (1u << left) - 1 : 0xFFFFu};
+    }
+    columns.run(part, maps, all_maps);
+    rest(at, count, part.image);
+  }
+
+  // What follows stage 1.
+  void rest(const PixelTile* tiles, int64_t count, int64_t image) const {
+    if (params.maps) keep_maps(tiles, count, image);
+    in_shares(count, [&](int64_t t, int64_t together) { stage2(tiles + t, together, image, maps_of(t)); });
+  }
+
+  template <typename Run>
+  static void in_shares(int64_t count, const Run& run) {
+    const int64_t share = even_share(count, kTogether);
+    for (int64_t t = 0; t < count; t += share) run(t, count - t < share ? count - t : share);
   }
   bf16* maps_of(int64_t tile) const { return maps + tile * kSide * all_maps; }
 
   void run(int64_t begin, int64_t end) {
-    plan.band.each_pass(begin, end, [&](int64_t image, int64_t oy, int64_t rows) { pass(image, oy, rows); });
+    if (!plan.in_place) {
+      plan.band.each_pass(begin, end, [&](int64_t image, int64_t oy, int64_t rows) { pass(image, oy, rows); });
+      return;
+    }
+    while (begin < end) {
+      const Part part = columns.part_from(begin / params.OH, begin % params.OH, end - begin);
+      pass(part);
+      begin += part.rows;
+    }
   }
 };
 
@@ -246,19 +199,23 @@ static void run(const BasisConv2dParams& params, const CpuPlan& plan, float* scr
   const BasisConv2dWeights& w = params.weights;
   float* maps = scratch + plan.ring_size;
   float* turned = maps + plan.maps_size;
-  float* sums = turned + plan.turned_size;
+  float* columns = turned + plan.turned_size;
+  float* sums = columns + plan.partial_size;
   const bf16* filters = static_cast<const bf16*>(params.packed);
   const bf16* coefficients = filters + 2 * pack.filters_size;
   const bf16* planar = coefficients + 2 * pack.coefficients_size;
   const InputBand band(params, plan, reinterpret_cast<bf16*>(scratch));
-  const int64_t count = pack.channel_blocks * w.R * w.S, depth = pack.slots / kDepth;
-  int64_t* taps = new int64_t[count + depth];
-  for (int64_t i = 0; i < count; i++) taps[i] = band.tap(i / (w.R * w.S), i / w.S % w.R, i % w.S);
-  for (int64_t d = 0; d < depth; d++) taps[count + d] = d * (params.channels_last ? kDepth : kTile);
+  const int64_t taps = w.R * w.S, count = pack.channel_blocks * taps, depth = pack.slots / kDepth;
+  Step* steps = new Step[count + depth];
+  for (int64_t i = 0; i < count && !plan.in_place; i++) {
+    steps[i] = {band.tap(i / taps, i / w.S % w.R, i % w.S), i * kTile};
+  }
+  for (int64_t d = 0; d < depth; d++) steps[count + d] = {d * (params.channels_last ? kDepth : kTile), d * kTile};
   const TileRegisters registers;
   Amx{params,
       plan,
       band,
+      Columns(params, plan, filters, columns, steps),
       filters,
       coefficients,
       planar,
@@ -266,11 +223,11 @@ static void run(const BasisConv2dParams& params, const CpuPlan& plan, float* scr
       reinterpret_cast<bf16*>(maps),
       reinterpret_cast<bf16*>(turned),
       sums,
-      taps,
-      taps + count,
+      steps,
+      steps + count,
       w.groups * pack.maps}
       .run(begin, end);
-  delete[] taps;
+  delete[] steps;
 }
 
 static void pack(const BasisConv2dWeights& w, const CpuPack& pack, const BasisFilters& filters,

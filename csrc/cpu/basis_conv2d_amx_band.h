@@ -19,8 +19,6 @@ class InputBand {
     filled_ = 0;
   }
 
-  int64_t image() const { return image_; }
-
   // Place 0 of a channel block, and how far from it tap (r, s) of a block `blocks` later reads.
   const bf16* pixels(int64_t block) const { return memory_ + block * plane_; }
   int64_t tap(int64_t blocks, int64_t r, int64_t s) const { return blocks * plane_ + shape_.tap(r, s) * kDepth; }

@@ -5,10 +5,6 @@
 namespace basisconv {
 namespace BASISCONV_ISA {
 
-constexpr int kTogether = 4;                  // tiles of pixels that share each tile of weights
-constexpr int64_t kOutputs = 2 * kSide;       // of a block, channels_last: a cache line of bfloat16
-constexpr int64_t kBlock = kSide * kOutputs;  // sums of a pixel tile in a block
-
 // Sums [count][16 pixels][32 outputs] of outputs k ... k+outputs-1; NCHW: [count][16 outputs][16 pixels, and as
 // many places that nobody reads].
 struct Block {

@@ -12,5 +12,9 @@ constexpr int64_t kDepth = 32;             // channels (or maps) of a tile
 constexpr int64_t kTile = kSide * kDepth;  // bf16 of a tile
 constexpr int64_t kTileRow = 64;           // bytes
 
+constexpr int64_t kTogether = 6;              // tiles of pixels that share each tile of weights
+constexpr int64_t kOutputs = 2 * kSide;       // of a block, channels_last: a cache line of bfloat16
+constexpr int64_t kBlock = kSide * kOutputs;  // sums of a pixel tile in a block
+
 }  // namespace BASISCONV_ISA
 }  // namespace basisconv

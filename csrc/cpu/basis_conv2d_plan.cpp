@@ -88,9 +88,12 @@ int32_t tile_width_of(const BasisConv2dWeights& w) {
   return w.stride_h == 1 && w.dtype == DType::f32 && w.C / w.groups >= kWideTileChannels ? 4 : 2;
 }
 
-constexpr int64_t kAmxSide = 16, kAmxDepth = 32, kAmxTogether = 4;
+constexpr int64_t kAmxSide = 16, kAmxDepth = 32, kAmxTogether = 6;
 constexpr int64_t kAmxMapsFloats = 8 * 1024;  // z of the tiles that go through a stage together
-constexpr int64_t kBandFloats = 64 * 1024;    // input rows of a pass
+constexpr int64_t kAmxPartPixels = 128;
+constexpr int64_t kAmxManyProducts = 9;      // of a tile and a column of taps
+constexpr int64_t kAmxNearPart = 28 * 1024;  // bfloat16 values: a little more than the first-level cache
+constexpr int64_t kBandFloats = 64 * 1024;   // input rows of a pass
 
 CpuPack amx_pack(const BasisConv2dWeights& w) {
   CpuPack p{};
@@ -115,6 +118,33 @@ CpuPack amx_pack(const BasisConv2dWeights& w) {
   return p;
 }
 
+// Output rows of a part: of up to 128 pixels, those that leave least of the last tile empty.
+int64_t amx_rows(const BasisConv2dParams& params) {
+  int64_t best = 1, best_tiles = ceil_div(params.W, kAmxSide);
+  for (int64_t rows = 2; rows * std::max(params.W, params.OW) <= kAmxPartPixels; rows++) {
+    const int64_t tiles = ceil_div(rows * params.W, kAmxSide);
+    if (tiles * best <= best_tiles * rows) {
+      best = rows;
+      best_tiles = tiles;
+    }
+  }
+  return best;
+}
+
+// Whether columns of taps are summed apart, which needs whole tiles of the input where it lies. Several blocks of
+// filters read a part again: worth it where the part stays near and products outweigh the three sums that each tile
+// stores.
+bool amx_in_place(const BasisConv2dParams& params, const CpuPack& pack) {
+  const BasisConv2dWeights& w = params.weights;
+  const int64_t most = kAmxMostTiles * kAmxSide, channels = w.C / w.groups;
+  const bool fits = w.S == kAmxColumns && w.stride_h == 1 && w.stride_w == 1 && channels % kAmxDepth == 0 &&
+                    params.input_stride_c == 1 && params.input_stride_h == params.W * params.input_stride_w &&
+                    kAmxSide <= params.W && params.W <= most && params.OW <= most;
+  if (!fits || pack.filter_blocks == 1) return fits;
+  const int64_t part = (amx_rows(params) + w.R - 1) * params.W * channels;
+  return pack.channel_blocks * w.R >= kAmxManyProducts && part <= kAmxNearPart;
+}
+
 CpuPlan amx_plan(const BasisConv2dParams& params, const CpuPack& pack) {
   const BasisConv2dWeights& w = params.weights;
   CpuPlan p{};
@@ -123,14 +153,22 @@ CpuPlan amx_plan(const BasisConv2dParams& params, const CpuPack& pack) {
   p.chunk = pack.channel_blocks;
   p.band = {params.OH,    params.OW,      params.W,       w.R, w.S, w.stride_h, w.stride_w, w.dilation_h,
             w.dilation_w, params.pad_top, params.pad_left};
+  const int64_t maps_of_tile = kAmxSide * w.groups * pack.maps / 2;
+  p.turned_size = params.channels_last ? 0 : kAmxTogether * kAmxSide * pack.slots / 2;
+  p.products_size = 2 * kAmxTogether * kAmxSide * 2 * kAmxSide;
+  p.in_place = amx_in_place(params, pack);
+  if (p.in_place) {
+    p.rows = amx_rows(params);
+    p.maps_size = ceil_div(p.rows * params.OW, kAmxSide) * maps_of_tile;
+    p.partial_size = kAmxColumns * ceil_div(p.rows * params.W, kAmxSide) * kAmxSide * kAmxSide;
+    return p;
+  }
   const int64_t blocks = w.groups * pack.channel_blocks;
   p.band.fit(kBandFloats / (blocks * kAmxDepth / 2));
   p.ring_size = blocks * p.band.plane() * kAmxDepth / 2;
-  const int64_t maps_of_tiles = kAmxTogether * kAmxSide * w.groups * pack.maps / 2;
-  p.tiles = kAmxTogether * std::clamp<int64_t>(kAmxMapsFloats / maps_of_tiles, 1, kAmxMostTiles / kAmxTogether);
-  p.maps_size = p.tiles / kAmxTogether * maps_of_tiles;
-  p.turned_size = params.channels_last ? 0 : kAmxTogether * kAmxSide * pack.slots / 2;
-  p.products_size = 2 * kAmxTogether * kAmxSide * 2 * kAmxSide;
+  p.tiles = kAmxTogether *
+            std::clamp<int64_t>(kAmxMapsFloats / (kAmxTogether * maps_of_tile), 1, kAmxMostTiles / kAmxTogether);
+  p.maps_size = p.tiles * maps_of_tile;
   return p;
 }
 

@@ -69,7 +69,8 @@ inline int64_t winograd_taps_at(const CpuPack& p, int64_t filter_block, int64_t 
 constexpr int64_t kRowFiltersApart = 16;  // floats between positions transformed from taps: not 4 KiB from each other
 
 // The amx variant packs tiles of bfloat16 pairs instead: see basis_conv2d_amx.cpp.
-constexpr int64_t kAmxMostTiles = 16;  // CpuPlan::tiles at most
+constexpr int64_t kAmxMostTiles = 18;  // CpuPlan::tiles at most
+constexpr int64_t kAmxColumns = 3;     // of taps, where they are summed apart
 
 // Whether weights are packed ahead, all parts for calls of all sizes, or in the call and for it alone.
 enum class Packing { ahead, in_call };

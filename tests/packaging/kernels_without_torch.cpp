@@ -127,6 +127,13 @@ BasisConv2dParams draw(Random& random, int64_t& pad_bottom, int64_t& pad_right) 
     w.C = w.groups * random.between(280, 300);
     w.Q = w.groups * random.between(61, 80);
   }
+  // Or whole blocks of channels on wide maps, which the matrix unit reads where they lie.
+  const bool wide = !far && random.between(0, 7) == 0;
+  if (wide) {
+    w.groups = random.between(1, 2);
+    w.C = w.groups * 32 * random.between(1, 4);
+    w.Q = w.groups * random.between(1, 40);
+  }
   w.mixing_groups = random.coin() ? 1 : w.groups;
   w.K = w.mixing_groups * random.between(1, 37);
   const bool common = random.coin() || far;  // 3x3 with stride 1 or 2, without dilation, half of the time: Winograd
@@ -137,6 +144,10 @@ BasisConv2dParams draw(Random& random, int64_t& pad_bottom, int64_t& pad_right) 
   w.stride_w = common ? stride : random.between(1, 3);
   w.dilation_h = common ? 1 : random.between(1, 3);
   w.dilation_w = common ? 1 : random.between(1, 3);
+  if (wide) {
+    w.S = 3;
+    w.stride_h = w.stride_w = 1;
+  }
   w.precise = random.between(0, 3) == 0;
   const int64_t most = far ? 1 : 5, beyond = !far ? 9 : random.between(0, 3) == 0 ? 14 : 3;
   p.pad_top = random.between(0, most);
@@ -147,11 +158,12 @@ BasisConv2dParams draw(Random& random, int64_t& pad_bottom, int64_t& pad_right) 
   p.N = random.between(1, 3);
   p.H = std::max<int64_t>(1, reach_h - p.pad_top - pad_bottom) + random.between(0, beyond);
   p.W = std::max<int64_t>(1, reach_w - p.pad_left - pad_right) + random.between(0, beyond);
+  if (wide) p.W = std::max(p.W, random.between(16, 40));
   p.OH = (p.H + p.pad_top + pad_bottom - reach_h) / w.stride_h + 1;
   p.OW = (p.W + p.pad_left + pad_right - reach_w) / w.stride_w + 1;
   p.channels_last = random.coin();
   p.activation = static_cast<Activation>(random.between(0, 2));
-  const int64_t gap = random.between(0, 2);  // elements between pixels, or between rows
+  const int64_t gap = wide ? 0 : random.between(0, 2);  // elements between pixels, or between rows
   if (random.coin()) {
     p.input_stride_c = 1;
     p.input_stride_w = w.C + gap;

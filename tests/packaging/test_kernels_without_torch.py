@@ -168,7 +168,15 @@ PLANTED_FOR_EMULATION = {
         "avx512_bf16", "basis_conv2d_pair_rows.h", "_mm512_maskz_loadu_epi16(valid, from)", "_mm512_loadu_si512(from)",
         "expected|touched",
     ),
-    "another tile": ("amx", "basis_conv2d_amx.cpp", "_tile_dpbf16ps(1, 5, 6);", "_tile_dpbf16ps(1, 4, 6);", "expected"),
+    "another tile": (
+        "amx", "basis_conv2d_amx_products.h", "_tile_stored(1, sums.tiles[1]", "_tile_stored(1, sums.tiles[0]", "expected",
+    ),
+    "a tile beyond the image": (
+        "amx", "basis_conv2d_amx_columns.h", "std::min((t + i) * kSide, pixels - kSide)", "(t + i) * kSide", "touched",
+    ),
+    "a row of taps above the image": (
+        "amx", "basis_conv2d_amx_columns.h", "part.first_tap + r) * kColumns", "r) * kColumns", "expected",
+    ),
 }  # fmt: skip
 
 
