@@ -175,7 +175,7 @@ def _context(rows: Sequence[Row], latency: Sequence[Row]) -> list[str]:
     torches = sorted({row["versions"]["torch"] for row in rows})
     hours = sum(row["seconds"] for row in rows) / 3600
     lines = [
-        f"{len(rows)} trainings, {hours:.1f} hours, {', '.join(devices)}, {', '.join(torches)}, at commits "
+        f"{len(rows)} trainings, {hours:.1f} hours and what ran before some were resumed, {', '.join(devices)}, {', '.join(torches)}, at commits "
         f"{', '.join(commits)}. Accuracies are of the 8,000 test images that chose nothing."
     ]
     timed: dict[str, list[str]] = {}
