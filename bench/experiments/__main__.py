@@ -132,13 +132,14 @@ def _add(row: dict[str, Any], output: Path) -> None:
 @app.command("time")
 def measure_times(
     folder: Annotated[Path, typer.Option(help="Where run put the networks.")] = Path("out"),
+    weights: Annotated[Path, typer.Option(help="Folder of the published CIFAR ResNet checkpoints.")] = Path("."),
     seconds: Annotated[float, typer.Option(help="For each network.")] = 2.0,
     threads: Annotated[int, typer.Option(help="Of PyTorch.")] = 1,
     output: Annotated[Path, typer.Option(help="Times of other networks stay in it.")] = report.LATENCY,
 ) -> None:
     """Time the networks found beside the dense ones; keep the machine idle meanwhile."""
     torch.set_num_threads(threads)
-    found = latency.measure(folder, seconds)
+    found = latency.measure(folder, weights, seconds)
     rows = latency.merged(report.read(output), found)
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     output.write_text("".join(lines), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,31 +14,35 @@ from torch import nn
 import basisconv_kernels as bk
 from basisconv_kernels.core import timing
 from bench.experiments import setting
-from bench.experiments.run import finished
-from bench.experiments.table import TABLE
+from bench.experiments.run import finished, untrained
+from bench.experiments.table import TABLE, Experiment
 from bench.harness import machine
 
 BATCHES = (1, 16)
 
 
-def measure(folder: Path, seconds: float) -> list[dict[str, Any]]:
+def measure(folder: Path, weights: Path, seconds: float) -> list[dict[str, Any]]:
     """One row for each network kind and batch size: {experiment: ms a call}, the dense network under ``dense``.
 
+    An experiment is timed with the network of the first seed that is at hand; without one, with what conversion alone
+    makes of its start, if that is at hand.
+
     Args:
-        folder: where ``run`` put the networks of seed 0.
+        folder: where ``run`` put its networks.
+        weights: folder of the published weights.
         seconds: for each network.
     """
     rows = []
     for kind in dict.fromkeys(experiment.network for experiment in TABLE):
         example = torch.randn(setting.EXAMPLE, generator=torch.Generator().manual_seed(0))
         networks: dict[str, nn.Module] = {}
+        origins: dict[str, str] = {}
         for experiment in TABLE:
             trained_dense = all(stage.config is None for stage in experiment.stages) and experiment.layerwise is None
-            if experiment.network == kind and not trained_dense:
-                try:
-                    networks[experiment.name] = finished(experiment.name, 0, folder)
-                except FileNotFoundError:
-                    continue
+            if experiment.network != kind or trained_dense:
+                continue
+            if (found := _network(experiment, folder, weights)) is not None:
+                networks[experiment.name], origins[experiment.name] = found
         if not networks:
             continue
         networks = {"dense": setting.network(kind, 0), **networks}
@@ -51,6 +56,7 @@ def measure(folder: Path, seconds: float) -> list[dict[str, Any]]:
                 {
                     "network": kind,
                     "batch": batch,
+                    "networks": origins,
                     "ms": {name: round(series.scaled(1e3).spread().median, 4) for name, series in taken.items()},
                     "disturbed": round(timing.disturbed(taken.values()), 3),
                     "threads": torch.get_num_threads(),
@@ -70,6 +76,17 @@ def merged(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> list
     known = {name for row in new for name in row["ms"]} - {"dense"}
     kept = [row | {"ms": {name: ms for name, ms in row["ms"].items() if name not in known}} for row in old]
     return [*(row for row in kept if row["ms"].keys() - {"dense"}), *new]
+
+
+def _network(experiment: Experiment, folder: Path, weights: Path) -> tuple[nn.Module, str] | None:
+    """A network of an experiment's sizes, and which."""
+    for seed in experiment.seeds:
+        with contextlib.suppress(FileNotFoundError):
+            return finished(experiment.name, seed, folder), f"seed {seed}"
+    if experiment.layerwise is None and experiment.start != "random":
+        with contextlib.suppress(FileNotFoundError):
+            return untrained(experiment.name, weights, folder), "untrained"
+    return None
 
 
 def _inference(network: nn.Module, example: torch.Tensor) -> nn.Module:

@@ -175,16 +175,23 @@ def _context(rows: Sequence[Row], latency: Sequence[Row]) -> list[str]:
     torches = sorted({row["versions"]["torch"] for row in rows})
     hours = sum(row["seconds"] for row in rows) / 3600
     lines = [
-        f"{len(rows)} trainings, {hours:.1f} hours and what ran before some were resumed, {', '.join(devices)}, {', '.join(torches)}, at commits "
-        f"{', '.join(commits)}. Accuracies are of the 8,000 test images that chose nothing."
+        f"{len(rows)} trainings, {hours:.1f} hours and what ran before some were resumed, {', '.join(devices)}, "
+        f"{', '.join(torches)}, at commits {', '.join(commits)}. Accuracies are of the 8,000 test images that chose "
+        "nothing."
     ]
     timed: dict[str, list[str]] = {}
     for row in latency:
         where = f"{row['device']['cpu']} (family {row['device']['family']}), {row['threads']} thread"
         where += f", {row['versions']['torch']}, at commit {(row['git']['commit'] or 'unknown')[:10]}"
-        timed.setdefault(where, []).extend(name for name in row["ms"] if name != "dense")
+        timed.setdefault(where, []).extend(_timed(name, row) for name in row["ms"] if name != "dense")
     lines += [f"\nTimes on {where}: {', '.join(dict.fromkeys(names))}." for where, names in timed.items()]
     return lines
+
+
+def _timed(name: str, row: Row) -> str:
+    """An experiment, and which network of it was timed unless that of seed 0."""
+    origin = row.get("networks", {}).get(name, "seed 0")
+    return name if origin == "seed 0" else f"{name} ({origin})"
 
 
 def write(page: Path = PAGE, plots: Path = PLOTS) -> None:

@@ -115,6 +115,18 @@ def finished(name: str, seed: int, folder: Path) -> nn.Module:
     return bk.load(path, setting.network(BY_NAME[name].network, 0), pruned=True)
 
 
+def untrained(name: str, weights: Path, folder: Path) -> nn.Module:
+    """The network of an experiment's stages without their training: its sizes, or nearly, for timing alone."""
+    model = _start(BY_NAME[name], 0, weights, folder)
+    for stage in BY_NAME[name].stages:
+        torch.manual_seed(0)
+        if callable(stage.config):
+            model = stage.config(model)
+        elif stage.config is not None:
+            model, _ = bk.compress(model, stage.config, example_inputs=_example())
+    return model
+
+
 def _start(experiment: Experiment, seed: int, weights: Path, folder: Path) -> nn.Module:
     if experiment.start == "published":
         made = setting.published(experiment.network, weights)

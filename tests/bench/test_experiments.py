@@ -11,6 +11,7 @@ import typer
 
 pytest.importorskip("matplotlib")
 
+import basisconv_kernels as bk
 from basisconv_kernels import BinaryConfig, StackedBinaryConfig
 from basisconv_kernels.compression.tucker_config import TuckerConfig
 from basisconv_kernels.demo import data
@@ -178,6 +179,23 @@ def test_new_times_take_the_place_of_older_ones_and_leave_the_others():
     old, new = [row(1, a=2.0, b=3.0), row(16, a=4.0)], [row(1, a=5.0), row(16, a=6.0)]
     assert latency.merged(old, new) == [row(1, b=3.0), *new]
     assert latency.merged([], new) == new
+
+
+def test_times_are_of_a_network_at_hand_or_of_the_conversion_alone(tmp_path):
+    experiment = BY_NAME["vgg-tucker-40"]
+    assert latency._network(experiment, tmp_path, tmp_path) is None
+    assert latency._network(BY_NAME["resnet20-quarter"], tmp_path, tmp_path) is None
+    bk.save(setting.network("small-vgg", 0), tmp_path / "vgg-cycle-0.safetensors")
+    made, origin = latency._network(experiment, tmp_path, tmp_path)
+    assert origin == "untrained"
+    size = sum(parameter.numel() for parameter in made.parameters())
+    assert size < 0.5 * sum(parameter.numel() for parameter in setting.network("small-vgg", 0).parameters())
+    bk.save(made, tmp_path / "vgg-tucker-40-2.safetensors")
+    found, origin = latency._network(experiment, tmp_path, tmp_path)
+    assert origin == "seed 2"
+    assert all(torch.equal(a, b) for a, b in zip(found.parameters(), made.parameters(), strict=True))
+    assert report._timed("a", {"networks": {"a": "seed 2"}}) == "a (seed 2)"
+    assert report._timed("a", {"networks": {"a": "seed 0"}}) == report._timed("a", {}) == "a"
 
 
 def test_the_plot_times_a_dense_network_beside_those_that_start_from_it_or_are_held_against_it():

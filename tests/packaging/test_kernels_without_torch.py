@@ -169,7 +169,7 @@ PLANTED_FOR_EMULATION = {
         "expected|touched",
     ),
     "another tile": (
-        "amx", "basis_conv2d_amx_products.h", "_tile_stored(1, sums.tiles[1]", "_tile_stored(1, sums.tiles[0]", "expected",
+        "amx", "basis_conv2d_amx_products.h", "stored(1, sums.tiles[1]", "stored(1, sums.tiles[0]", "expected",
     ),
     "a tile beyond the image": (
         "amx", "basis_conv2d_amx_columns.h", "std::min((t + i) * kSide, pixels - kSide)", "(t + i) * kSide", "touched",
