@@ -49,7 +49,8 @@ class Experiment:
     Attributes:
         name: of rows and files.
         question: what it should show, with the figure hoped for.
-        network: ``resnet20``, ``resnet56``, ``small-vgg``, or ``wide-vgg`` with twice its channels.
+        network: ``resnet20``, ``resnet56``, ``small-vgg``, ``wide-vgg`` with twice its channels, ``vgg16``, or
+            ``googlenet``.
         start: ``published`` weights, ``random`` ones, or the name of another experiment, whose network of seed 0 it
             takes up, so that its seeds are those of its own training.
         stages: one after the other; empty with ``layerwise``.

@@ -15,7 +15,7 @@ TAUGHT: Any = {"orthogonality": 1e-3, "distill": 0.9}
 BITS: Any = {"epochs": 15, "lr": 1e-3, "warm_up": 0.05, "optimizer": "adam"}
 
 
-def _at(macs: float) -> tuple[Experiment, ...]:
+def _at(macs: float, network: str = "vgg", kind: str = "small-vgg", tier: int = 1) -> tuple[Experiment, ...]:
     """Pruning, Tucker and the two together at one share of the MACs: whose accuracies are equal tells the gain."""
     share = f"{100 * macs:.0f}"
     prune, tucker = Stage(PruneConfig(macs=macs), **AGAIN), Stage(TuckerConfig(macs=macs), **AGAIN)
@@ -25,14 +25,31 @@ def _at(macs: float) -> tuple[Experiment, ...]:
     question = "pruning, Tucker, or both at {} % of the MACs: which needs fewest at one accuracy"
     return tuple(
         Experiment(
-            f"vgg-{name}-{share}",
+            f"{network}-{name}-{share}",
             question.format(share),
-            "small-vgg",
-            "vgg-cycle",
+            kind,
+            f"{network}-cycle",
             stages,
-            twin="vgg-cycle-more",
+            tier=tier,
+            twin=f"{network}-cycle-more",
         )
         for name, stages in (("prune", (prune,)), ("tucker", (tucker,)), ("prune-tucker", both))
+    )
+
+
+def _dense(network: str) -> tuple[Experiment, ...]:
+    """A large network from random weights, and with the epochs that the compressed ones get."""
+    start = f"{network}-cycle"
+    return (
+        Experiment(start, "the dense network, from random weights", network, "random", (CYCLE,), tier=2, seeds=(0,)),
+        Experiment(
+            f"{start}-more",
+            f"the dense twin: {start} with the epochs that the compressed ones get",
+            network,
+            start,
+            (Stage(None, **AGAIN),),
+            tier=2,
+        ),
     )
 
 
@@ -151,4 +168,17 @@ LONG = (
     *_at(0.25),
     *_at(0.4),
     *_at(0.15),
+    *_dense("vgg16"),
+    Experiment(
+        "vgg16-quarter",
+        "BasisConv, basis and coefficients trained, at the published MACs ÷ 3.99",
+        "vgg16",
+        "vgg16-cycle",
+        (Stage(BasisConfig(macs=0.25, train_basis=True, basis_norm=True), **AGAIN, orthogonality=1e-3),),
+        tier=2,
+        twin="vgg16-cycle-more",
+    ),
+    *_at(0.25, "vgg16", "vgg16", tier=2),
+    *_dense("googlenet"),
+    *_at(0.4, "googlenet", "googlenet", tier=2),
 )

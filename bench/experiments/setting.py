@@ -13,6 +13,7 @@ from basisconv_kernels.compression.survey import evaluating
 from basisconv_kernels.core.registry import use_backend
 from basisconv_kernels.demo import data
 from basisconv_kernels.demo.networks import CifarResNet, SmallVGG
+from bench.experiments import networks
 from bench.experiments.graphed import DeviceImages, draw
 
 VALIDATION = 2_000  # of the 10,000 test images: published weights have seen all 50,000 training images
@@ -109,6 +110,8 @@ def test_accuracy(network: nn.Module) -> float:
 def network(kind: str, seed: int) -> nn.Module:
     """A network with random weights."""
     torch.manual_seed(seed)
+    if kind in ("vgg16", "googlenet"):
+        return networks.vgg16() if kind == "vgg16" else networks.googlenet()
     if kind.endswith("vgg"):
         return SmallVGG(3, NARROW_VGG) if kind == "small-vgg" else SmallVGG(3)
     return CifarResNet(int(kind.removeprefix("resnet")))

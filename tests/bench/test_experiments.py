@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import typer
+from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("matplotlib")
 
@@ -196,6 +197,20 @@ def test_times_are_of_a_network_at_hand_or_of_the_conversion_alone(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(found.parameters(), made.parameters(), strict=True))
     assert report._timed("a", {"networks": {"a": "seed 2"}}) == "a (seed 2)"
     assert report._timed("a", {"networks": {"a": "seed 0"}}) == report._timed("a", {}) == "a"
+
+
+def test_the_larger_networks_have_the_sizes_of_the_literature(tmp_path):
+    for kind, macs, parameters in (("vgg16", 313.2e6, 14.72e6), ("googlenet", 1_447e6, 5.87e6)):
+        made = setting.network(kind, 0).eval()
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            assert made(torch.randn(1, *setting.EXAMPLE[1:])).shape == (1, 10)
+        assert counter.get_total_flops() / 2 == pytest.approx(macs, rel=1e-3)
+        assert sum(parameter.numel() for parameter in made.parameters()) == pytest.approx(parameters, rel=1e-3)
+    bk.save(made, tmp_path / "googlenet-cycle-0.safetensors")
+    pruned = module.untrained("googlenet-prune-40", tmp_path, tmp_path).eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        pruned(torch.randn(1, *setting.EXAMPLE[1:]))
+    assert counter.get_total_flops() / 2 == pytest.approx(0.4 * macs, rel=1e-2)
 
 
 def test_the_plot_times_a_dense_network_beside_those_that_start_from_it_or_are_held_against_it():
