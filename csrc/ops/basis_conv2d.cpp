@@ -105,15 +105,8 @@ FilledBasisConv2d run(const BasisConv2dCall& call, const Tensor* packed, bool ke
   BasisConv2dParams& p = filled.params;
   const BasisConv2dWeights& w = p.weights;
   if (p.N == 0) return filled;
-  std::optional<Tensor> bias;
-  std::vector<float> zeros;
-  if (call.bias) {
-    bias = as_float(*call.bias);
-    p.bias = static_cast<const float*>(bias->const_data_ptr());
-  } else {
-    zeros.assign(w.K, 0.0f);
-    p.bias = zeros.data();
-  }
+  const PerOutput bias(call.bias, w.K, 0.0f);
+  p.bias = bias.values();
 
   const int64_t macs = p.N * p.OH * p.OW * (w.Q * (w.C / w.groups) * w.R * w.S + w.K * (w.Q / w.mixing_groups));
   const int64_t most = static_cast<int64_t>(torch::stable::get_num_threads());

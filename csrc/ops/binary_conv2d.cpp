@@ -148,11 +148,13 @@ Tensor run(const BinaryCall& call, const Tensor* packed, const BinarySettings& s
   }
   Tensor& result = *made;
   p.output = result.mutable_data_ptr();
-  std::optional<Factors> scales, biases;
+  std::optional<PerOutput> scales, biases;
   std::optional<Tensor> pixels;
   if (p.output_type != BinaryOutput::i32 && p.output_type != BinaryOutput::packed) {
-    p.scale = scales.emplace(scale, w.K, 1.0f, "scale").values;
-    p.bias = biases.emplace(bias, w.K, 0.0f, "bias").values;
+    check_per_output(scale, w.K, "scale");
+    check_per_output(bias, w.K, "bias");
+    p.scale = scales.emplace(scale, w.K, 1.0f).values();
+    p.bias = biases.emplace(bias, w.K, 0.0f).values();
     if (pixel_scale) {
       check_pixel_scale(p, *pixel_scale);
       pixels = as_float(*pixel_scale);

@@ -42,25 +42,11 @@ inline BinaryConv2dWeights describe(const Tensor& weight, bool words, int64_t ch
   return w;
 }
 
-// A factor or an offset an output, as [K] floats: the tensor's own where they are, else copies in `kept`.
-struct Factors {
-  std::optional<Tensor> converted;
-  std::vector<float> constant;
-  const float* values;
-
-  Factors(const std::optional<Tensor>& given, int64_t K, float otherwise, const char* name) {
-    if (!given) {
-      constant.assign(K, otherwise);
-      values = constant.data();
-      return;
-    }
-    STD_TORCH_CHECK(given->dim() == 1 && given->size(0) == K && given->is_cpu(), "binary_conv2d: ", name,
-                    " must be [K] on the CPU");
-    converted = as_float(*given);
-    values = static_cast<const float*>(converted->const_data_ptr());
-  }
-  Factors(const Factors&) = delete;
-};
+// Factors or offsets have one number an output.
+inline void check_per_output(const std::optional<Tensor>& given, int64_t K, const char* name) {
+  STD_TORCH_CHECK(!given || (given->dim() == 1 && given->size(0) == K && given->is_cpu()), "binary_conv2d: ", name,
+                  " must be [K] on the CPU");
+}
 
 // The arguments of a call that are no tensors, as numbers alone.
 struct BinarySettings {

@@ -164,25 +164,11 @@ ScalarType take_input(const Tensor& input, StackedBinaryConv2dParams& p) {
   return type;
 }
 
-// A factor or an offset an output, as [K] floats: the tensor's own where they are.
-struct PerOutput {
-  std::optional<Tensor> converted;
-  std::vector<float> constant;
-  const float* values;
-
-  PerOutput(const std::optional<Tensor>& given, int64_t K, float absent, const char* name) {
-    if (!given) {
-      constant.assign(K, absent);
-      values = constant.data();
-      return;
-    }
-    STD_TORCH_CHECK(given->dim() == 1 && given->size(0) == K && given->is_cpu(), "stacked_binary_conv2d: ", name,
-                    " must be [K] on the CPU");
-    converted = as_float(*given);
-    values = static_cast<const float*>(converted->const_data_ptr());
-  }
-  PerOutput(const PerOutput&) = delete;
-};
+// Factors or offsets have one number an output.
+void check_per_output(const std::optional<Tensor>& given, int64_t K, const char* name) {
+  STD_TORCH_CHECK(!given || (given->dim() == 1 && given->size(0) == K && given->is_cpu()),
+                  "stacked_binary_conv2d: ", name, " must be [K] on the CPU");
+}
 
 StackedSettings settings_of(const std::vector<int64_t>& bank_shape, const std::vector<int64_t>& index_shape,
                             const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
@@ -234,9 +220,11 @@ Tensor run(const Tensor& input, const Tensor& packed, const std::optional<Tensor
   p.OW = free_w / p.stride_w + 1;
   Tensor output = empty_maps(input, type, {p.N, w.K, p.OH, p.OW}, p.channels_last, memory);
   p.output = output.mutable_data_ptr();
-  const PerOutput factors(scale, w.K, 1.0f, "scale"), offsets(bias, w.K, 0.0f, "bias");
-  p.scale = factors.values;
-  p.bias = offsets.values;
+  check_per_output(scale, w.K, "scale");
+  check_per_output(bias, w.K, "bias");
+  const PerOutput factors(scale, w.K, 1.0f), offsets(bias, w.K, 0.0f);
+  p.scale = factors.values();
+  p.bias = offsets.values();
   StackedPack layout = stacked_pack(w, isa_in_use());
   const StackedPack matrix = stacked_matrix_pack(w, isa_in_use());
   STD_TORCH_CHECK(

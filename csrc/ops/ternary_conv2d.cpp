@@ -88,31 +88,14 @@ int64_t ternary_fixed_bytes(const std::vector<int64_t>& planes_shape, int64_t ch
   return ternary_most_packed_bytes(describe(planes_shape, channels, groups));
 }
 
-// A factor or an offset an output, as [K] floats: the tensor's own where they are. One factor serves all outputs.
-struct Numbers {
-  std::optional<Tensor> converted;
-  std::vector<float> constant;
-  const float* values;
-
-  Numbers(const std::optional<Tensor>& given, ScalarType dtype, int64_t K, float otherwise, bool factor) {
-    if (!given) {
-      constant.assign(K, otherwise);
-      values = constant.data();
-      return;
-    }
-    const bool one = factor && given->numel() == 1 && given->dim() <= 1;
-    STD_TORCH_CHECK(
-        (one || (given->dim() == 1 && given->size(0) == K)) && given->is_cpu() && given->scalar_type() == dtype,
-        "ternary_conv2d: scale, negative_scale and bias must be [K] in the dtype of input");
-    converted = as_float(*given);
-    values = static_cast<const float*>(converted->const_data_ptr());
-    if (one) {
-      constant.assign(K, *values);
-      values = constant.data();
-    }
-  }
-  Numbers(const Numbers&) = delete;
-};
+// Factors or offsets have one number an output; one factor serves all.
+void check_per_output(const std::optional<Tensor>& given, ScalarType dtype, int64_t K, bool factor) {
+  if (!given) return;
+  const bool one = factor && given->numel() == 1 && given->dim() <= 1;
+  STD_TORCH_CHECK(
+      (one || (given->dim() == 1 && given->size(0) == K)) && given->is_cpu() && given->scalar_type() == dtype,
+      "ternary_conv2d: scale, negative_scale and bias must be [K] in the dtype of input");
+}
 
 // The arguments of a call that are no tensors, as numbers alone.
 struct TernarySettings {
@@ -200,11 +183,13 @@ Tensor run(TernaryConv2dParams p, const Tensor& input, ScalarType dtype, bool ch
   p.channels_last = channels_last;
   Tensor output = empty_maps(input, dtype, {p.N, w.K, p.OH, p.OW}, p.channels_last, memory);
   p.output = output.mutable_data_ptr();
-  const Numbers plus(scale, dtype, w.K, 1.0f, true), minus(negative_scale, dtype, w.K, 1.0f, true);
-  const Numbers offset(bias, dtype, w.K, 0.0f, false);
-  p.scale = plus.values;
-  p.negative_scale = negative_scale ? minus.values : nullptr;
-  p.bias = offset.values;
+  check_per_output(scale, dtype, w.K, true);
+  check_per_output(negative_scale, dtype, w.K, true);
+  check_per_output(bias, dtype, w.K, false);
+  const PerOutput plus(scale, w.K, 1.0f), minus(negative_scale, w.K, 1.0f), offset(bias, w.K, 0.0f);
+  p.scale = plus.values();
+  p.negative_scale = negative_scale ? minus.values() : nullptr;
+  p.bias = offset.values();
   if (p.N == 0) return output;
 
   std::vector<char> own;

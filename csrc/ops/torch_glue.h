@@ -12,6 +12,9 @@
 #include <cstdint>
 #include <cstring>
 #include <optional>
+#include <vector>
+
+#include "../common/dtype.h"
 
 namespace basisconv {
 
@@ -72,6 +75,42 @@ inline Tensor as_float(const Tensor& t) {
   const Tensor dense = t.is_contiguous() ? t : torch::stable::contiguous(t);
   return dense.scalar_type() == ScalarType::Float ? dense : torch::stable::to(dense, ScalarType::Float);
 }
+
+// A number an output as [K] floats: those of the tensor where they lie side by side, else copies; one number counts for
+// all outputs. What is not torch.float32 is converted here: torch's own conversion takes as long as a small layer.
+class PerOutput {
+ public:
+  PerOutput(const std::optional<Tensor>& given, int64_t K, float absent) {
+    if (!given) {
+      own_.assign(K, absent);
+    } else if (given->scalar_type() == ScalarType::BFloat16) {
+      copy<bf16>(*given, K);
+    } else if (given->scalar_type() == ScalarType::Half) {
+      copy<f16>(*given, K);
+    } else {
+      kept_ = as_float(*given);
+      if (kept_->numel() == 1) copy<float>(*kept_, K);
+    }
+  }
+  PerOutput(const PerOutput&) = delete;
+  PerOutput& operator=(const PerOutput&) = delete;
+
+  const float* values() const {
+    return own_.empty() && kept_ ? static_cast<const float*>(kept_->const_data_ptr()) : own_.data();
+  }
+
+ private:
+  template <typename T>
+  void copy(const Tensor& given, int64_t K) {
+    const T* from = static_cast<const T*>(given.const_data_ptr());
+    const int64_t step = given.numel() == 1 ? 0 : given.stride(0);
+    own_.resize(K);
+    for (int64_t k = 0; k < K; k++) own_[k] = to_float(from[k * step]);
+  }
+
+  std::optional<Tensor> kept_;
+  std::vector<float> own_;
+};
 
 // The bytes of a struct of numbers as a tensor, and back: see docs/dispatch.md on plans.
 template <typename T>

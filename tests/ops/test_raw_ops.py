@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 
+import basisconv_kernels as bk
 from basisconv_kernels.core import extension
 from basisconv_kernels.ops import stacked_binary_conv2d_native as stacked
 
@@ -131,3 +132,26 @@ def test_no_python_of_ours_runs_below_the_dispatcher(op):
             sys.setprofile(None)
     assert seen, "nothing was traced"
     assert not [name for name in seen if "basisconv_kernels" in name]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("view", [lambda numbers: numbers[::2], lambda numbers: numbers[:1].expand(8)])
+@pytest.mark.parametrize("op", ["basis", "binary", "stacked", "ternary"])
+def test_numbers_of_outputs_may_be_a_view(op, view, dtype):
+    numbers = view(random(16).to(dtype))
+    x = random(2, 16, 6, 7).to(dtype)
+
+    def call(scale, bias):
+        if op == "basis":
+            weight, coefficients = random(4, 16, 3, 3).to(dtype), random(8, 4).to(dtype)
+            return bk.basis_conv2d(x, weight, coefficients, bias, padding=1, backend="cpu")
+        if op == "binary":
+            return bk.binary_conv2d(x, random(8, 16, 3, 3), scale, bias, padding=1, backend="cpu")
+        if op == "stacked":
+            return bk.stacked_binary_conv2d(x, SIGNS[:, :8], INDEX, scale, bias, padding=1, backend="cpu")
+        planes = bk.ternary_planes(random(8, 16, 3, 3).round())
+        return bk.ternary_conv2d(x, planes, scale, bias, padding=1, backend="cpu")
+
+    dense = numbers.contiguous()
+    assert numbers.stride() != dense.stride()
+    assert torch.equal(call(numbers, numbers), call(dense, dense))
