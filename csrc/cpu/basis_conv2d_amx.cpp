@@ -152,7 +152,7 @@ struct Amx {
       band.fill_for(at[count - 1].row);
       stores_before_tile_loads();
       in_shares(count, [&](int64_t t, int64_t together) { stage1(at + t, together, maps_of(t)); });
-      rest(at, count, image);
+      after_stage1(at, count, image);
     }
   }
 
@@ -165,20 +165,14 @@ struct Amx {
       at[t] = {0, part.oy * params.OW + t * kSide, 0, left < kSide ? (1u << left) - 1 : 0xFFFFu};
     }
     columns.run(part, maps, all_maps);
-    rest(at, count, part.image);
+    after_stage1(at, count, part.image);
   }
 
-  // What follows stage 1.
-  void rest(const PixelTile* tiles, int64_t count, int64_t image) const {
+  void after_stage1(const PixelTile* tiles, int64_t count, int64_t image) const {
     if (params.maps) keep_maps(tiles, count, image);
     in_shares(count, [&](int64_t t, int64_t together) { stage2(tiles + t, together, image, maps_of(t)); });
   }
 
-  template <typename Run>
-  static void in_shares(int64_t count, const Run& run) {
-    const int64_t share = even_share(count, kTogether);
-    for (int64_t t = 0; t < count; t += share) run(t, count - t < share ? count - t : share);
-  }
   bf16* maps_of(int64_t tile) const { return maps + tile * kSide * all_maps; }
 
   void run(int64_t begin, int64_t end) {

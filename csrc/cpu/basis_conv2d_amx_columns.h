@@ -6,6 +6,8 @@
 // partly beside the image, and padding is what the last sum leaves out. Outputs are made in parts of some rows that the
 // same rows of taps fall into.
 #pragma once
+#include <algorithm>
+
 #include "basis_conv2d_amx_products.h"
 #include "basis_conv2d_rows.h"
 
@@ -82,20 +84,19 @@ class Columns {
 
   // y of a block of 16 filters. The last tile ends with the part, and does again what another one did.
   void multiply_columns(const Part& part, const bf16* input, int64_t steps, const bf16* weights) const {
-    const int64_t pixels = part.rows * params_.W, count = (pixels + kSide - 1) / kSide;
-    const int64_t pixel = params_.input_stride_w, share = even_share(count, kTogether);
-    for (int64_t t = 0; t < count; t += share) {
-      Pixels of{{}, std::min(share, count - t), pixel * 2};
+    const int64_t pixels = part.rows * params_.W, pixel = params_.input_stride_w;
+    in_shares((pixels + kSide - 1) / kSide, [&](int64_t first, int64_t count) BASISCONV_LAMBDA {
+      Pixels of{{}, count, pixel * 2};
       Sums sums{{}, kTileRow};
       for (int64_t s = 0; s < kColumns; s++) {
-        for (int64_t i = 0; i < of.count; i++) {
-          const int64_t at = std::min((t + i) * kSide, pixels - kSide);
-          of.tiles[i] = input + at * pixel;
-          sums.tiles[i] = sums_ + s * column_ + at * kSide;
+        for (int64_t t = 0; t < count; t++) {
+          const int64_t at = std::min((first + t) * kSide, pixels - kSide);
+          of.tiles[t] = input + at * pixel;
+          sums.tiles[t] = sums_ + s * column_ + at * kSide;
         }
         multiply<Rows::pixels>(of, steps_, steps, weights + s * kTile, sums);
       }
-    }
+    });
   }
 
   // z of a block of 16 filters. Maps that only fill up a block are zeros, in the last of an odd number of blocks also

@@ -1,5 +1,6 @@
 // Products of tiles on the matrix unit: up to six tiles of pixels with the same weights.
 #pragma once
+#include "band.h"
 #include "basis_conv2d_amx_tiles.h"
 #include "simd.h"
 
@@ -91,6 +92,13 @@ static void multiply(const Pixels& pixels, const Step* steps, int64_t count, con
     default:
       return multiply_tiles<6, ROWS>(pixels, steps, count, weights, sums);
   }
+}
+
+// Calls run(first, number) for tiles in equal shares of at most kTogether.
+template <typename Run>
+static BASISCONV_INLINE void in_shares(int64_t count, const Run& run) {
+  const int64_t share = even_share(count, kTogether);
+  for (int64_t t = 0; t < count; t += share) run(t, count - t < share ? count - t : share);
 }
 
 }  // namespace BASISCONV_ISA

@@ -69,7 +69,10 @@ inline int64_t winograd_taps_at(const CpuPack& p, int64_t filter_block, int64_t 
 constexpr int64_t kRowFiltersApart = 16;  // floats between positions transformed from taps: not 4 KiB from each other
 
 // The amx variant packs tiles of bfloat16 pairs instead: see basis_conv2d_amx.cpp.
-constexpr int64_t kAmxMostTiles = 18;  // CpuPlan::tiles at most
+constexpr int64_t kAmxSide = 16;       // rows of a tile
+constexpr int64_t kAmxDepth = 32;      // bfloat16 of a row
+constexpr int64_t kAmxTogether = 6;    // tiles of pixels that share each tile of weights
+constexpr int64_t kAmxMostTiles = 18;  // CpuPlan::tiles, and tiles of a part in place, at most
 constexpr int64_t kAmxColumns = 3;     // of taps, where they are summed apart
 
 // Whether weights are packed ahead, all parts for calls of all sizes, or in the call and for it alone.
@@ -79,7 +82,7 @@ enum class Packing { ahead, in_call };
 struct CpuPlan {
   CpuPack pack;
   int64_t units;         // rows of work that threads share, over the batch: output rows, or rows of Winograd tiles
-  int64_t rows;          // direct: output rows in a pass
+  int64_t rows;          // direct: output rows in a pass; amx in place: in a part, at most
   int64_t chunk;         // channel blocks: direct: between two visits of a tile; winograd: a chunk; amx: all
   bool from_taps;        // winograd: filters are transformed when they are used, in each pass
   int64_t tiles;         // winograd: tiles in a pass; amx: tiles of 16 pixels that go through a stage together
@@ -94,13 +97,13 @@ struct CpuPlan {
   // the lines that the result will fill and the residual fills, and of the input what the next pass reads first.
   bool fetches_filters, fetches_output, fetches_input;
   // Read where the input lies, without a ring: operands as they are, channels_last, whole blocks; direct: and no
-  // padding columns, or pairs of more than one block.
+  // padding columns, or pairs of more than one block; amx: and columns of taps are summed apart.
   bool in_place;
   Band band;             // amx: input rows of a pass
   int64_t ring_rows;     // padded input rows kept
   int64_t ring_columns;  // pixels of one ring row and stride phase
   // Floats of scratch, each a multiple of 16: rows, z, z of one pixel block turned for NCHW, accumulators between
-  // chunks, one pixel of zeros, transformed input tiles, transformed filters of a row, products.
+  // chunks or of columns of taps, one pixel of zeros, transformed input tiles, transformed filters of a row, products.
   int64_t ring_size, maps_size, turned_size, partial_size, zeros_size, transformed_size, row_filters_size,
       products_size;
   int64_t scratch() const {

@@ -149,7 +149,7 @@ def test_numbers_of_outputs_may_be_a_view(op, view, dtype):
             return bk.binary_conv2d(x, random(8, 16, 3, 3), scale, bias, padding=1, backend="cpu")
         if op == "stacked":
             return bk.stacked_binary_conv2d(x, SIGNS[:, :8], INDEX, scale, bias, padding=1, backend="cpu")
-        planes = bk.ternary_planes(random(8, 16, 3, 3).round())
+        planes = bk.ternary_planes(random(8, 16, 3, 3).sign())
         return bk.ternary_conv2d(x, planes, scale, bias, padding=1, backend="cpu")
 
     dense = numbers.contiguous()

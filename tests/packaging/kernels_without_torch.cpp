@@ -158,16 +158,16 @@ BasisConv2dParams draw(Random& random, int64_t& pad_bottom, int64_t& pad_right) 
   p.N = random.between(1, 3);
   p.H = std::max<int64_t>(1, reach_h - p.pad_top - pad_bottom) + random.between(0, beyond);
   p.W = std::max<int64_t>(1, reach_w - p.pad_left - pad_right) + random.between(0, beyond);
-  if (wide) p.W = std::max(p.W, random.between(16, 40));
+  if (wide) p.W = std::max(p.W, random.between(0, 7) == 0 ? random.between(120, 300) : random.between(16, 40));
   p.OH = (p.H + p.pad_top + pad_bottom - reach_h) / w.stride_h + 1;
   p.OW = (p.W + p.pad_left + pad_right - reach_w) / w.stride_w + 1;
   p.channels_last = random.coin();
   p.activation = static_cast<Activation>(random.between(0, 2));
-  const int64_t gap = wide ? 0 : random.between(0, 2);  // elements between pixels, or between rows
+  const int64_t gap = random.between(0, 2);  // elements between pixels, or between rows
   if (random.coin()) {
     p.input_stride_c = 1;
     p.input_stride_w = w.C + gap;
-    p.input_stride_h = p.W * p.input_stride_w + gap;
+    p.input_stride_h = p.W * p.input_stride_w + (wide ? 0 : gap);
     p.input_stride_n = p.H * p.input_stride_h;
   } else {
     p.input_stride_w = 1;

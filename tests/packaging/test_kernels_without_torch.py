@@ -172,7 +172,8 @@ PLANTED_FOR_EMULATION = {
         "amx", "basis_conv2d_amx_products.h", "stored(1, sums.tiles[1]", "stored(1, sums.tiles[0]", "expected",
     ),
     "a tile beyond the image": (
-        "amx", "basis_conv2d_amx_columns.h", "std::min((t + i) * kSide, pixels - kSide)", "(t + i) * kSide", "touched",
+        "amx", "basis_conv2d_amx_columns.h", "std::min((first + t) * kSide, pixels - kSide)", "(first + t) * kSide",
+        "touched",
     ),
     "a row of taps above the image": (
         "amx", "basis_conv2d_amx_columns.h", "part.first_tap + r) * kColumns", "r) * kColumns", "expected",
