@@ -25,7 +25,8 @@ def measure(folder: Path, weights: Path, seconds: float) -> list[dict[str, Any]]
     """One row for each network kind and batch size: {experiment: ms a call}, the dense network under ``dense``.
 
     An experiment is timed with the network of the first seed that is at hand; without one, with what conversion alone
-    makes of its start, if that is at hand.
+    makes of its start, if that is at hand and a network with weights: layer by layer and from random weights nothing is
+    converted without training.
 
     Args:
         folder: where ``run`` put its networks.
@@ -74,7 +75,12 @@ def measure(folder: Path, weights: Path, seconds: float) -> list[dict[str, Any]]
 def merged(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The new rows, after what older ones tell of networks that the new ones lack, each beside its own dense one."""
     known = {name for row in new for name in row["ms"]} - {"dense"}
-    kept = [row | {"ms": {name: ms for name, ms in row["ms"].items() if name not in known}} for row in old]
+    kept = []
+    for row in old:
+        row = row | {"ms": {name: ms for name, ms in row["ms"].items() if name not in known}}
+        if "networks" in row:
+            row["networks"] = {name: origin for name, origin in row["networks"].items() if name not in known}
+        kept.append(row)
     return [*(row for row in kept if row["ms"].keys() - {"dense"}), *new]
 
 

@@ -171,7 +171,7 @@ LONG = (
     *_dense("vgg16"),
     Experiment(
         "vgg16-quarter",
-        "BasisConv, basis and coefficients trained, at the published MACs ÷ 3.99",
+        "BasisConv, basis and coefficients trained: a quarter of the MACs; its paper has ÷ 3.99",
         "vgg16",
         "vgg16-cycle",
         (Stage(BasisConfig(macs=0.25, train_basis=True, basis_norm=True), **AGAIN, orthogonality=1e-3),),

@@ -199,7 +199,7 @@ def test_times_are_of_a_network_at_hand_or_of_the_conversion_alone(tmp_path):
     assert report._timed("a", {"networks": {"a": "seed 0"}}) == report._timed("a", {}) == "a"
 
 
-def test_the_larger_networks_have_the_sizes_of_the_literature(tmp_path):
+def test_the_larger_networks_have_their_sizes_and_are_converted(tmp_path):
     for kind, macs, parameters in (("vgg16", 313.2e6, 14.72e6), ("googlenet", 1_447e6, 5.87e6)):
         made = setting.network(kind, 0).eval()
         with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -217,6 +217,6 @@ def test_the_plot_times_a_dense_network_beside_those_that_start_from_it_or_are_h
     rows = [row for row in report.read(report.ROWS) if row["experiment"].startswith("vgg-")]
     latency_rows = [{"network": "small-vgg", "batch": 1, "ms": {"dense": 2.0, "vgg-tucker-25": 1.0}}]
     known = report.summaries(rows, latency_rows)
-    found = {summary.experiment.name: report._milliseconds(summary, known) for summary in known}
-    told = {name: ms for name, ms in found.items() if ms is not None}
-    assert told == {"vgg-tucker-25": 1.0, "vgg-cycle": 2.0, "vgg-cycle-more": 2.0}
+    found = {summary.experiment.name: report._share_of_time(summary, known) for summary in known}
+    told = {name: share for name, share in found.items() if share is not None}
+    assert told == {"vgg-tucker-25": 0.5, "vgg-cycle": 1.0, "vgg-cycle-more": 1.0}
