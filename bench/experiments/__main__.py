@@ -144,8 +144,9 @@ def measure_times(
     rows = latency.merged(report.read(output), found)
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     output.write_text("".join(lines), encoding="utf-8")
-    timed = {name for row in rows for name in row["ms"]}
-    print("without a network at hand:", ", ".join(e.name for e in TABLE if e.name not in timed), file=sys.stderr)
+    timed = {name for row in found for name in row["ms"]}
+    left = [e.name for e in TABLE if not e.dense and e.name not in timed]
+    print("without a network at hand:", ", ".join(left) or "none", file=sys.stderr)
     for row in found:
         print(row["network"], "batch", row["batch"], f"{row['disturbed']:.0%} disturbed", row["ms"])
 

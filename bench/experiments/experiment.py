@@ -73,6 +73,11 @@ class Experiment:
     twin: str | None = None
     batch: int | None = None
 
+    @property
+    def dense(self) -> bool:
+        """Whether nothing is converted."""
+        return self.layerwise is None and all(stage.config is None for stage in self.stages)
+
 
 def random_orthogonal(network: nn.Module) -> nn.Module:
     """Frozen random orthogonal bases of K/2 filters, but in the first convolution; nothing of the weights is kept."""

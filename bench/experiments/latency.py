@@ -39,8 +39,7 @@ def measure(folder: Path, weights: Path, seconds: float) -> list[dict[str, Any]]
         networks: dict[str, nn.Module] = {}
         origins: dict[str, str] = {}
         for experiment in TABLE:
-            trained_dense = all(stage.config is None for stage in experiment.stages) and experiment.layerwise is None
-            if experiment.network != kind or trained_dense:
+            if experiment.network != kind or experiment.dense:
                 continue
             if (found := _network(experiment, folder, weights)) is not None:
                 networks[experiment.name], origins[experiment.name] = found

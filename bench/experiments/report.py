@@ -55,11 +55,6 @@ class Summary:
         }
 
     @property
-    def dense(self) -> bool:
-        """Whether nothing is converted."""
-        return self.experiment.layerwise is None and all(stage.config is None for stage in self.experiment.stages)
-
-    @property
     def trained_on(self) -> str:
         """The devices that trained it; the GPU alone where one did."""
         found = {row["device"].get("accelerator") or row["device"]["cpu"] for row in self.rows}
@@ -94,7 +89,7 @@ def text(rows: Sequence[Row], latency: Sequence[Row]) -> str:
     ]
     lines += [_line(summary, by_name) for summary in known]
     lines += ["", "![accuracy against MACs](results/macs.svg) ![against bytes](results/bytes.svg)"]
-    lines += ["![against time](results/ms.svg)"] if latency else []
+    lines += ["![against time](results/time.svg)"] if latency else []
     lines += ["", "### What was asked", ""]
     lines += [f"- **{s.experiment.name}**: {s.experiment.question}. {_recipe(s)}" for s in known]
     lines += ["", "### Curves", "", "Validation accuracy after each epoch, of each seed; the best epoch is kept.", ""]
@@ -110,7 +105,7 @@ def _line(summary: Summary, by_name: dict[str, Summary]) -> str:
     twin = by_name.get(summary.experiment.twin or "")
     reference = summary.start if twin is None else twin.accuracy
     named = "its start" if twin is None else twin.experiment.name
-    alone = twin is None and (summary.experiment.start == "random" or summary.dense)
+    alone = twin is None and (summary.experiment.start == "random" or summary.experiment.dense)
     against = "" if alone else f"{100 * (summary.accuracy - reference):+.2f} to {named}"
     times = [f"{summary.ms[b][0]:.2f} → {summary.ms[b][1]:.2f}" if b in summary.ms else "" for b in (1, 16)]
     spread = f"{100 * summary.spread:.2f}" if len(summary.rows) > 1 else "one seed"
@@ -207,12 +202,12 @@ def write(page: Path = PAGE, plots: Path = PLOTS) -> None:
     _plot(plots / "bytes.svg", "kilobytes of the file", [(s, s.file_bytes / 1e3) for s in known])
     timed = [(s, x) for s in known if (x := _share_of_time(s, known)) is not None]
     if timed:
-        _plot(plots / "ms.svg", "time at batch 1 ÷ the dense network's", timed)
+        _plot(plots / "time.svg", "time at batch 1 ÷ the dense network's", timed)
 
 
 def _share_of_time(summary: Summary, known: Sequence[Summary]) -> float | None:
     """Of the dense network's at batch 1, taken beside it: not all were timed on one processor."""
-    if not summary.dense:
+    if not summary.experiment.dense:
         return summary.ms[1][1] / summary.ms[1][0] if 1 in summary.ms else None
     name = summary.experiment.name
     return 1.0 if any(1 in s.ms and name in (s.experiment.twin, s.experiment.start) for s in known) else None
@@ -228,14 +223,14 @@ def _plot(path: Path, label: str, points: Sequence[tuple[Summary, float]]) -> No
     for summary, x in points:
         long = summary.experiment in LONG
         panels.setdefault(summary.experiment.network + ("" if long else ", short"), []).append((summary, x))
-    panels = {title: part for title, part in panels.items() if not all(summary.dense for summary, _ in part)}
+    panels = {title: part for title, part in panels.items() if not all(summary.experiment.dense for summary, _ in part)}
     with matplotlib.rc_context({"svg.hashsalt": path.stem, "font.size": 8}):
         figure = Figure(figsize=(1.0 + 2.7 * len(panels), 5.0), layout="constrained")
         for place, (title, part) in enumerate(panels.items(), 1):
             axes, markers = figure.add_subplot(1, len(panels), place), itertools.cycle(MARKERS)
             for summary, x in part:
                 values = [100 * row["test_accuracy"] for row in summary.rows]
-                color = {"color": "black", "mfc": "none"} if summary.dense else {}
+                color = {"color": "black", "mfc": "none"} if summary.experiment.dense else {}
                 axes.plot(
                     [x] * len(values), values, next(markers), ms=6, alpha=0.7, label=summary.experiment.name, **color
                 )

@@ -119,12 +119,18 @@ def untrained(name: str, weights: Path, folder: Path) -> nn.Module:
     """The network of an experiment's stages without their training: its sizes, or nearly, for timing alone."""
     model = _start(BY_NAME[name], 0, weights, folder)
     for stage in BY_NAME[name].stages:
-        torch.manual_seed(0)
-        if callable(stage.config):
-            model = stage.config(model)
-        elif stage.config is not None:
-            model, _ = bk.compress(model, stage.config, example_inputs=_example())
+        model, _ = _converted(stage, model, 0)
     return model
+
+
+def _converted(stage: Stage, model: nn.Module, seed: int) -> tuple[nn.Module, bk.CompressionReport | None]:
+    """What the conversion of a stage makes of a network, and its report where ``compress`` gave one."""
+    torch.manual_seed(seed)
+    if callable(stage.config):
+        return stage.config(model), None
+    if stage.config is None:
+        return model, None
+    return bk.compress(model.cpu(), stage.config, example_inputs=_example())
 
 
 def _start(experiment: Experiment, seed: int, weights: Path, folder: Path) -> nn.Module:
@@ -145,12 +151,7 @@ def _stages(
     model, described, batch = dense, [], _batch(experiment)
     teacher = copy.deepcopy(dense).eval().requires_grad_(False) if any(s.distill for s in experiment.stages) else None
     for number, stage in enumerate(experiment.stages):
-        torch.manual_seed(seed)
-        report = None
-        if callable(stage.config):
-            model = stage.config(model)
-        elif stage.config is not None:
-            model, report = bk.compress(model.cpu(), stage.config, example_inputs=_example())
+        model, report = _converted(stage, model, seed)
         model = model.to(place).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         before = setting.test_accuracy(model)
         state = folder / f"{experiment.name}-{seed}-{number}.state"

@@ -151,8 +151,8 @@ Tensor run(const BinaryCall& call, const Tensor* packed, const BinarySettings& s
   std::optional<PerOutput> scales, biases;
   std::optional<Tensor> pixels;
   if (p.output_type != BinaryOutput::i32 && p.output_type != BinaryOutput::packed) {
-    check_per_output(scale, w.K, "scale");
-    check_per_output(bias, w.K, "bias");
+    check_per_output(scale, w.K, "binary_conv2d", "scale");
+    check_per_output(bias, w.K, "binary_conv2d", "bias");
     p.scale = scales.emplace(scale, w.K, 1.0f).values();
     p.bias = biases.emplace(bias, w.K, 0.0f).values();
     if (pixel_scale) {

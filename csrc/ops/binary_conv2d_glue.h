@@ -42,12 +42,6 @@ inline BinaryConv2dWeights describe(const Tensor& weight, bool words, int64_t ch
   return w;
 }
 
-// Factors or offsets have one number an output.
-inline void check_per_output(const std::optional<Tensor>& given, int64_t K, const char* name) {
-  STD_TORCH_CHECK(!given || (given->dim() == 1 && given->size(0) == K && given->is_cpu()), "binary_conv2d: ", name,
-                  " must be [K] on the CPU");
-}
-
 // The arguments of a call that are no tensors, as numbers alone.
 struct BinarySettings {
   int64_t stride[2], padding[4], dilation[2];  // padding: top, bottom, left, right

@@ -164,12 +164,6 @@ ScalarType take_input(const Tensor& input, StackedBinaryConv2dParams& p) {
   return type;
 }
 
-// Factors or offsets have one number an output.
-void check_per_output(const std::optional<Tensor>& given, int64_t K, const char* name) {
-  STD_TORCH_CHECK(!given || (given->dim() == 1 && given->size(0) == K && given->is_cpu()),
-                  "stacked_binary_conv2d: ", name, " must be [K] on the CPU");
-}
-
 StackedSettings settings_of(const std::vector<int64_t>& bank_shape, const std::vector<int64_t>& index_shape,
                             const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                             const std::vector<int64_t>& dilation, int64_t groups, const std::string& mode,
@@ -220,8 +214,8 @@ Tensor run(const Tensor& input, const Tensor& packed, const std::optional<Tensor
   p.OW = free_w / p.stride_w + 1;
   Tensor output = empty_maps(input, type, {p.N, w.K, p.OH, p.OW}, p.channels_last, memory);
   p.output = output.mutable_data_ptr();
-  check_per_output(scale, w.K, "scale");
-  check_per_output(bias, w.K, "bias");
+  check_per_output(scale, w.K, "stacked_binary_conv2d", "scale");
+  check_per_output(bias, w.K, "stacked_binary_conv2d", "bias");
   const PerOutput factors(scale, w.K, 1.0f), offsets(bias, w.K, 0.0f);
   p.scale = factors.values();
   p.bias = offsets.values();

@@ -76,8 +76,14 @@ inline Tensor as_float(const Tensor& t) {
   return dense.scalar_type() == ScalarType::Float ? dense : torch::stable::to(dense, ScalarType::Float);
 }
 
+// Numbers of outputs, factors or offsets, must be one an output.
+inline void check_per_output(const std::optional<Tensor>& given, int64_t K, const char* op, const char* name) {
+  STD_TORCH_CHECK(!given || (given->dim() == 1 && given->size(0) == K && given->is_cpu()), op, ": ", name,
+                  " must be [K] on the CPU");
+}
+
 // A number an output as [K] floats: those of the tensor where they lie side by side, else copies; one number counts for
-// all outputs. What is not torch.float32 is converted here: torch's own conversion takes as long as a small layer.
+// all outputs. 16-bit numbers are converted here: torch's own conversion takes 1.4 us.
 class PerOutput {
  public:
   PerOutput(const std::optional<Tensor>& given, int64_t K, float absent) {
